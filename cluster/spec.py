@@ -178,6 +178,21 @@ class ClusterSpec(Spec):
     """Seconds that the pods of a RayJob stay after the job ends, GPUs included (`ttlSecondsAfterFinished`). Its record
     and its log stay in the store."""
 
+    @property
+    def cpus(self) -> float:
+        """CPUs of the head and of `count` machines of each group."""
+        return quantity(self.head.cpu) + sum(group.count * quantity(group.cpu) for group in self.workers)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory of the head and of `count` machines of each group."""
+        return quantity(self.head.memory) + sum(group.count * quantity(group.memory) for group in self.workers)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of `count` machines of each group."""
+        return float(sum(group.count * group.gpu for group in self.workers))
+
     @model_validator(mode="after")
     def _names(self) -> Self:
         names = [group.name for group in self.workers]

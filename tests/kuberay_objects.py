@@ -49,6 +49,13 @@ def rayservice(**changes: Any) -> dict[str, Any]:
     return build_rayservice(job(cluster(**changes), kind="serve"), "team-a", config)
 
 
+def raycluster(**changes: Any) -> dict[str, Any]:
+    """The cluster that KubeRay makes of a RayJob, as an object of its own."""
+    spec = rayjob(**changes)["spec"]["rayClusterSpec"]
+    metadata = {"name": "session", "namespace": "team-a"}
+    return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": spec}
+
+
 def changed(made: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with values at dotted paths, list indices among them, replaced. `|` parts keys with dots."""
     copy: dict[str, Any] = json.loads(json.dumps(made))

@@ -1,11 +1,11 @@
 """`JobBackend` over a target and a job store: submission, fencing, status, logs and retries, for all targets."""
 
+import contextlib
 import difflib
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import yaml
 
@@ -20,8 +20,8 @@ from graftwork.cluster.jobs.models import (
     ObservedState,
     TargetMachines,
     attempt_id,
+    refuse,
 )
-from graftwork.cluster.jobs.state import derive_state
 from graftwork.cluster.jobs.store import (
     HEARTBEAT_S,
     SAVES,
@@ -31,8 +31,9 @@ from graftwork.cluster.jobs.store import (
     JobStore,
     StopReason,
     attempt_of,
+    derive_state,
 )
-from graftwork.cluster.spec import ClusterSpec, PriceTable, WorkerSpec, quantity
+from graftwork.cluster.spec import ClusterSpec, quantity
 from graftwork.errors import ClusterError, ConfigError, PreflightError, RunError, StorageError, StoreUnreachable
 from graftwork.storage.store import Store, json_bytes
 
@@ -44,7 +45,12 @@ def usd_per_hour(cluster: ClusterSpec) -> float | None:
     prices = cluster.prices
     if prices is None or unpriced(cluster):
         return None
-    return quantity(cluster.head.cpu) * prices.cpu_hour + sum(_group(group, prices) for group in cluster.workers)
+    usd = quantity(cluster.head.cpu) * prices.cpu_hour
+    for group in cluster.workers:
+        gpu_hour = prices.gpu_hour.get(group.gpu_type or "", prices.gpu_hour.get("default", 0.0))
+        hour = quantity(group.cpu) * prices.cpu_hour + group.gpu * gpu_hour
+        usd += group.count * hour * (prices.spot_factor if group.spot else 1.0)
+    return usd
 
 
 def unpriced(cluster: ClusterSpec) -> list[int]:
@@ -71,80 +77,52 @@ def most_usd(cluster: ClusterSpec) -> float | None:
     return min(bounds, default=None)
 
 
-def _group(group: WorkerSpec, prices: PriceTable) -> float:
-    gpu_hour = prices.gpu_hour.get(group.gpu_type or "", prices.gpu_hour.get("default", 0.0))
-    hour = quantity(group.cpu) * prices.cpu_hour + group.gpu * gpu_hour
-    return group.count * hour * (prices.spot_factor if group.spot else 1.0)
-
-
 # Probe of a store before anything else is written: write, read, conditional put, delete.
 
 
-WHERE = "root"
-
-
 def probe_store(root: str) -> list[Finding]:
-    """What is wrong with a store on S3, by a small object that is removed again. Folders are the places' to look at."""
+    """Return the problems of a store on S3, found with a small object that is removed again. Targets check folders."""
     store = Store(root)
     if store.is_local:
         return []
-    key, first = f"probe-{secrets.token_hex(8)}.json", json_bytes({"probe": 1})
+    where, key, first = f"root {store.uri}", f"probe-{secrets.token_hex(8)}.json", json_bytes({"probe": 1})
+    unconditional = ""
     try:
         if not store.create_bytes(first, key) or store.create_bytes(json_bytes({"probe": 2}), key):
-            return [_unconditional(store, "a second put of one key with If-None-Match: * was taken")]
-        read = store.find_bytes(key)
-        if read != first:
+            unconditional = "a second put of one key with If-None-Match: * was taken"
+        elif store.find_bytes(key) != first:
             return [
-                _finding(
-                    "E-STORE-READS-ANOTHER",
-                    store,
+                refuse(
+                    "STORE-READS-ANOTHER",
+                    where,
                     "what was written is not what is read",
                     "a job's record is read as it was written",
                     "look at what caches it",
                 )
             ]
-        return []
     except StorageError as error:
-        return [_failed(store, error)]
+        code, problem, rule = "STORE-FAILS", f"{error.subject}: {error.problem}", error.rule
+        if isinstance(error, StoreUnreachable):
+            code, problem, rule = "STORE-UNREACHABLE", error.problem, "all of a job reach its store"
+        elif isinstance(error.__cause__, PermissionError):
+            code, rule = "STORE-DENIED", "a job reads, writes, lists and deletes below its root"
+        if code != "STORE-FAILS" or "NotImplemented" not in error.problem:
+            return [refuse(code, where, problem, rule, error.hint)]
+        unconditional = "it knows no put with If-None-Match: *"
     finally:
-        _remove(store, key)
-
-
-def _failed(store: Store, error: StorageError) -> Finding:
-    if isinstance(error, StoreUnreachable):
-        return _finding("E-STORE-UNREACHABLE", store, error.problem, "all of a job reach its store", error.hint)
-    if isinstance(error.__cause__, PermissionError):
-        return _finding(
-            "E-STORE-DENIED",
-            store,
-            f"{error.subject}: {error.problem}",
-            "a job reads, writes, lists and deletes below its root",
-            error.hint,
+        with contextlib.suppress(StorageError):  # the probe has found it, or the owner of the store finds it
+            store.delete(key)
+    if not unconditional:
+        return []
+    return [
+        refuse(
+            "STORE-NO-CONDITIONAL-PUT",
+            where,
+            unconditional,
+            "of all who start an attempt one must win",
+            "use a server that knows conditional puts, as S3 does since 2024",
         )
-    if "NotImplemented" in error.problem:
-        return _unconditional(store, "it knows no put with If-None-Match: *")
-    return _finding("E-STORE-FAILS", store, f"{error.subject}: {error.problem}", error.rule, error.hint)
-
-
-def _unconditional(store: Store, found: str) -> Finding:
-    return _finding(
-        "E-STORE-NO-CONDITIONAL-PUT",
-        store,
-        found,
-        "of all who start an attempt one must win",
-        "use a server that knows conditional puts, as S3 does since 2024",
-    )
-
-
-def _finding(code: str, store: Store, found: str, rule: str, hint: str) -> Finding:
-    return Finding(code, "error", f"{WHERE} {store.uri}", found, rule, hint)
-
-
-def _remove(store: Store, key: str) -> None:
-    try:
-        store.delete(key)
-    except StorageError:
-        return  # what keeps it from being removed was found, or is found by whoever clears the store
+    ]
 
 
 POLL_INTERVAL_S = 1.0
@@ -163,55 +141,55 @@ class StoredBackend:
         self.place, self.runs, self.on = place, JobStore(root), place.on
 
     def machines(self, cluster: ClusterSpec) -> TargetMachines:
-        """The machines that workers of a job may get in its place."""
         return self.place.machines(cluster)
 
-    def plan(self, job: Job) -> JobPlan:
-        """What `submit` would do. Writes nothing that stays."""
+    def plan(self, job: Job, *, reachable: bool = True) -> JobPlan:
+        """What `submit` would do. Writes nothing that stays. `reachable` False: without the answers of the target."""
         store = probe_store(self.runs.store.uri)
         number = 0 if store else max(self.runs.attempts(job.job_id), default=0)
-        attempt = Attempt(job, number or 1)
-        objects, gpu_hours = tuple(self.place.objects(attempt)), None
-        if job.demand.seconds is not None:
-            gpu_hours = job.demand.seconds / 3600 * _gpus(job)
+        attempt, cluster, seconds = Attempt(job, number or 1), job.cluster, job.demand.seconds
+        objects = tuple(self.place.objects(attempt))
+        old, new = (
+            yaml.safe_dump_all([dict(one) for one in part], sort_keys=True).splitlines()
+            for part in (self.place.current(attempt) if reachable else (), objects)
+        )
         return JobPlan(
             job.job_id,
             attempt.number,
-            number > 0,
-            _cpus(job),
-            _gpus(job),
-            _memory(job),
-            gpu_hours,
-            predicted_usd(job),
-            most_usd(job.cluster),
-            objects,
-            _diff(self.place.current(attempt), objects),
-            (*store, *self.place.check(job)),
+            exists=number > 0,
+            cpus=cluster.cpus,
+            gpus=cluster.gpus,
+            memory_bytes=cluster.memory_bytes,
+            gpu_hours=None if seconds is None else seconds / 3600 * cluster.gpus,
+            usd=predicted_usd(job),
+            most_usd=most_usd(cluster),
+            objects=objects,
+            diff="\n".join(difflib.unified_diff(old, new, "there", "planned", lineterm="")),
+            findings=(*store, *(self.place.check(job) if reachable else ())),
         )
 
     def submit(self, job: Job) -> JobStatus:
-        """Start the job, or find it. Raises PreflightError before anything is written; ConfigError in another place."""
-        started = self._attempts(job)
+        """Start the job, or find it.
+
+        Raises PreflightError before anything is written, ConfigError for a job of another place.
+        """
+        try:
+            started = self.runs.attempts(job.job_id)
+        except StorageError:
+            raise_errors(job, probe_store(self.runs.store.uri))
+            raise
         if started:
             self._require_here(self.runs.job(job.job_id))
             found = self.status(job.job_id)
             if found.state != "submitted" and not (found.state == "lost" and found.started_at is None):
                 return found  # else its client was killed before the place had it
         else:
-            refuse(job, [*probe_store(self.runs.store.uri), *self.place.check(job)])
+            raise_errors(job, [*probe_store(self.runs.store.uri), *self.place.check(job)])
             for one in job.inputs:
                 send(self.runs.store, one)
             self._require_here(self.runs.record(job, self.on))
             self.runs.open_attempt(job.job_id, 1)
         return self._start(attempt_of(self.runs, job.job_id, max(started, default=1)))
-
-    def _attempts(self, job: Job) -> list[int]:
-        """Those that were started. Raises PreflightError for a store that does not answer or refuses us."""
-        try:
-            return self.runs.attempts(job.job_id)
-        except StorageError:
-            refuse(job, probe_store(self.runs.store.uri))
-            raise
 
     def resubmit(self, job_id: str) -> JobStatus:
         """Start the next attempt of a job that has ended."""
@@ -225,7 +203,7 @@ class StoredBackend:
                 f"graftwork jobs cancel {job_id} first, or wait for its end",
             )
         attempt = attempt_of(self.runs, job_id, status.attempt + 1)
-        refuse(attempt.job, self.place.check(attempt.job))
+        raise_errors(attempt.job, self.place.check(attempt.job))
         self.place.stop(f"{job_id}-a{status.attempt}")  # what a lost one left
         if self.runs.open_attempt(job_id, attempt.number):
             self.runs.note(job_id, attempt.number, "retry", of=status.attempt, was=status.state, cause=status.cause)
@@ -249,11 +227,9 @@ class StoredBackend:
         return status
 
     def status(self, job_id: str) -> JobStatus:
-        """Where its latest attempt is now."""
         return self._statuses([self.runs.job(job_id)])[0]
 
     def list(self) -> Sequence[JobStatus]:
-        """All jobs of the store that this place runs or ran, newest first."""
         records = self.runs.jobs()
         mine = [record for record in records if record.on == self.on]
         return sorted(self._statuses(mine), key=lambda status: -(status.submitted_at or 0))
@@ -262,21 +238,18 @@ class StoredBackend:
         job_ids = [record.job_id for record in records]
         attempts = dict(zip(job_ids, self.runs.of_many(self.runs.latest, job_ids), strict=True))
         alive = {job_id: attempt_id(job_id, a.number) for job_id, a in attempts.items() if a.ended is None}
-        seen = self._observe(list(alive.values())) if alive else {}
+        names = list(alive.values())
+        try:
+            seen = self.place.observe(names) if names else {}
+        except ClusterError as error:  # out of reach: the heartbeat alone decides
+            away = ObservedState(message=f"its place does not answer: {error.problem or error.subject}")
+            seen = dict.fromkeys(names, away)
         again = [job_id for job_id, name in alive.items() if name not in seen or seen[name].job_status != "RUNNING"]
         attempts |= zip(again, self.runs.of_many(self.runs.latest, again), strict=True)  # what it wrote before that
         now = time.time()
         return [_status(record, attempts[record.job_id], seen, now) for record in records]
 
-    def _observe(self, attempt_ids: Sequence[str]) -> Mapping[str, ObservedState]:
-        """What the place shows; while it is out of reach, that it is: the heartbeat alone judges then."""
-        try:
-            return self.place.observe(attempt_ids)
-        except ClusterError as error:
-            away = ObservedState(message=f"its place does not answer: {error.problem or error.subject}")
-            return dict.fromkeys(attempt_ids, away)
-
-    def _confirmed(self, job_id: str) -> JobStatus:
+    def _confirm_status(self, job_id: str) -> JobStatus:
         """Its status; lost only where it stays so for `SURE_S`: a driver whose store was away beats again once it is
         back, and until then looks silent."""
         end = time.monotonic() + SURE_S
@@ -289,7 +262,7 @@ class StoredBackend:
         self.runs.job(job_id)
         shown: dict[int, dict[str, int]] = {}
         while True:
-            ended = not follow or self._confirmed(job_id).ended
+            ended = not follow or self._confirm_status(job_id).ended
             numbers = [attempt] if attempt is not None else self.runs.attempts(job_id)[-1:]
             for number in numbers:
                 yield from self.runs.logs(job_id, number, shown.setdefault(number, {}))
@@ -310,24 +283,21 @@ class StoredBackend:
             self.runs.open_attempt(job_id, number)
         self.runs.ask_to_end(job_id, number, reason)
         if status.state == "running":
-            self._await_end(job_id, CLEAN_END_S if status.kind not in SAVES else SAVED_END_S)
+            end = time.monotonic() + (SAVED_END_S if status.kind in SAVES else CLEAN_END_S)
+            while time.monotonic() < end and not self.status(job_id).ended:
+                time.sleep(POLL_INTERVAL_S / 4)
         self.place.stop(f"{job_id}-a{number}")
         self.runs.end(
             job_id, number, AttemptEnd(time.time(), 1, reason, "it was lost" if status.state == "lost" else "")
         )
         return self.status(job_id)
 
-    def _await_end(self, job_id: str, timeout_s: float) -> None:
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end and not self.status(job_id).ended:
-            time.sleep(POLL_INTERVAL_S / 4)
-
     def wait(self, job_id: str, timeout_s: float | None = None) -> JobStatus:
         """Until it has ended, retrying as `cluster.retry` says; a job that stays pending too long is stopped."""
         began = time.monotonic()
         cluster = self.runs.job(job_id).job(self.runs.store.uri, {}).cluster
         while True:
-            status = self._confirmed(job_id)
+            status = self._confirm_status(job_id)
             if status.ended:
                 if status.cause not in cluster.retry.on or status.attempt >= cluster.retry.max_attempts:
                     return status
@@ -345,7 +315,7 @@ class StoredBackend:
             time.sleep(POLL_INTERVAL_S)
 
 
-def refuse(job: Job, findings: Sequence[Finding]) -> None:
+def raise_errors(job: Job, findings: Sequence[Finding]) -> None:
     """Raise PreflightError with all errors among the findings."""
     errors = [asdict(finding) for finding in findings if finding.level == "error"]
     if errors:
@@ -370,24 +340,3 @@ def _status(record: JobRecord, attempt: AttemptRecord, seen: Mapping[str, Observ
         beat.progress if beat else "",
         judged.cause,
     )
-
-
-def _cpus(job: Job) -> float:
-    machines = sum(quantity(group.cpu) * group.count for group in job.cluster.workers)
-    return machines + quantity(job.cluster.head.cpu)
-
-
-def _gpus(job: Job) -> float:
-    return float(sum(group.gpu * group.count for group in job.cluster.workers))
-
-
-def _memory(job: Job) -> float:
-    machines = sum(quantity(group.memory) * group.count for group in job.cluster.workers)
-    return machines + quantity(job.cluster.head.memory)
-
-
-def _diff(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str:
-    old, new = (
-        yaml.safe_dump_all([dict(o) for o in objects], sort_keys=True).splitlines() for objects in (before, after)
-    )
-    return "\n".join(difflib.unified_diff(old, new, "there", "planned", lineterm=""))

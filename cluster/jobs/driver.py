@@ -1,8 +1,8 @@
 """Driver of an attempt: a process that runs its command, monitors its limits and ends it in time.
 
 It runs on the machine that Ray drives the work from: the head, or this one. The command is a process of its own, so
-that the driver can report a hang, a crash or a lack of memory. heartbeat.py reports to the store that the driver lives,
-log_upload.py stores the output, supervisor.py ends all processes of the job with the driver.
+that the driver can report a hang, a crash or a lack of memory. heartbeat.py reports to the store that the driver lives
+and stores the output, supervisor.py ends all processes of the job with the driver.
 
 A training run first gets a request through the store (fencing.py) to write a checkpoint of its current step and leave;
 then, as any other command at once, SIGTERM; then SIGKILL.
@@ -22,8 +22,7 @@ from pathlib import Path
 
 from graftwork.cluster.jobs.backend import usd_per_hour
 from graftwork.cluster.jobs.fencing import ENVIRONMENT, Fence
-from graftwork.cluster.jobs.heartbeat import HeartbeatThread
-from graftwork.cluster.jobs.log_upload import OutputReader
+from graftwork.cluster.jobs.heartbeat import HeartbeatThread, OutputReader
 from graftwork.cluster.jobs.store import SAVES, AttemptEnd, JobStore, StopReason
 from graftwork.cluster.jobs.supervisor import run_supervised
 from graftwork.cluster.spec import ClusterSpec
@@ -31,6 +30,8 @@ from graftwork.errors import StorageError
 from graftwork.storage.store import json_bytes
 
 POLL_INTERVAL_S = 0.1
+ASK_S = 1.0
+"""Interval at which `LimitMonitor` reads the store."""
 PATIENCE_S = 900.0
 SAVE_S: Mapping[StopReason | None, float] = {None: 75.0, "user": 20.0, "superseded": 5.0}
 LIMIT_SAVE_S = 120.0
@@ -49,7 +50,7 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "Cannot allocate memo
 
 
 def drive(root: str, job_id: str, number: int, on: str) -> int:
-    """Run the attempt to its end; the command's exit code. 0 at once where the attempt is over, or another one's."""
+    """Run the attempt to its end and return the command's exit code; 0 at once for an attempt that is over."""
     runs = JobStore(root, PATIENCE_S)
     record = runs.attempt(job_id, number)
     if record.ended or record.cancel or runs.attempts(job_id)[-1] != number:
@@ -57,24 +58,23 @@ def drive(root: str, job_id: str, number: int, on: str) -> int:
         return 0
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    fence = Fence(root, job_id, number, _take_start(runs, job_id, number))
+    starts = ("jobs", job_id, f"a{number}", "starts")
+    facts = {"at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    start = len(runs.store.list(*starts)) + 1
+    while not runs.store.create_bytes(json_bytes(facts), *starts, f"{start}.json"):
+        start += 1  # the next free number fences off all earlier drivers of the attempt
+    fence, kind = Fence(root, job_id, number, start), runs.job(job_id).kind
     with tempfile.TemporaryDirectory(prefix="gw-job-") as folder:
         file = Path(folder) / "spec.yaml"
         file.write_bytes(json_bytes(runs.spec(job_id)))
-        command = _command(runs, job_id, file, on)
+        command = [sys.executable, "-u", "-c", COMMAND, kind, str(file), "--target", on]
+        if kind == "exec":
+            command = [str(word) for word in runs.spec(job_id)["argv"]]
         try:
             return _Drive(runs, fence, command, terminated).run()
         except _CannotStart as error:
             runs.end(job_id, number, AttemptEnd(time.time(), NOT_FOUND, None, str(error)))
             return NOT_FOUND
-
-
-def _command(runs: JobStore, job_id: str, file: Path, on: str) -> list[str]:
-    """What the attempt runs: a stage's command on the spec in `file`, or a program of the user's."""
-    kind = runs.job(job_id).kind
-    if kind == "exec":
-        return [str(word) for word in runs.spec(job_id)["argv"]]
-    return [sys.executable, "-u", "-c", COMMAND, kind, str(file), "--target", on]
 
 
 class _CannotStart(Exception):
@@ -100,7 +100,11 @@ class _Drive:
         except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
             raise _CannotStart(f"{command[0]} does not start: {error}") from error
         self._output = OutputReader(runs.store, (*fence.folder, "logs"), fence.start, self._child)
-        self._limits = LimitMonitor(quick, fence, record.job(fence.root, {}).cluster, *_spent_before(runs, fence))
+        attempt = runs.attempt(fence.job_id, fence.attempt)
+        before = runs.attempt(fence.job_id, fence.attempt - 1).heartbeat if fence.attempt > 1 else None
+        spent_s = time.time() - attempt.started_at if attempt.started_at is not None else 0.0
+        spent_usd = before.usd or 0.0 if before is not None else 0.0  # the last heartbeat counted all attempts
+        self._limits = LimitMonitor(quick, fence, record.job(fence.root, {}).cluster, spent_s, spent_usd)
         self._heartbeat = HeartbeatThread(quick, fence, lambda: self._output.progress, self._limits.usd)
         self._heartbeat.note("started", host=socket.gethostname(), pid=os.getpid())
         self._saves = record.kind in SAVES
@@ -108,7 +112,7 @@ class _Drive:
         self._killed = False
 
     def run(self) -> int:
-        """To its end; its exit code."""
+        """Run to the end and return the exit code."""
         while self._child.poll() is None and not self._terminated.is_set() and self._reason is None:
             self._reason = self._limits.reason()
             time.sleep(POLL_INTERVAL_S)
@@ -117,37 +121,30 @@ class _Drive:
         elif self._child.returncode and self._reason is None:
             self._reason = self._limits.look()
         self._limits.close()
-        self._kill_group()  # what it left there; whoever left the group is the guard's
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)  # processes that left the group are the supervisor's
         code = self._child.wait()
         return self._record_end(code if code >= 0 else 128 - code)
 
     def _end(self) -> None:
-        """Have the command end: by a word in the store, by SIGTERM, by SIGKILL."""
+        """End the command: by a request in the store, by SIGTERM, by SIGKILL."""
         if self._reason is None:
             self._heartbeat.leave()
         else:
             self._heartbeat.note("asked-to-end", reason=self._reason)
-            self._pass_on(self._reason)
+            if self._reason in ("deadline", "budget"):  # in a thread: the store may be out of reach
+                ask = (self._fence.job_id, self._fence.attempt, self._reason)
+                threading.Thread(target=self._runs.ask_to_end, args=ask, name="ask-to-end", daemon=True).start()
         if self._saves and self._output.under_way:
-            self._await(SAVE_S.get(self._reason, LIMIT_SAVE_S))
+            self._await_end(SAVE_S.get(self._reason, LIMIT_SAVE_S))
         if self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
-            self._await(TERMINATE_S.get(self._reason, LIMIT_TERMINATE_S))
+            self._await_end(TERMINATE_S.get(self._reason, LIMIT_TERMINATE_S))
         if self._child.poll() is None:
             self._killed = True
 
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL)
-
-    def _pass_on(self, reason: StopReason) -> None:
-        """Tell the workers of a limit, in a thread: the store may be out of reach."""
-        ask = lambda: self._runs.ask_to_end(self._fence.job_id, self._fence.attempt, reason)  # noqa: E731
-        if reason in ("deadline", "budget"):
-            threading.Thread(target=ask, name="pass-on", daemon=True).start()
-
-    def _await(self, timeout_s: float) -> None:
-        """Until the command has ended, the time is over, or somebody more urgent asks."""
+    def _await_end(self, timeout_s: float) -> None:
+        """Wait until the command has ended, for `timeout_s`, or until a more urgent request arrives."""
         end, began_with = time.monotonic() + timeout_s, self._reason
         while self._child.poll() is None and time.monotonic() < end:
             self._reason = self._reason or self._limits.reason()
@@ -156,8 +153,8 @@ class _Drive:
             time.sleep(POLL_INTERVAL_S)
 
     def _record_end(self, code: int) -> int:
-        """How it ended, after everything it printed. Without a reason to stop it and with SIGTERM this is no end of the
-        job: another driver goes on with it."""
+        """Record the end, after all output. SIGTERM without a reason to stop is no end of the job: another driver
+        continues it."""
         goes_on = self._reason == "superseded" or (self._terminated.is_set() and self._reason is None and code != 0)
         patience_s = CLOSE_S if goes_on else PATIENCE_S
         self._output.close(patience_s)
@@ -175,32 +172,8 @@ class _Drive:
         return code
 
 
-def _spent_before(runs: JobStore, fence: Fence) -> tuple[float, float]:
-    """Seconds since the attempt's first start, and dollars of the attempts before: the last one counted all."""
-    started_at = runs.attempt(fence.job_id, fence.attempt).started_at
-    before = runs.attempt(fence.job_id, fence.attempt - 1).heartbeat if fence.attempt > 1 else None
-    usd = before.usd if before is not None else None
-    return time.time() - started_at if started_at is not None else 0.0, usd or 0.0
-
-
-def _take_start(runs: JobStore, job_id: str, number: int) -> int:
-    """The next free number of a start: with it this driver fences off all earlier ones of the attempt."""
-    folder = ("jobs", job_id, f"a{number}", "starts")
-    start = len(runs.store.list(*folder)) + 1
-    facts = {"at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-    while not runs.store.create_bytes(json_bytes(facts), *folder, f"{start}.json"):
-        start += 1
-    return start
-
-
-# Limits of a job, requests to end it, and its replacement by another driver.
-
-
-ASK_S = 1.0
-
-
 class LimitMonitor:
-    """Looks into the store every ASK_S in a thread of its own: limits hold while the store is out of reach."""
+    """Thread that reads the store every ASK_S, so that limits hold while the store is out of reach."""
 
     def __init__(
         self, runs: JobStore, fence: Fence, cluster: ClusterSpec, spent_s: float = 0.0, spent_usd: float = 0.0

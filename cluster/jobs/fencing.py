@@ -14,7 +14,7 @@ from graftwork.errors import RunError, StorageError
 from graftwork.storage.store import Store
 
 ENVIRONMENT = "GRAFTWORK_ATTEMPT"
-"""Tells the command that a driver runs whose attempt it is."""
+"""Variable with the attempt that a driver's command works for."""
 POLL_INTERVAL_S = 2.0
 """Interval at which `FenceMonitor` reads the store."""
 
@@ -27,7 +27,7 @@ class SupersededError(RunError):
 
 @dataclass(frozen=True)
 class Fence:
-    """Cheap to build, to pickle and to send to workers. Its calls raise StorageError."""
+    """Fence of one start of an attempt; cheap to build and to pickle. Its calls raise StorageError."""
 
     root: str
     job_id: str
@@ -37,8 +37,8 @@ class Fence:
     @classmethod
     def from_environment(cls) -> Self | None:
         """The attempt that this process works for; None outside of a job."""
-        told = os.environ.get(ENVIRONMENT)
-        return cls(**json.loads(told)) if told else None
+        value = os.environ.get(ENVIRONMENT)
+        return cls(**json.loads(value)) if value else None
 
     @property
     def folder(self) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class Fence:
 
 
 class FenceMonitor:
-    """Looks into the store in a thread of its own, so that training never waits for it. Ends with its process."""
+    """Thread that reads the store, so that training never waits for it. Ends with its process."""
 
     def __init__(self, fence: Fence) -> None:
         self.fence, self._end = fence, threading.Event()

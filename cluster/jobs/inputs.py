@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftwork.cluster.jobs.models import Finding, JobInput
+from graftwork.cluster.jobs.models import Findings, JobInput, refuse, warn
 from graftwork.config import Spec, SpecT, validate
 from graftwork.errors import ConfigError, StorageError
 from graftwork.storage.local import files_under
@@ -53,7 +53,7 @@ def with_inputs(spec: SpecT, root: str) -> SentSpec:
     found: dict[str, JobInput] = {}
     room = MOST_BYTES
     for where, value in texts_in(tree):
-        path = _local(where, value)
+        path = _local_path(where, value)
         if path is None or value in found or not _exists(path):
             continue
         try:
@@ -72,9 +72,9 @@ def with_inputs(spec: SpecT, root: str) -> SentSpec:
 
     def named(name: Callable[[JobInput], str]) -> Spec:
         def one(where: str, value: str) -> str:
-            return name(found[value]) if value in found and _local(where, value) else value
+            return name(found[value]) if value in found and _local_path(where, value) else value
 
-        return validate(type(spec), _mapped(tree, one), where="the job's spec")
+        return validate(type(spec), _map_texts(tree, one), where="the job's spec")
 
     identity = named(lambda one: f"sha256:{one.sha256}{one.path.suffix}").identity()
     return SentSpec(named(lambda one: store.path(*one.key)), identity, tuple(found.values()))
@@ -96,58 +96,55 @@ def send(store: Store, one: JobInput) -> None:
         )
 
 
-def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) -> Iterator[Finding]:
+def path_findings(spec: Mapping[str, Any], *, shared: bool, here: bool = False) -> Findings:
     """Local paths that are left in a spec, which the job would look for where it runs.
 
     `shared`: the machines there may mount the same disk; `here`: they are this machine.
     """
     for where, value in texts_in(spec):
         key = _key(where)
-        path = _local(where, value) or Path(value)
-        if key in PLACE_KEYS or "://" in value or not _is_path(where, value, path):
+        path = _local_path(where, value) or Path(value)
+        if key in PLACE_KEYS or "://" in value:
             continue
+        if _local_path(where, value) is None and not (("/" in value or path.suffix) and _exists(path)):
+            continue  # no path: neither by its key, nor as the name of a file
         relative = not path.is_absolute()
         if not _exists(path):
             if relative:
-                yield Finding(
-                    "E-PATH-ABSENT",
-                    "error",
+                yield refuse(
+                    "PATH-ABSENT",
                     where,
                     f"{value} does not exist in this folder",
                     "a plain path is a file of this machine, which is copied to the job's store",
                     "correct the path, or name s3://BUCKET/KEY",
                 )
         elif not here and not shared and key in INPUT_KEYS and not _is_weights(path) and _size(path) > MOST_BYTES:
-            yield Finding(
-                "E-PATH-TOO-LARGE",
-                "error",
+            yield refuse(
+                "PATH-TOO-LARGE",
                 where,
                 f"{value} has {_size(path) / GIB:.2f} GiB",
                 "a job copies at most 1 GiB of local files to its store",
                 "copy the file to S3 once and name s3://BUCKET/KEY",
             )
         elif not here and not shared:
-            yield Finding(
-                "E-PATH-LOCAL",
-                "error",
+            yield refuse(
+                "PATH-LOCAL",
                 where,
                 f"{value} is on this machine and is not copied to the store",
                 "pods read the store and their image; a job copies at most 1 GiB of rows and no weights",
                 "copy it to s3://, or file:///PATH where the image or the claim has it",
             )
         elif relative:
-            yield Finding(
-                "E-PATH-RELATIVE",
-                "error",
+            yield refuse(
+                "PATH-RELATIVE",
                 where,
                 f"{value} is relative to this folder",
                 "the driver runs in a folder of its own",
                 f"{path.resolve()}, or s3://",
             )
         elif not here:
-            yield Finding(
-                "W-PATH-LOCAL",
-                "warning",
+            yield warn(
+                "PATH-LOCAL",
                 where,
                 f"{value} is on this machine",
                 "the cluster sees it only where it mounts the same disk",
@@ -167,13 +164,13 @@ def texts_in(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
             yield from texts_in(inner, f"{where}[{number}]")
 
 
-def _mapped(tree: Any, change: Callable[[str, str], str], where: str = "") -> Any:
+def _map_texts(tree: Any, change: Callable[[str, str], str], where: str = "") -> Any:
     if isinstance(tree, str):
         return change(where, tree)
     if isinstance(tree, Mapping):
-        return {key: _mapped(one, change, f"{where}.{key}" if where else str(key)) for key, one in tree.items()}
+        return {key: _map_texts(one, change, f"{where}.{key}" if where else str(key)) for key, one in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_mapped(one, change, f"{where}[{number}]") for number, one in enumerate(tree)]
+        return [_map_texts(one, change, f"{where}[{number}]") for number, one in enumerate(tree)]
     return tree
 
 
@@ -187,19 +184,12 @@ def _key(where: str) -> str:
     return parts[-1]
 
 
-def _local(where: str, value: str) -> Path | None:
+def _local_path(where: str, value: str) -> Path | None:
     """The path of a key that names a file to read; None for other keys, URIs and texts that are no path."""
     inline = value.lstrip().startswith(("{", "[")) or "\n" in value
     if _key(where) not in INPUT_KEYS or "://" in value or inline or "\0" in value or not value:
         return None
     return Path(value).expanduser()
-
-
-def _is_path(where: str, value: str, path: Path) -> bool:
-    """Return whether a value is a path: by its key, or because a file of that name exists."""
-    if _local(where, value) is not None:
-        return True
-    return bool("/" in value or path.suffix) and _exists(path)
 
 
 def _exists(path: Path) -> bool:

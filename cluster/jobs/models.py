@@ -1,8 +1,7 @@
 """Jobs: their data, and the protocols of a backend (plan, submit, status, logs, cancel, list, wait) and of a target.
 
 A job is a stage's resolved spec, run by `graftwork.cluster.jobs.driver` where the work is. Its record is in the run
-store
-(`cluster/jobs/store.py`) and outlives the cluster; a place is asked only for what it alone knows.
+store (`cluster/jobs/store.py`) and outlives the cluster; a place is asked only for what it alone knows.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 
 
 class ExecSpec(Spec):
-    """Runs `argv` where the work is, with a job's log, limits and fence. Its environment names the job (fence.py)."""
+    """Runs `argv` where the work is, with a job's log, limits and fence. Its environment names the job (fencing.py)."""
 
     kind: Literal["exec"] = "exec"
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -165,6 +164,19 @@ class Finding:
     problem: str
     rule: str = ""
     hint: str = ""
+
+
+Findings = Iterator[Finding]
+
+
+def refuse(code: str, where: str, problem: str, rule: str, hint: str) -> Finding:
+    """Return an error, which keeps the job from being submitted. `code` without its `E-`."""
+    return Finding(f"E-{code}", "error", where, problem, rule, hint)
+
+
+def warn(code: str, where: str, problem: str, rule: str, hint: str) -> Finding:
+    """Return a warning, with which the job goes on. `code` without its `W-`."""
+    return Finding(f"W-{code}", "warning", where, problem, rule, hint)
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,13 @@ def shipped(files: Sequence[Path] = ()) -> Iterator[Path]:
 
 
 def copy_package(target: Path) -> None:
-    """Copy the package that this process runs, wherever its four folders lie."""
+    """Copy the package that this process runs, wherever its four folders are."""
     source = Path(graftwork.__file__).parent
-    shutil.copytree(source, target, ignore=lambda at, names: {*_LEFT_OUT(at, names), *_linked(at, source)})
+
+    def ignored(at: str, names: list[str]) -> set[str]:
+        return {*_LEFT_OUT(at, names), *(LINKED if Path(at) == source else ())}
+
+    shutil.copytree(source, target, ignore=ignored)
     for name in LINKED:
         found = next(Path(part) / name for part in graftwork.__path__ if (Path(part) / name).is_dir())
         shutil.copytree(found.resolve(), target / name, ignore=_LEFT_OUT)
@@ -55,18 +59,12 @@ def relative(file: Path) -> Path:
     try:
         return Path(os.path.relpath(file)) if ".." not in Path(os.path.relpath(file)).parts else Path(file.name)
     except ValueError:  # another drive
-        raise ConfigError(f"file {file}", "it lies on another drive", "shipped files lie under this folder") from None
+        raise ConfigError(f"file {file}", "it is on another drive", "shipped files are under this folder") from None
 
 
-def _linked(at: str, source: Path) -> set[str]:
-    return set(LINKED) if Path(at) == source else set()
-
-
-# `python -m graftwork.cluster.jobs.packaging WHEEL_URI FOLDER`: lay this code out in a pod, before Ray starts there.
+# `python -m graftwork.cluster.jobs.packaging unpack WHEEL_URI FOLDER`: put this code into a pod, before Ray starts.
 #
-# The wheel's name says its content (cluster/jobs/packaging.py): what was fetched is held against it. No pip, no
-# index, no network
-# beyond the store.
+# The wheel's name has the hash of its content, which is checked. No pip, no index, no network beyond the store.
 
 
 PATIENCE_S = 120.0
@@ -74,13 +72,13 @@ _DIGEST = re.compile(r"\+([0-9a-f]{12})-py3-none-any\.whl$")
 
 
 def unpack(uri: str, folder: Path) -> None:
-    """Fetch the wheel and lay its files out in `folder`. Raises StorageError for bytes that its name does not tell."""
+    """Fetch the wheel and lay its files out in `folder`. Raises StorageError where its content has another hash."""
     root, _, name = uri.rpartition("/")
     data = Store(root, PATIENCE_S).read_bytes(name)
     with zipfile.ZipFile(io.BytesIO(data)) as wheel:
         files = {entry: wheel.read(entry) for entry in wheel.namelist() if ".dist-info/" not in entry}
-        found, told = content_digest(files), _DIGEST.search(name)
-        if told is None or told[1] != found:
+        found, named = content_digest(files), _DIGEST.search(name)
+        if named is None or named[1] != found:
             raise StorageError(
                 f"wheel {uri}",
                 f"its content is {found}",
@@ -112,19 +110,19 @@ def build_wheel() -> tuple[str, bytes]:
 
 
 def wheel_uri(store: Store) -> str:
-    """Where the wheel of this code lies, or would: `<root>/code/<name>`."""
-    return store.path(CODE, _built()[0])
+    """Return the URI of this code's wheel in a store: `<root>/code/<name>`."""
+    return store.path(CODE, _build_once()[0])
 
 
 def publish_wheel(store: Store) -> str:
-    """Put the wheel of this code there, once: its name says its content. Its URI. Raises StorageError."""
-    name, wheel = _built()
+    """Put the wheel of this code into a store, once, and return its URI. Raises StorageError."""
+    name, wheel = _build_once()
     store.create_bytes(wheel, CODE, name)
     return store.path(CODE, name)
 
 
 @functools.cache
-def _built() -> tuple[str, bytes]:
+def _build_once() -> tuple[str, bytes]:
     return build_wheel()
 
 
@@ -137,12 +135,11 @@ def content_digest(files: Mapping[str, bytes]) -> str:
 
 
 def _record(files: dict[str, bytes], info: str) -> bytes:
-    rows = [f"{path},sha256={_hash(files[path])},{len(files[path])}" for path in sorted(files)]
+    hashes = {
+        path: base64.urlsafe_b64encode(hashlib.sha256(files[path]).digest()).rstrip(b"=").decode() for path in files
+    }
+    rows = [f"{path},sha256={hashes[path]},{len(files[path])}" for path in sorted(files)]
     return "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
-
-
-def _hash(data: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
 def zipped(files: dict[str, bytes]) -> bytes:

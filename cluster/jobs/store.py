@@ -1,4 +1,4 @@
-"""Records of a job in its store: spec, attempts, drivers, heartbeat, log and end.
+"""Records of a job in its store (spec, attempts, drivers, heartbeat, log, end), and the state derived from them.
 
 Everything here outlives the cluster. Written by clients (`job.json`, `attempts/`, `cancel.json`) and by the driver (the
 rest), each key whole, on a disk and on S3 alike:
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
-from graftwork.cluster.jobs.models import Attempt, Demand, Job
+from graftwork.cluster.jobs.models import Attempt, Demand, Job, JobState, ObservedState
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import ConfigError
 from graftwork.storage.store import Store, json_bytes
@@ -37,7 +37,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 SAVES = frozenset({"train"})
-"""Kinds that make a checkpoint and go when the store tells them to (fence.py)."""
+"""Kinds that make a checkpoint and go when the store asks them to (fencing.py)."""
 
 StopReason = Literal["user", "deadline", "budget", "pending", "superseded"]
 
@@ -131,7 +131,7 @@ class JobStore:
         self.store = Store(root, patience_s)
 
     def record(self, job: Job, on: str) -> JobRecord:
-        """Write down what is asked, once; returns the record that stands."""
+        """Create the record of a job once, and return the record in the store."""
         key = ("jobs", job.job_id)
         dump = job.cluster.model_dump(mode="json")
         new = JobRecord(job.job_id, job.name, job.kind, job.digest, on, time.time(), dump, asdict(job.demand))
@@ -161,7 +161,7 @@ class JobStore:
         return self.of_many(self.job, self.job_ids())
 
     def of_many(self, ask: Callable[[A], B], items: Sequence[A]) -> list[B]:
-        """Each in turn on a disk; on S3, where a round trip is what it costs, many at once."""
+        """Call `ask` for each item: in turn on a disk; many at once on S3, where a round trip is the cost."""
         if self.store.is_local or len(items) < 2:
             return [ask(item) for item in items]
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="jobs") as pool:
@@ -182,16 +182,16 @@ class JobStore:
         return sorted(int(name.removesuffix(".json")) for name in names)
 
     def open_attempt(self, job_id: str, number: int) -> bool:
-        """Of all who call it, one gets True. An attempt above another one fences that one off."""
+        """Create an attempt; True for one of all callers. A later attempt fences off the earlier ones."""
         record = json_bytes({"number": number, "submitted_at": time.time()})
         return self.store.create_bytes(record, "jobs", job_id, "attempts", f"{number}.json")
 
     def attempt(self, job_id: str, number: int) -> AttemptRecord:
-        """All that is known of an attempt."""
+        """Return the record of an attempt."""
         return self._attempt(job_id, number, self.store.ages("jobs", job_id), time.time())
 
     def latest(self, job_id: str) -> AttemptRecord:
-        """All that is known of its latest attempt, in one listing and one or two reads. Number 0 before the first."""
+        """Return the record of the latest attempt, in one listing and one or two reads. Number 0 before the first."""
         ages, now = self.store.ages("jobs", job_id), time.time()
         numbers = [int(key[1].removesuffix(".json")) for key in ages if key[0] == "attempts"]
         if not numbers:  # its client was killed before it opened one
@@ -206,8 +206,8 @@ class JobStore:
 
         starts = sorted(age for key, age in ages.items() if key[:2] == (here, "starts"))
         cancel, ended = read("cancel.json"), read("ended.json")
-        told = read("heartbeat.json")
-        beat = Heartbeat(**told) if told is not None else None
+        given = read("heartbeat.json")
+        beat = Heartbeat(**given) if given is not None else None
         heard = [age for age in (ages.get((here, "heartbeat.json")), *starts[:1]) if age is not None]
         off = beat.at - (now - ages[here, "heartbeat.json"]) if beat is not None else 0.0
         return AttemptRecord(
@@ -222,7 +222,7 @@ class JobStore:
         )
 
     def logs(self, job_id: str, number: int, shown: dict[str, int] | None = None) -> Iterator[str]:
-        """What it printed and is not yet shown, in order. `shown` is how many bytes of each piece are, and is kept."""
+        """Yield the output that is not yet shown, in order. Updates `shown`, the bytes shown of each piece."""
         shown = {} if shown is None else shown
         folder = ("jobs", job_id, f"a{number}", "logs")
         for name, size in sorted(self.store.children(*folder).items()):
@@ -232,32 +232,180 @@ class JobStore:
                 shown[name] = len(data)
 
     def note(self, job_id: str, number: int, what: str, **facts: Any) -> None:
-        """Keep an event."""
+        """Write an event."""
         at = time.time()
         key = ("jobs", job_id, f"a{number}", "events", f"{round(at * 1000):015d}-{what}.json")
         self.store.write_json({"at": at, "what": what, "facts": facts}, *key)
 
     def events(self, job_id: str, number: int) -> list[Event]:
-        """What happened to an attempt, in order."""
+        """Return the events of an attempt, in order."""
         folder = ("jobs", job_id, f"a{number}", "events")
         return [Event(**self.store.read_json(*folder, name)) for name in self.store.list(*folder)]
 
     def ask_to_end(self, job_id: str, number: int, reason: StopReason) -> None:
-        """The driver sees it within two seconds; the first reason stays."""
+        """Request the end of an attempt; its driver reads the request within two seconds. The first reason stays."""
         asked = json_bytes({"at": time.time(), "reason": reason})
         self.store.create_bytes(asked, "jobs", job_id, f"a{number}", "cancel.json")
 
     def cancel_reason(self, job_id: str, number: int) -> StopReason | None:
-        """Why it is asked to end; None where it is not."""
+        """Return the reason of a requested end; None without a request."""
         asked = self.store.find_bytes("jobs", job_id, f"a{number}", "cancel.json")
         reason: StopReason | None = json.loads(asked)["reason"] if asked is not None else None
         return reason
 
     def end(self, job_id: str, number: int, ended: AttemptEnd) -> None:
-        """How it ended, written by whoever knows first; what stands stays."""
+        """Record the end of an attempt. The first record stays."""
         self.store.create_bytes(json_bytes(asdict(ended)), "jobs", job_id, f"a{number}", "ended.json")
 
 
 def attempt_of(store: JobStore, job_id: str, number: int) -> Attempt:
     """The attempt with its job, as it was recorded."""
     return Attempt(store.job(job_id).job(store.store.uri, store.spec(job_id)), number)
+
+
+ARRIVES_S = 120.0
+"""An attempt that its place does not show so long after its submission never arrived there."""
+CLOCK_OFF_S = 15.0
+"""A clock that is further off is said, since the times that its machine writes into logs are."""
+COMES_UP = frozenset({"New", "Initializing", "Waiting", "Retrying"})
+"""Of KubeRay: the cluster is made, also again; `jobStatus` may still be the former one's."""
+HELD_BACK = frozenset({"Suspending", "Suspended"})
+SERVES = "Serving"
+"""Ours, of an endpoint: it has no driver that could be heard."""
+OVER = frozenset({"Complete", "Failed", "ValidationFailed"})
+HEAD_GONE = "Failed to connect to GCS within"
+"""The last words of a process whose Ray lost its head (Ray 2.60, rpc_client.h)."""
+
+Cause = Literal["", "lost", "preempted", "oom", "failed"]
+"""What a retry is for, in the words of `retry.on`; empty where nothing is to be retried."""
+
+
+@dataclass(frozen=True)
+class DerivedState:
+    """A state and what it was judged by, for people."""
+
+    state: JobState
+    why: str
+    cause: Cause = ""
+
+
+def derive_state(record: AttemptRecord, seen: ObservedState | None, now: float) -> DerivedState:
+    """The state of an attempt. `seen` is None where its place does not know it; `now` by the reader's clock."""
+    if record.ended is not None:
+        return _end_state(record)
+    if seen is None:
+        return _unseen_state(record, now)
+    if seen.deployment_status in HELD_BACK:
+        state: JobState = "suspended" if record.started_at is not None else "queued"
+        return DerivedState(state, f"its place holds it back{_stop_note(record)}{_reason_note(seen)}")
+    if seen.deployment_status in COMES_UP:
+        again = " again" if record.started_at is not None else ""
+        why = f"its cluster comes up{again}{_stop_note(record)}{_reason_note(seen)}"
+        return _heartbeat_state(record) or DerivedState("pending", why)
+    if seen.deployment_status == SERVES:
+        return DerivedState("running", f"it serves{_stop_note(record)}{_reason_note(seen)}")
+    if seen.job_status == "SUCCEEDED":
+        return DerivedState("succeeded", "its place says so; the driver's own word is missing")
+    if seen.deployment_status in OVER or seen.job_status in ("FAILED", "STOPPED"):
+        return _target_end_state(record, seen)
+    if record.silent_s is None:
+        return DerivedState("pending", f"it waits for its driver{_stop_note(record)}{_reason_note(seen)}")
+    return _heartbeat_state(record) or _lost_state(
+        record, f"its driver was last heard {record.silent_s:.0f} s ago{_reason_note(seen)}"
+    )
+
+
+def _end_state(record: AttemptRecord) -> DerivedState:
+    ended = record.ended
+    assert ended is not None
+    if ended.reason == "user":
+        return DerivedState("cancelled", f"cancelled by a person{_message_note(ended.message)}")
+    if ended.reason is not None:
+        return DerivedState("stopped", f"stopped by its limit: {ended.reason}{_message_note(ended.message)}")
+    if ended.exit_code == 0:
+        return DerivedState("succeeded", "exit code 0")
+    if ended.out_of_memory:
+        return DerivedState(
+            "failed", f"out of memory, exit code {ended.exit_code}{_message_note(ended.message)}", "oom"
+        )
+    if HEAD_GONE in ended.message:
+        return DerivedState("failed", f"the head of its Ray died under it{_message_note(ended.message)}", "lost")
+    return DerivedState("failed", ended.message or f"exit code {ended.exit_code}", "failed")
+
+
+def _unseen_state(record: AttemptRecord, now: float) -> DerivedState:
+    heard = _heartbeat_state(record)
+    if heard is not None:
+        return DerivedState("running", f"{heard.why}{_host_note(record)}, though its place does not show it")
+    if record.cancel is not None:
+        return _cancelled_state(record)
+    if record.silent_s is not None:
+        heard_at = f"its driver was last heard {record.silent_s:.0f} s ago{_host_note(record)}"
+        return _lost_state(record, f"{heard_at}, and its place does not know it")
+    waited_s = now - record.submitted_at
+    if waited_s <= ARRIVES_S:
+        return DerivedState("submitted", "recorded; its place does not show it yet")
+    return DerivedState("lost", f"submitted {waited_s:.0f} s ago, and its place does not know it", "lost")
+
+
+def _host_note(record: AttemptRecord) -> str:
+    """Machine of the driver. Other machines see only the heartbeat of a job that runs with `--target local`."""
+    return f" on {record.heartbeat.host}" if record.heartbeat is not None else ""
+
+
+def _target_end_state(record: AttemptRecord, seen: ObservedState) -> DerivedState:
+    """The driver writes its own end before its place can know of one: without it, it died."""
+    if record.cancel is not None:
+        return _cancelled_state(record)
+    if seen.job_status == "STOPPED":
+        return DerivedState("cancelled", f"stopped by hand in its place{_reason_note(seen)}")
+    if seen.reason.endswith("DeadlineExceeded"):
+        return DerivedState("stopped", f"stopped by its place{_reason_note(seen)}")
+    if record.silent_s is not None:
+        return _lost_state(record, f"its driver died without a word{_reason_note(seen)}")
+    return DerivedState(
+        "failed", f"its place says {seen.deployment_status or seen.job_status}{_reason_note(seen)}", "failed"
+    )
+
+
+def _heartbeat_state(record: AttemptRecord) -> DerivedState | None:
+    """Running, where its driver was heard of late."""
+    if record.silent_s is None or record.silent_s > SILENT_S:
+        return None
+    what = "was heard" if record.heartbeat is not None else "started"
+    leaving = "; its machine is being taken away" if record.heartbeat and record.heartbeat.leaving else ""
+    return DerivedState(
+        "running", f"its driver {what} {record.silent_s:.0f} s ago{leaving}{_stop_note(record)}{_clock_note(record)}"
+    )
+
+
+def _lost_state(record: AttemptRecord, why: str) -> DerivedState:
+    if record.heartbeat is not None and record.heartbeat.leaving:
+        return DerivedState("lost", f"{why}; its machine was taken away", "preempted")
+    return DerivedState("lost", f"{why}{_clock_note(record)}", "lost")
+
+
+def _cancelled_state(record: AttemptRecord) -> DerivedState:
+    if record.cancel == "user":
+        return DerivedState("cancelled", "cancelled by a person")
+    return DerivedState("stopped", f"stopped by its limit: {record.cancel}")
+
+
+def _stop_note(record: AttemptRecord) -> str:
+    return f"; asked to end: {record.cancel}" if record.cancel else ""
+
+
+def _clock_note(record: AttemptRecord) -> str:
+    off_s = record.clock_off_s
+    if abs(off_s) <= CLOCK_OFF_S:
+        return ""
+    return f"; the clock of its machine is {abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} this one"
+
+
+def _message_note(message: str) -> str:
+    return f": {message}" if message else ""
+
+
+def _reason_note(seen: ObservedState) -> str:
+    said = ": ".join(part for part in (seen.reason, seen.message.strip()) if part)
+    return f" ({said})" if said else ""

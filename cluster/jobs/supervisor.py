@@ -23,16 +23,16 @@ GONE_S = 5.0
 def run_supervised(drive: Callable[[], int]) -> int:
     """Run the driver in a fork, then end everything below it. Its exit code, or 128 and the signal that ended it.
 
-    Call it before there is a thread. SIGTERM and SIGINT are passed on. Orphans become children of the guard (Linux), so
-    that one which left its session or its parents is found too.
+    Call it before there is a thread. SIGTERM and SIGINT are passed on. Orphans become children of the supervisor
+    (Linux), so that it finds those that left their session or their parents too.
     """
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    guard = os.getpid()
+    supervisor = os.getpid()
     driver = os.fork()
     if driver == 0:
         _prctl(PR_SET_CHILD_SUBREAPER, 0)
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != guard:  # it went before the kernel was told
+        if os.getppid() != supervisor:  # it ended before the kernel had the signal
             os._exit(1)
         sys.exit(drive())
 
@@ -42,15 +42,18 @@ def run_supervised(drive: Callable[[], int]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
-    code = _wait_for(driver)
+    pid = 0
+    while pid != driver:  # orphans that end meanwhile are taken off the process table
+        pid, status = os.wait()
     end_all(lambda: psutil.Process().children(recursive=True))
-    return code
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
 
 
 def end_all(find: Callable[[], list[psutil.Process]], within_s: float = GONE_S) -> list[psutil.Process]:
     """Kill what `find` finds until it finds nothing more; what is left after the time."""
     end = time.monotonic() + within_s
-    while (left := [process for process in find() if _lives(process)]) and time.monotonic() < end:
+    while (left := [process for process in find() if _is_alive(process)]) and time.monotonic() < end:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -58,16 +61,7 @@ def end_all(find: Callable[[], list[psutil.Process]], within_s: float = GONE_S) 
     return left
 
 
-def _wait_for(driver: int) -> int:
-    """Wait for the driver; orphans that end meanwhile are taken off the process table."""
-    while True:
-        pid, status = os.wait()
-        if pid == driver:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
-
-
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -8,14 +8,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote
 
 import yaml
 
-from graftwork.cluster.kuberay.object_view import dig, listed
+from graftwork.cluster.jobs.models import Finding, warn
+from graftwork.cluster.kuberay.object_view import KubeView, dig, listed
 from graftwork.cluster.kuberay.objects import JOB_LABEL
 from graftwork.errors import ClusterError, ConfigError
 
@@ -25,6 +26,10 @@ PATIENCE_S = 6.0
 """How long a call is tried again where the server is overloaded, failing or not heard."""
 FIRST_PAUSE_S = 0.25
 BUSY = frozenset({429, 500, 502, 503, 504})
+HELM = (
+    "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0 --values k8s/operator-values.yaml "
+    "--namespace kuberay-system --create-namespace"
+)
 PAGE = 500
 """Objects of one answer to a listing."""
 Method = Literal["GET", "POST", "PUT", "DELETE"]
@@ -53,10 +58,10 @@ class KubeNamespace:
 
 @dataclass(frozen=True)
 class ApiResponse:
-    """What the server said. `body` is an object, a list or a Status."""
+    """Answer of the server. `body` is an object, a list or a Status."""
 
     code: int
-    body: Mapping[str, Any]
+    body: KubeView
     text: str = ""
 
     @property
@@ -75,7 +80,7 @@ class ApiResponse:
 
     @property
     def message(self) -> str:
-        """The server's own words."""
+        """Return the message of the server."""
         return str(self.body.get("message") or self.text).strip()[:1000]
 
 
@@ -88,35 +93,47 @@ class KubeApi:
         self._client: Any = None
 
     def ask(
-        self, method: Method, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
+        self, method: Method, path: str, body: KubeView | None = None, query: Mapping[str, str] | None = None
     ) -> ApiResponse:
         """One call, tried again for PATIENCE_S where the server is busy or silent. Any other answer is the caller's."""
         began, pause = time.monotonic(), FIRST_PAUSE_S
         while True:
-            answer, wait_s, failure = self._once(method, path, body, query)
+            answer, wait_s, failure = self._ask_once(method, path, body, query)
             if answer is not None and answer.code not in BUSY:
                 if answer.code == 401:
-                    raise unwelcome(self.on, answer.message)
+                    raise self._error(
+                        f"the API server does not take the context's credentials (401 {_shorten(answer.message)})",
+                        "a certificate or token expires; a machine whose clock is off is refused too",
+                        "log in to the cluster again, or fetch its kubeconfig again; then `kubectl auth whoami`",
+                    )
                 return answer
-            pause_s = max(pause, wait_s)
-            if time.monotonic() - began + pause_s > PATIENCE_S:
-                if answer is not None:
-                    raise busy(self.on, answer.code, answer.message, time.monotonic() - began)
-                raise unreachable(self.on, self._server(), failure)
+            pause_s, took_s = max(pause, wait_s), time.monotonic() - began
+            if took_s + pause_s > PATIENCE_S and answer is not None:
+                raise self._error(
+                    f"the API server answers {answer.code} for {took_s:.0f} s ({_shorten(answer.message)})",
+                    "calls are tried again while it is overloaded or failing",
+                    "try again in a while; look at the API server",
+                )
+            if took_s + pause_s > PATIENCE_S:
+                raise self._error(
+                    f"the API server at {self._server()} does not answer ({_shorten(failure)})",
+                    "the context's server must be reachable from here",
+                    "check the network, the VPN, and `kubectl version`",
+                )
             time.sleep(pause_s)
             pause *= 2
 
-    def get(self, path: str) -> Mapping[str, Any] | None:
+    def get(self, path: str) -> KubeView | None:
         """An object; None where it is absent. Raises ClusterError for anything else."""
         answer = self.ask("GET", path)
         if answer.absent:
             return None
         return self.required(answer, f"read {path}")
 
-    def list(self, path: str, selector: str = "") -> list[Mapping[str, Any]]:
+    def list(self, path: str, selector: str = "") -> list[KubeView]:
         """All objects of a kind that bear the labels, in as few answers as the server gives."""
         query = {"limit": str(PAGE), **({"labelSelector": selector} if selector else {})}
-        found: list[Mapping[str, Any]] = []
+        found: list[KubeView] = []
         while True:
             page = self.required(self.ask("GET", path, query=query), f"list {path}")
             found += page.get("items", [])
@@ -125,21 +142,36 @@ class KubeApi:
                 return found
             query["continue"] = token
 
-    def required(self, answer: ApiResponse, asked: str) -> Mapping[str, Any]:
+    def required(self, answer: ApiResponse, asked: str) -> KubeView:
         """The body of a good answer. Raises ClusterError that says what a bad one means."""
         if answer.ok:
             return answer.body
+        said, rule = _shorten(answer.message), missing_rule(answer.message)
+        if answer.code == 403 and rule is None:
+            hint = "ask who runs the cluster; `graftwork doctor` shows quotas and queues"
+            raise self._error(f"the API server refuses it (403 {said})", "", hint)
         if answer.code == 403:
-            raise forbidden(self.on, answer.message)
+            raise self._error(
+                f"RBAC does not allow it ({said})",
+                "the user of the context needs the rule",
+                f"add to its Role: {rule}; k8s/base/accounts.yaml has all that are needed",
+            )
         if answer.unserved:
-            raise unserved(self.on, asked)
-        raise other_error(self.on, asked, answer.code, answer.message)
+            problem = f"{asked}: the cluster does not know this kind"
+            raise self._error(problem, "KubeRay v1.7 or newer is installed there", HELM)
+        hint = "graftwork doctor --target ... looks further"
+        raise self._error(f"{asked}: the API server says {answer.code} ({said})", "", hint)
 
-    def _once(
-        self, method: Method, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None
+    def _error(self, problem: str, rule: str, hint: str) -> ClusterError:
+        return ClusterError(f"--target {self.on}", problem, rule, hint)
+
+    def _ask_once(
+        self, method: Method, path: str, body: KubeView | None, query: Mapping[str, str] | None
     ) -> tuple[ApiResponse | None, float, str]:
-        """The answer, or what failed; and how long the server asks us to wait."""
-        client = self._opened()
+        """Return the answer, the seconds to wait before the next call, and the failure if there is no answer."""
+        if self._client is None:
+            self._client = open_context(self.on, self.place.context)
+        client = self._client
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -160,28 +192,36 @@ class KubeApi:
             return _answer(got.status, got.data), 0.0, ""
         except ApiException as error:
             if not error.status:
-                raise untrusted(self.on, self._server(), str(error.reason)) from None
+                why = str(error.reason)
+                raise self._error(
+                    f"no trusted connection to {self._server()} ({_shorten(why)})",
+                    "the server's certificate is valid now and signed by the context's certificate-authority",
+                    "the server's certificate has expired, or this machine's clock is wrong: renew it, or run `date`"
+                    if "expired" in why
+                    else "fetch the kubeconfig again from the cluster's provider",
+                ) from None
             wait = (error.headers or {}).get("Retry-After", "0")
             return _answer(error.status, error.body or ""), float(wait) if wait.isdigit() else 0.0, ""
         except HTTPError as error:
             return None, 0.0, str(error)
 
-    def _opened(self) -> Any:
-        if self._client is None:
-            self._client = open_context(self.on, self.place.context)
-        return self._client
-
     def _server(self) -> str:
-        return str(self._opened().configuration.host)
+        return str(self._client.configuration.host)
 
 
 def open_context(on: str, context: str) -> Any:
     """The `ApiClient` of a context of the kubeconfig. Raises ClusterError with the contexts that there are."""
+    subject = f"--target {on}"
     try:
         from kubernetes import client, config
         from kubernetes.config.config_exception import ConfigException
     except ImportError:
-        raise no_extra(on) from None
+        raise ClusterError(
+            subject,
+            "the package `kubernetes` is not installed here",
+            "it is the extra `k8s`",
+            "pip install 'kubernetes>=35,<37' 'kubernetes-validate>=1.34'",
+        ) from None
     settings = client.Configuration()
     file = os.environ.get("KUBECONFIG") or "~/.kube/config"  # `kubernetes` would keep that of its import
     names: list[str] = []
@@ -190,9 +230,19 @@ def open_context(on: str, context: str) -> Any:
         if context in names:
             config.load_kube_config(file, context, settings)
     except (ConfigException, OSError, yaml.YAMLError, TypeError, AttributeError) as error:  # of a file of another form
-        raise no_kubeconfig(on, f"{file}: {error}") from None
+        raise ClusterError(
+            subject,
+            f"there is no usable kubeconfig ({file}: {str(error).strip()})",
+            "clusters are found in $KUBECONFIG, else in ~/.kube/config",
+            "set KUBECONFIG to the cluster's file",
+        ) from None
     if context not in names:
-        raise no_context(on, context, names)
+        raise ClusterError(
+            subject,
+            f"the kubeconfig has no context {context!r}; it has {', '.join(sorted(names)) or 'none'}",
+            "k8s:CONTEXT/NAMESPACE",
+            "take one of these, or set KUBECONFIG to another file",
+        )
     settings.retries = False  # ours are in `ask`; urllib3's would triple the time limits
     return client.ApiClient(settings)
 
@@ -218,9 +268,6 @@ def cluster_path(group: str, version: str, plural: str, name: str = "") -> str:
     return f"{root}/{plural}" + (f"/{quote(name, safe='')}" if name else "")
 
 
-# Errors of the API server, explained: subject, rule and next step. Exit code 3.
-
-
 FORBIDDEN = re.compile(
     r'cannot (?P<verb>\w+) resource "(?P<resource>[^"]+)" in API group "(?P<group>[^"]*)"(?P<where>.*)', re.DOTALL
 )
@@ -233,123 +280,25 @@ def rule_yaml(verb: str, resource: str, group: str) -> str:
 
 
 def missing_rule(message: str) -> str | None:
-    """The RBAC rule that a refusal asks for; None where it is no refusal by RBAC."""
+    """Return the RBAC rule that a refusal names as missing; None for another refusal."""
     found = FORBIDDEN.search(message)
     return rule_yaml(found["verb"], found["resource"], found["group"]) if found else None
 
 
-def no_extra(on: str) -> ClusterError:
-    """The client's package is not installed."""
-    return ClusterError(
-        f"--target {on}",
-        "the package `kubernetes` is not installed here",
-        "it is the extra `k8s`",
-        "pip install 'kubernetes>=35,<37' 'kubernetes-validate>=1.34'",
+def unchecked(on: str, what: str, answer: ApiResponse) -> Finding:
+    """A warning that something could not be looked at, and what it would take."""
+    rule = missing_rule(answer.message) if answer.code == 403 else None
+    why = "this API server has no such kind" if answer.unserved else f"{answer.code} {answer.message[:200]}"
+    return warn(
+        "NOT-CHECKED",
+        on,
+        f"not checked: {what} ({why})",
+        "a check needs the right to read its objects",
+        f"add this rule to a Role of the namespace: {rule}" if rule else "check it with kubectl",
     )
 
 
-def no_kubeconfig(on: str, why: str) -> ClusterError:
-    """No kubeconfig, or one that cannot be read."""
-    return ClusterError(
-        f"--target {on}",
-        f"there is no usable kubeconfig ({why.strip()})",
-        "clusters are found in $KUBECONFIG, else in ~/.kube/config",
-        "set KUBECONFIG to the cluster's file",
-    )
-
-
-def no_context(on: str, context: str, names: Sequence[str]) -> ClusterError:
-    """The kubeconfig has no such context."""
-    return ClusterError(
-        f"--target {on}",
-        f"the kubeconfig has no context {context!r}; it has {', '.join(sorted(names)) or 'none'}",
-        "k8s:CONTEXT/NAMESPACE",
-        "take one of these, or set KUBECONFIG to another file",
-    )
-
-
-def unreachable(on: str, server: str, why: str) -> ClusterError:
-    """Nobody answers."""
-    return ClusterError(
-        f"--target {on}",
-        f"the API server at {server} does not answer ({_short(why)})",
-        "the context's server must be reachable from here",
-        "check the network, the VPN, and `kubectl version`",
-    )
-
-
-def untrusted(on: str, server: str, why: str) -> ClusterError:
-    """TLS failed: an expired or foreign certificate."""
-    expired = "expired" in why
-    return ClusterError(
-        f"--target {on}",
-        f"no trusted connection to {server} ({_short(why)})",
-        "the server's certificate is valid now and signed by the context's certificate-authority",
-        "the server's certificate has expired, or this machine's clock is wrong: renew it, or run `date`"
-        if expired
-        else "fetch the kubeconfig anew from the cluster's provider",
-    )
-
-
-def unwelcome(on: str, message: str) -> ClusterError:
-    """401: it does not know who we are."""
-    return ClusterError(
-        f"--target {on}",
-        f"the API server does not take the context's credentials (401 {_short(message)})",
-        "a certificate or token expires; a machine whose clock is off is refused too",
-        "log in to the cluster again, or fetch its kubeconfig anew; then `kubectl auth whoami`",
-    )
-
-
-def forbidden(on: str, message: str) -> ClusterError:
-    """403 by RBAC, by a quota or by an admission rule."""
-    rule = missing_rule(message)
-    if rule is None:
-        return ClusterError(
-            f"--target {on}",
-            f"the API server refuses it (403 {_short(message)})",
-            "",
-            "ask who runs the cluster; `graftwork doctor` shows quotas and queues",
-        )
-    return ClusterError(
-        f"--target {on}",
-        f"RBAC does not allow it ({_short(message)})",
-        "the user of the context needs the rule",
-        f"add to its Role: {rule}; k8s/base/rbac.yaml has all that are needed",
-    )
-
-
-def unserved(on: str, asked: str) -> ClusterError:
-    """404 for a kind: its CRD is absent."""
-    return ClusterError(
-        f"--target {on}",
-        f"{asked}: the cluster does not know this kind",
-        "KubeRay v1.7 or newer is installed there",
-        "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0, with our k8s/kuberay-values.yaml",
-    )
-
-
-def busy(on: str, code: int, message: str, seconds: float) -> ClusterError:
-    """429 or 5xx for longer than we tried."""
-    return ClusterError(
-        f"--target {on}",
-        f"the API server answers {code} for {seconds:.0f} s ({_short(message)})",
-        "calls are tried again while it is overloaded or failing",
-        "try again in a while; look at the API server",
-    )
-
-
-def other_error(on: str, asked: str, code: int, message: str) -> ClusterError:
-    """Any other refusal."""
-    return ClusterError(
-        f"--target {on}",
-        f"{asked}: the API server says {code} ({_short(message)})",
-        "",
-        "graftwork doctor --target ... looks further",
-    )
-
-
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return " ".join(text.split())[-400:]
 
 
@@ -357,8 +306,7 @@ def _short(text: str) -> str:
 #
 # A deletion in the foreground keeps the object until all that belongs to it has gone. Each pod has its
 # `terminationGracePeriodSeconds`, in which a worker saves a checkpoint; with Redis, KubeRay then runs a Job that
-# deletes
-# the head's keys.
+# deletes the head's keys.
 
 
 GRACE_S = 30
@@ -374,23 +322,15 @@ CLUSTER_PARTS = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 SHOWN = 3
 
 
-def removal_s(found: Mapping[str, Any]) -> int:
+def removal_s(found: KubeView) -> int:
     """Return the seconds that the deletion of an object may take: grace of its pods, Redis' cleanup and a margin."""
     part = dig(found, "spec", CLUSTER_PARTS.get(str(found.get("kind")), ""))
-    return grace_s(part) + (REDIS_CLEANUP_S if uses_redis(part) else 0) + MARGIN_S
-
-
-def grace_s(part: Any) -> int:
-    """Return the longest grace of the pods of a cluster; 0 for an object that has none of its own."""
     groups = [dig(part, "headGroupSpec"), *listed(dig(part, "workerGroupSpecs"))]
     given = [dig(group, "template", "spec", "terminationGracePeriodSeconds") for group in groups if group]
-    return max((GRACE_S if seconds is None else int(seconds) for seconds in given), default=0)
-
-
-def uses_redis(part: Any) -> bool:
-    """Return whether KubeRay cleans up a Redis after the cluster."""
+    grace_s = max((GRACE_S if seconds is None else int(seconds) for seconds in given), default=0)
     options = dig(part, "gcsFaultToleranceOptions")
-    return options is not None and dig(options, "backend") in (None, "redis")
+    has_redis = options is not None and dig(options, "backend") in (None, "redis")
+    return grace_s + (REDIS_CLEANUP_S if has_redis else 0) + MARGIN_S
 
 
 def remove(api: KubeApi, path: str, kind: str) -> bool:
@@ -405,11 +345,11 @@ def remove(api: KubeApi, path: str, kind: str) -> bool:
         return False
     name = str(found["metadata"]["name"])
     api.required(answer, f"delete {kind} {name}")
-    _until_gone(api, path, name, {"kind": kind, **found})
+    _wait_until_gone(api, path, name, {"kind": kind, **found})
     return True
 
 
-def _until_gone(api: KubeApi, path: str, name: str, found: Mapping[str, Any]) -> None:
+def _wait_until_gone(api: KubeApi, path: str, name: str, found: KubeView) -> None:
     kind, limit_s = found["kind"], removal_s(found)
     began, said = time.monotonic(), 0.0
     while (left := api.get(path)) is not None:
@@ -432,7 +372,7 @@ def _until_gone(api: KubeApi, path: str, name: str, found: Mapping[str, Any]) ->
         time.sleep(POLL_INTERVAL_S if took < QUICK_S else SLOW_POLL_INTERVAL_S)
 
 
-def _holders(api: KubeApi, left: Mapping[str, Any]) -> str:
+def _holders(api: KubeApi, left: KubeView) -> str:
     """Return what keeps an object: its pods that are there, as far as they may be listed, and its finalizers."""
     job = dig(left, "metadata", "labels", JOB_LABEL)
     answer = api.ask(

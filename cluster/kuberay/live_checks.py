@@ -1,27 +1,157 @@
-"""Checks of a live cluster for a job: KubeRay's kinds, our rights, a server dry run, and names that must exist.
+"""Checks of a live Kubernetes cluster: `live_findings` for one job, `diagnose` for the cluster itself.
 
-The checks write nothing. A check without the right to read gives W-NOT-CHECKED and refuses nothing.
+Both write nothing. A check without the right to read gives W-NOT-CHECKED and refuses nothing.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Sequence
+from datetime import datetime
 
-from graftwork.cluster.jobs.models import Finding, Job
-from graftwork.cluster.kuberay import client
-from graftwork.cluster.kuberay.client import ApiResponse, KubeApi, cluster_path, namespaced
-from graftwork.cluster.kuberay.object_view import Found, refuse, warn
+from graftwork.cluster.jobs.models import Finding, Findings, Job, refuse, warn
+from graftwork.cluster.kuberay.client import (
+    HELM,
+    ApiResponse,
+    KubeApi,
+    cluster_path,
+    missing_rule,
+    namespaced,
+    rule_yaml,
+    unchecked,
+)
+from graftwork.cluster.kuberay.object_view import KubeView, dig
+from graftwork.cluster.kuberay.pending_reasons import WAITS, queue_findings, quota_findings, reasons
 
+SILENT_S, STUCK_S, UNDELETED_S = 60.0, 900.0, 120.0
+"""Limits for an operator that sets no status of a new RayJob, a job that waits, an object that is being deleted."""
+OPERATOR = "app.kubernetes.io/name=kuberay-operator"
+MADE_FOR = "ray.io/originated-from-cr-name"
 VERBS = ("create", "get", "list", "delete")
 """Of RayJobs, that a submission, its status and its cancellation take."""
 REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-HELM = (
-    "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0 --values k8s/operator-values.yaml "
-    "--namespace kuberay-system --create-namespace"
-)
+PLURALS = {"RayJob": "rayjobs", "RayService": "rayservices", "PodDisruptionBudget": "poddisruptionbudgets"}
+STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+Objects = Sequence[KubeView]
 
 
-def live_crd(api: KubeApi, plural: str) -> tuple[Mapping[str, Any] | None, list[Finding]]:
+def live_findings(api: KubeApi, job: Job, objects: Objects) -> list[Finding]:
+    """Return what keeps the job's objects from running in the cluster: rights, a server dry run, names, room."""
+    rights = list(rights_findings(api))
+    if any(finding.level == "error" for finding in rights):
+        return rights
+    found = [*rights, *dry_run_findings(api, objects)]
+    for check in (secret_findings, name_findings, queue_findings, quota_findings):
+        found += check(api, job)
+    return found
+
+
+def diagnose(api: KubeApi, job: Job, selector: str) -> list[Finding]:
+    """All findings. `job` stands for any job of the cluster's spec; `selector` picks our objects."""
+    found: list[Finding] = []
+    for plural in ("rayjobs", "rayclusters", "rayservices"):
+        found += live_crd(api, plural)[1]
+    found += _operator_findings(api)
+    if any(finding.code == "E-CRD-ABSENT" for finding in found):
+        return list(dict.fromkeys(found))
+    for check in (secret_findings, name_findings, queue_findings, quota_findings):
+        found += check(api, job)
+    found += rights_findings(api)
+    ours = api.list(namespaced("ray.io", "v1", api.place.namespace, "rayjobs"), selector)
+    return list(dict.fromkeys([*found, *_stuck_job_findings(api, ours), *_leftover_findings(api, selector, ours)]))
+
+
+def _operator_findings(api: KubeApi) -> Findings:
+    answer = api.ask("GET", cluster_path("apps", "v1", "deployments"), query={"labelSelector": OPERATOR})
+    if not answer.ok:
+        yield unchecked(api.on, "whether KubeRay's operator runs", answer)
+        return
+    running = [item for item in answer.body.get("items", []) if dig(item, "status", "availableReplicas")]
+    if not answer.body.get("items"):
+        yield refuse(
+            "OPERATOR-ABSENT",
+            api.on,
+            "no deployment of kuberay-operator",
+            "the operator creates a cluster for each RayJob",
+            HELM,
+        )
+    elif not running:
+        item = answer.body["items"][0]["metadata"]
+        yield refuse(
+            "OPERATOR-DOWN",
+            api.on,
+            f"kuberay-operator in {item['namespace']} has no pod that is ready",
+            "a RayJob starts only while the operator runs",
+            f"kubectl describe deployment -n {item['namespace']} {item['name']}",
+        )
+
+
+def _stuck_job_findings(api: KubeApi, ours: Objects) -> Findings:
+    """Find our jobs without a status, jobs that wait long, and deleted jobs that remain."""
+    waits, now = reasons(api, ours), time.time()
+    for job in ours:
+        name = str(job["metadata"]["name"])
+        age_s = now - datetime.fromisoformat(job["metadata"]["creationTimestamp"]).timestamp()
+        phase = dig(job, "status", "jobDeploymentStatus") or ""
+        why = f": {waits[name]}" if name in waits else ""
+        if "deletionTimestamp" in job["metadata"]:
+            if now - datetime.fromisoformat(job["metadata"]["deletionTimestamp"]).timestamp() > UNDELETED_S:
+                by = ", ".join(job["metadata"].get("finalizers", []))
+                yield warn(
+                    "JOB-UNDELETED",
+                    name,
+                    f"deleted, and blocked by its finalizers {by}",
+                    "the operator removes the finalizers of a deleted job",
+                    f"kubectl get pods -A -l {OPERATOR}, and start the operator",
+                )
+        elif dig(job, "spec", "suspend"):
+            if age_s > STUCK_S:
+                yield warn(
+                    "JOB-QUEUED",
+                    name,
+                    f"it waits in its queue for {age_s / 60:.0f} min{why}",
+                    "a queued job starts when its queue admits it",
+                    f"kubectl describe localqueue -n {api.place.namespace}; set another `queue` or a higher `priority`",
+                )
+        elif not phase and age_s > SILENT_S:
+            yield refuse(
+                "OPERATOR-SILENT",
+                name,
+                f"KubeRay's operator has set no status for {age_s:.0f} s",
+                "the operator watches this namespace",
+                f"kubectl get pods -A -l {OPERATOR}; add {api.place.namespace} to its watchNamespace",
+            )
+        elif phase in WAITS and age_s > STUCK_S:
+            yield warn(
+                "JOB-STUCK",
+                name,
+                f"{phase} for {age_s / 60:.0f} min{why}",
+                "a job starts within 15 min of its creation",
+                f"graftwork jobs cancel {name}, correct the cause, graftwork jobs resubmit {name}",
+            )
+
+
+def _leftover_findings(api: KubeApi, selector: str, ours: Objects) -> Findings:
+    """Find clusters that were made for a job of ours which is gone."""
+    answer = api.ask("GET", namespaced("ray.io", "v1", api.place.namespace, "rayclusters"))
+    if not answer.ok:
+        yield unchecked(api.on, "clusters that are left over", answer)
+        return
+    alive = {str(job["metadata"]["name"]) for job in ours}
+    ownership = dict(part.split("=") for part in selector.split(",")) | {"ray.io/originated-from-crd": "RayJob"}
+    for cluster in answer.body.get("items", []):
+        labels = cluster["metadata"].get("labels", {})
+        if ownership.items() <= labels.items() and labels.get(MADE_FOR) not in alive:
+            name = cluster["metadata"]["name"]
+            yield warn(
+                "CLUSTER-LEFT",
+                name,
+                f"a RayCluster of the RayJob {labels.get(MADE_FOR)}, which is gone",
+                "a cluster without its job still reserves machines",
+                f"kubectl delete raycluster {name} -n {api.place.namespace}",
+            )
+
+
+def live_crd(api: KubeApi, plural: str) -> tuple[KubeView | None, list[Finding]]:
     """The definition of a kind of KubeRay's as the cluster has it; None where it is absent or not shown to us."""
     answer = api.ask("GET", f"{CRDS}/{plural}.ray.io")
     if answer.ok:
@@ -29,14 +159,14 @@ def live_crd(api: KubeApi, plural: str) -> tuple[Mapping[str, Any] | None, list[
         if "v1" in served:
             return answer.body, []
         found = f"the CRD {plural}.ray.io serves {', '.join(served)}, not v1"
-        return None, [Finding("E-CRD-OLD", "error", api.on, found, "KubeRay v1.7 or newer", HELM)]
+        return None, [refuse("CRD-OLD", api.on, found, "KubeRay v1.7 or newer", HELM)]
     if answer.absent:
         found = f"the CRD {plural}.ray.io is absent: KubeRay is not installed"
-        return None, [Finding("E-CRD-ABSENT", "error", api.on, found, "KubeRay v1.7 or newer", HELM)]
+        return None, [refuse("CRD-ABSENT", api.on, found, "KubeRay v1.7 or newer", HELM)]
     return None, [unchecked(api.on, "the live CRD", answer)]
 
 
-def rights_findings(api: KubeApi) -> Found:
+def rights_findings(api: KubeApi) -> Findings:
     """By the server's own review, verb by verb."""
     lacking = []
     for verb in VERBS:
@@ -53,10 +183,9 @@ def rights_findings(api: KubeApi) -> Found:
         if not answer.body.get("status", {}).get("allowed"):
             lacking.append(verb)
     if lacking:
-        rule = client.rule_yaml(", ".join(lacking), "rayjobs", "ray.io")
-        yield Finding(
-            "E-RBAC",
-            "error",
+        rule = rule_yaml(", ".join(lacking), "rayjobs", "ray.io")
+        yield refuse(
+            "RBAC",
             api.on,
             f"RBAC does not let us {', '.join(lacking)} rayjobs here",
             "the user of the context has the Role graftwork-submitter (k8s/base/accounts.yaml)",
@@ -64,55 +193,49 @@ def rights_findings(api: KubeApi) -> Found:
         )
 
 
-def dry_run_findings(api: KubeApi, objects: Sequence[Mapping[str, Any]]) -> Found:
+def dry_run_findings(api: KubeApi, objects: Objects) -> Findings:
     """The server's own judgement of each object: schema, admission, quotas of objects."""
     for planned in objects:
         path = object_path(api.place.namespace, planned).rpartition("/")[0]
         answer = api.ask("POST", path, planned, {"fieldValidation": "Strict", "dryRun": "All"})
         if not answer.ok and answer.code != 409:
-            yield _refused(api, planned, answer)
+            yield _refusal_finding(api, planned, answer)
 
 
-def _refused(api: KubeApi, planned: Mapping[str, Any], answer: ApiResponse) -> Finding:
+def _refusal_finding(api: KubeApi, planned: KubeView, answer: ApiResponse) -> Finding:
     where, said = f"{planned['kind']} {planned['metadata']['name']}", answer.message
     if answer.code == 404 and answer.body.get("details", {}).get("kind") == "namespaces":
-        return _no_namespace(api)
+        return _namespace_finding(api)
     if answer.unserved:
-        return Finding(
-            "E-CRD-ABSENT", "error", where, "the cluster does not know this kind", "KubeRay v1.7 or newer", HELM
-        )
+        return refuse("CRD-ABSENT", where, "the cluster does not know this kind", "KubeRay v1.7 or newer", HELM)
     if "exceeded quota" in said:
-        return Finding(
-            "E-QUOTA",
-            "error",
+        return refuse(
+            "QUOTA",
             where,
             said,
             "the namespace's ResourceQuota holds for objects too",
             "delete RayJobs that have ended, or have the quota raised",
         )
-    rule = client.missing_rule(said)
+    rule = missing_rule(said)
     if answer.code == 403 and rule is not None:
-        return Finding(
-            "E-RBAC",
-            "error",
+        return refuse(
+            "RBAC",
             where,
             said,
             "the user of the context needs the rule",
             f"have this rule added to a Role of the namespace: {rule}",
         )
     if answer.code == 403:
-        return Finding(
-            "E-ADMISSION",
-            "error",
+        return refuse(
+            "ADMISSION",
             where,
             said,
             "an admission policy of the cluster refuses the object",
             "change the object as the message says, or ask the cluster's administrator; Secrets for jobs "
             "are listed in the ConfigMap graftwork-admission (k8s/base/admission.yaml)",
         )
-    return Finding(
-        "E-API-REFUSED",
-        "error",
+    return refuse(
+        "API-REFUSED",
         where,
         said,
         "the API server checks objects strictly",
@@ -120,13 +243,12 @@ def _refused(api: KubeApi, planned: Mapping[str, Any], answer: ApiResponse) -> F
     )
 
 
-def _no_namespace(api: KubeApi) -> Finding:
+def _namespace_finding(api: KubeApi) -> Finding:
     answer = api.ask("GET", cluster_path("", "v1", "namespaces"))
     names = sorted(item["metadata"]["name"] for item in answer.body.get("items", [])) if answer.ok else []
     there = f"; there are {', '.join(names[:20])}" if names else ""
-    return Finding(
-        "E-NAMESPACE-ABSENT",
-        "error",
+    return refuse(
+        "NAMESPACE-ABSENT",
         api.on,
         f"there is no namespace {api.place.namespace!r}{there}",
         "k8s:CONTEXT/NAMESPACE",
@@ -134,24 +256,15 @@ def _no_namespace(api: KubeApi) -> Finding:
     )
 
 
-PLURALS = {"RayJob": "rayjobs", "RayService": "rayservices", "PodDisruptionBudget": "poddisruptionbudgets"}
-
-
-def object_path(namespace: str, planned: Mapping[str, Any]) -> str:
+def object_path(namespace: str, planned: KubeView) -> str:
     """Where an object of ours is, or would be."""
     group, _, version = planned["apiVersion"].rpartition("/")
     return namespaced(group, version, namespace, PLURALS[planned["kind"]], planned["metadata"]["name"])
 
 
-# Objects that a job names in its namespace: Secrets and their keys, an account, a claim, a priority class.
-
-
-STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-
-
-def secret_findings(api: KubeApi, job: Job) -> Found:
+def secret_findings(api: KubeApi, job: Job) -> Findings:
     """Names and keys alone; values are not looked at."""
-    for (name, where), keys in _wanted_secrets(job).items():
+    for (name, where), keys in _secret_keys(job).items():
         answer = api.ask("GET", namespaced("", "v1", api.place.namespace, "secrets", name))
         if answer.absent:
             yield refuse(
@@ -177,7 +290,7 @@ def secret_findings(api: KubeApi, job: Job) -> Found:
                 )
 
 
-def _wanted_secrets(job: Job) -> dict[tuple[str, str], list[str]]:
+def _secret_keys(job: Job) -> dict[tuple[str, str], list[str]]:
     """Keys by Secret and by the spec's key that names it."""
     cluster = job.cluster
     wanted: dict[tuple[str, str], list[str]] = {}
@@ -195,10 +308,10 @@ def _wanted_secrets(job: Job) -> dict[tuple[str, str], list[str]]:
     return wanted
 
 
-def name_findings(api: KubeApi, job: Job) -> Found:
+def name_findings(api: KubeApi, job: Job) -> Findings:
     """A service account, a priority class, a volume claim."""
     cluster, namespace = job.cluster, api.place.namespace
-    yield from _exists(
+    yield from _absence_findings(
         api,
         namespaced("", "v1", namespace, "serviceaccounts", cluster.service_account),
         "service_account",
@@ -207,7 +320,7 @@ def name_findings(api: KubeApi, job: Job) -> Found:
         "kubectl apply -k k8s/base",
     )
     if cluster.storage.claim is not None:
-        yield from _exists(
+        yield from _absence_findings(
             api,
             namespaced("", "v1", namespace, "persistentvolumeclaims", cluster.storage.claim),
             "storage.claim",
@@ -216,7 +329,7 @@ def name_findings(api: KubeApi, job: Job) -> Found:
             "create it with access mode ReadWriteMany",
         )
     if cluster.priority is not None and cluster.queue is None:
-        yield from _exists(
+        yield from _absence_findings(
             api,
             cluster_path("scheduling.k8s.io", "v1", "priorityclasses", cluster.priority),
             "priority",
@@ -226,22 +339,9 @@ def name_findings(api: KubeApi, job: Job) -> Found:
         )
 
 
-def _exists(api: KubeApi, path: str, where: str, what: str, code: str, hint: str) -> Found:
+def _absence_findings(api: KubeApi, path: str, where: str, what: str, code: str, hint: str) -> Findings:
     name, answer = path.rpartition("/")[2], api.ask("GET", path)
     if answer.absent:
         yield refuse(code, where, f"there is no {what} {name!r}", "pods need the objects that they name", hint)
     elif not answer.ok:
         yield unchecked(api.on, f"the {what} {name!r}", answer)
-
-
-def unchecked(on: str, what: str, answer: ApiResponse) -> Finding:
-    """A warning that something could not be looked at, and what it would take."""
-    rule = client.missing_rule(answer.message) if answer.code == 403 else None
-    why = "this API server has no such kind" if answer.unserved else f"{answer.code} {answer.message[:200]}"
-    return warn(
-        "NOT-CHECKED",
-        on,
-        f"not checked: {what} ({why})",
-        "a check needs the right to read its objects",
-        f"add this rule to a Role of the namespace: {rule}" if rule else "check it with kubectl",
-    )

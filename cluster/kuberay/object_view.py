@@ -1,29 +1,18 @@
-"""The RayCluster within an object, as the rules read it."""
+"""Objects of Kubernetes as JSON, and the RayCluster within one, as the rules read it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.cluster.jobs.models import Finding
-
-# Findings: the code first, then where, the problem, the rule and the hint.
-
-
-Found = Iterator[Finding]
-
-
-def refuse(code: str, where: str, problem: str, rule: str, hint: str) -> Finding:
-    """Return an error, which keeps the job from being submitted."""
-    return Finding(f"E-{code}", "error", where, problem, rule, hint)
+KubeObject = dict[str, Any]
+"""Object of Kubernetes, or a part of one, as the JSON that its API takes: the API server has its schema, not this
+code."""
+KubeView = Mapping[str, Any]
+"""The same, to read."""
 
 
-def warn(code: str, where: str, problem: str, rule: str, hint: str) -> Finding:
-    """Return a warning, with which the job goes on."""
-    return Finding(f"W-{code}", "warning", where, problem, rule, hint)
-
-
-def dig(tree: Mapping[str, Any], *path: str) -> Any:
-    """What lies at a path, None where nothing does or a null stands on the way."""
+def dig(tree: KubeView, *path: str) -> Any:
+    """Return the value at a path; None where there is none, or a null on the way."""
     found: Any = tree
     for key in path:
         if not isinstance(found, Mapping):
@@ -33,40 +22,37 @@ def dig(tree: Mapping[str, Any], *path: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """A number that is one: schema errors are the schema's to tell."""
+    """A number that is one: the schema reports a wrong type."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> KubeView:
     """A mapping, empty where there is none."""
     return value if isinstance(value, Mapping) else {}
 
 
-def listed(value: Any) -> list[Mapping[str, Any]]:
+def listed(value: Any) -> list[KubeView]:
     """The mappings of a list, empty where there is none."""
     return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
 
 
-AUTOSCALER_V2_ENV = "RAY_enable_autoscaler_v2"
-
-
 @dataclass(frozen=True)
 class ClusterView:
-    """Tolerates any shape: what a schema refuses is told by it, and not again here."""
+    """View of a RayCluster that tolerates any shape: the schema reports a wrong one."""
 
     kind: str
-    """Of the object that it lies in."""
+    """Kind of the object that has the cluster."""
     where: str
-    spec: Mapping[str, Any]
-    annotations: Mapping[str, Any]
-    """Of the object."""
+    spec: KubeView
+    annotations: KubeView
+    """Annotations of that object."""
 
     @property
-    def head(self) -> Mapping[str, Any]:
+    def head(self) -> KubeView:
         return mapping(self.spec.get("headGroupSpec"))
 
     @property
-    def groups(self) -> list[Mapping[str, Any]]:
+    def groups(self) -> list[KubeView]:
         return listed(self.spec.get("workerGroupSpecs"))
 
     @property
@@ -78,33 +64,37 @@ class ClusterView:
         return str(dig(self.spec, "autoscalerOptions", "version")) == "v2"
 
     @property
-    def head_env(self) -> dict[str, Any]:
+    def head_env(self) -> KubeObject:
         """Values of the head's variables, None for those taken from elsewhere."""
         return env_of(first_container(self.head))
 
-    def iter_groups(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def iter_groups(self) -> Iterator[tuple[str, KubeView]]:
         """Head and groups, each with its path."""
         yield f"{self.where}.headGroupSpec", self.head
+        yield from self.iter_workers()
+
+    def iter_workers(self) -> Iterator[tuple[str, KubeView]]:
+        """Groups of workers, each with its path."""
         for index, group in enumerate(self.groups):
             yield f"{self.where}.workerGroupSpecs[{index}]", group
 
-    def pods(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def pods(self) -> Iterator[tuple[str, KubeView]]:
         """Pod specs of head and groups, each with its path."""
         for where, group in self.iter_groups():
             yield f"{where}.template.spec", mapping(dig(group, "template", "spec"))
 
 
-def containers(pod: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The containers of a pod that run beside each other; KubeRay starts Ray in the first."""
+def containers(pod: KubeView) -> list[KubeView]:
+    """The containers of a pod that run together; KubeRay starts Ray in the first."""
     return listed(pod.get("containers"))
 
 
-def first_container(group: Mapping[str, Any]) -> Mapping[str, Any]:
+def first_container(group: KubeView) -> KubeView:
     """The one that Ray runs in; empty where there is none."""
     return next(iter(containers(mapping(dig(group, "template", "spec")))), {})
 
 
-def env_of(container: Mapping[str, Any]) -> dict[str, Any]:
+def env_of(container: KubeView) -> KubeObject:
     """Variables by name; None for a value that comes from elsewhere."""
     return {str(entry.get("name")): entry.get("value") for entry in listed(container.get("env"))}
 

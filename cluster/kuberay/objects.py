@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.jobs.driver import LIMIT_GRACE_S
-from graftwork.cluster.jobs.models import Attempt, Finding, Job
+from graftwork.cluster.jobs.models import Attempt, Finding, Job, refuse
+from graftwork.cluster.kuberay.object_view import KubeObject
 from graftwork.cluster.kuberay.pods import CLOSED, GRACE_S, PodFacts, head_template, worker_template
-from graftwork.cluster.ray_address import JOB
-from graftwork.cluster.spec import ClusterSpec, GcsSpec, WorkerSpec
+from graftwork.cluster.session import JOB
+from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError
 
@@ -31,6 +32,7 @@ KAI_QUEUE = "kai.scheduler/queue"
 YUNIKORN_APP, YUNIKORN_QUEUE = "yunikorn.apache.org/app-id", "yunikorn.apache.org/queue"
 GANG = "ray.io/gang-scheduling-enabled"
 """KubeRay's own; its presence alone makes YuniKorn's task groups. The other names above are each scheduler's."""
+GANG_QUEUES = {"volcano": VOLCANO_QUEUE, "kai": KAI_QUEUE, "yunikorn": YUNIKORN_QUEUE}
 
 
 def object_labels(
@@ -48,7 +50,16 @@ def object_labels(
     }
     if attempt_id is not None:
         own[ATTEMPT] = label_value(attempt_id)
-    return {**own, **_kueue(cluster), **_gang(cluster, attempt_id or name)}
+    queue, gang_queue = cluster.queue, cluster.gang_queue
+    if queue is not None:
+        own |= {KUEUE_QUEUE: queue, **({KUEUE_PRIORITY: cluster.priority} if cluster.priority else {})}
+    if cluster.gang == "yunikorn":
+        own |= {GANG: "true", YUNIKORN_APP: attempt_id or name}
+    if cluster.gang != "none" and gang_queue:
+        own[GANG_QUEUES[cluster.gang]] = gang_queue
+    if cluster.gang == "volcano" and cluster.priority and queue is None:
+        own[VOLCANO_PRIORITY] = cluster.priority
+    return own
 
 
 def pod_labels(cluster: ClusterSpec, name: str, job_id: str, app: str) -> dict[str, str]:
@@ -60,24 +71,6 @@ def pod_labels(cluster: ClusterSpec, name: str, job_id: str, app: str) -> dict[s
         JOB_LABEL: label_value(job_id),
         NAME: label_value(name),
     }
-
-
-def _kueue(cluster: ClusterSpec) -> dict[str, str]:
-    if cluster.queue is None:
-        return {}
-    return {KUEUE_QUEUE: cluster.queue, **({KUEUE_PRIORITY: cluster.priority} if cluster.priority else {})}
-
-
-def _gang(cluster: ClusterSpec, app_id: str) -> dict[str, str]:
-    queue = cluster.gang_queue
-    if cluster.gang == "volcano":
-        priority = {VOLCANO_PRIORITY: cluster.priority} if cluster.priority and cluster.queue is None else {}
-        return {**({VOLCANO_QUEUE: queue} if queue else {}), **priority}
-    if cluster.gang == "kai":
-        return {KAI_QUEUE: queue} if queue else {}
-    if cluster.gang == "yunikorn":
-        return {GANG: "true", YUNIKORN_APP: app_id, **({YUNIKORN_QUEUE: queue} if queue else {})}
-    return {}
 
 
 # Names of objects and their lengths: an attempt's RayJob has the attempt's id.
@@ -95,9 +88,8 @@ def check_name(kind: str, name: str) -> list[Finding]:
     found, most = [], MAX_NAME[kind]
     if len(name) > most:
         found.append(
-            Finding(
-                "E-NAME-TOO-LONG",
-                "error",
+            refuse(
+                "NAME-TOO-LONG",
                 "metadata.name",
                 f"{name!r} has {len(name)} characters, {len(name) - most} too many",
                 f"a {kind} has at most {most}, since the names of its pods begin with it",
@@ -105,14 +97,14 @@ def check_name(kind: str, name: str) -> list[Finding]:
             )
         )
     if not DNS_1035.fullmatch(name):
+        corrected = re.sub(r"^[^a-z]+|-+$", "", re.sub(r"[^-a-z0-9]", "-", name.lower()))
         found.append(
-            Finding(
-                "E-NAME-FORM",
-                "error",
+            refuse(
+                "NAME-FORM",
                 "metadata.name",
                 repr(name),
                 "a letter first, then small letters, digits and hyphens, no hyphen last (RFC 1035)",
-                "rename the job, e.g. " + (_mended(name) or "run-1"),
+                "rename the job, e.g. " + (corrected or "run-1"),
             )
         )
     return found
@@ -121,10 +113,6 @@ def check_name(kind: str, name: str) -> list[Finding]:
 def label_value(text: str) -> str:
     """As much of a text as a label's value holds."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", text)[:MAX_LABEL].strip("-_.")
-
-
-def _mended(name: str) -> str:
-    return re.sub(r"^[^a-z]+|-+$", "", re.sub(r"[^-a-z0-9]", "-", name.lower()))
 
 
 # The RayCluster within a RayJob or a RayService: a head that takes no work, groups of workers, who may speak to it.
@@ -136,25 +124,24 @@ IDLE_S = 300
 ROCKSDB_SIZE = "1Gi"
 
 
-def build_raycluster(cluster: ClusterSpec, name: str, namespace: str) -> dict[str, Any]:
-    """A RayCluster of its own, for sessions that outlive a job."""
-    labels = object_labels(cluster, name, name, "session")
-    facts = PodFacts(cluster, pod_labels(cluster, name, name, "session"), cluster.storage.uri or "", None, serves=False)
-    return {
-        "apiVersion": API,
-        "kind": "RayCluster",
-        "metadata": {"name": name, "namespace": namespace, "labels": labels},
-        "spec": cluster_part(facts, autoscales=grows(cluster)),
-    }
-
-
-def cluster_part(facts: PodFacts, *, autoscales: bool) -> dict[str, Any]:
+def cluster_part(facts: PodFacts, *, autoscales: bool) -> KubeObject:
     """What RayJob has as `rayClusterSpec` and RayService as `rayClusterConfig`."""
     cluster = facts.cluster
-    auth: dict[str, Any] = {"mode": cluster.auth.mode}
+    groups = [
+        {
+            "groupName": group.name,
+            "replicas": group.count,
+            "minReplicas": group.count,
+            "maxReplicas": group.max_count if autoscales and group.max_count is not None else group.count,
+            "rayStartParams": {},
+            "template": worker_template(facts, group),
+        }
+        for group in cluster.workers
+    ]
+    auth: KubeObject = {"mode": cluster.auth.mode}
     if cluster.auth.secret is not None:
         auth["secretName"] = cluster.auth.secret
-    part: dict[str, Any] = {
+    part: KubeObject = {
         "rayVersion": cluster.ray_version,
         "authOptions": auth,
         "headGroupSpec": {
@@ -162,10 +149,16 @@ def cluster_part(facts: PodFacts, *, autoscales: bool) -> dict[str, Any]:
             "rayStartParams": {"num-cpus": "0"},
             "template": head_template(facts, autoscales=autoscales),
         },
-        "workerGroupSpecs": [_group(facts, group, autoscales=autoscales) for group in cluster.workers],
+        "workerGroupSpecs": groups,
     }
-    if cluster.gcs.backend != "none":
-        part["gcsFaultToleranceOptions"] = _fault_tolerance(cluster.gcs)
+    if cluster.gcs.backend == "rocksdb":
+        part["gcsFaultToleranceOptions"] = {"backend": "rocksdb", "storage": {"size": ROCKSDB_SIZE}}
+    elif cluster.gcs.backend == "redis":
+        options: KubeObject = {"backend": "redis", "redisAddress": cluster.gcs.redis_address}
+        if cluster.gcs.redis_secret is not None:
+            reference = {"name": cluster.gcs.redis_secret, "key": "password"}
+            options["redisPassword"] = {"valueFrom": {"secretKeyRef": reference}}
+        part["gcsFaultToleranceOptions"] = options
     if autoscales:
         part["enableInTreeAutoscaling"] = True
         part["autoscalerOptions"] = {
@@ -182,27 +175,6 @@ def grows(cluster: ClusterSpec) -> bool:
     return any(group.max_count is not None and group.max_count > group.count for group in cluster.workers)
 
 
-def _group(facts: PodFacts, group: WorkerSpec, *, autoscales: bool) -> dict[str, Any]:
-    most = group.max_count if autoscales and group.max_count is not None else group.count
-    return {
-        "groupName": group.name,
-        "replicas": group.count,
-        "minReplicas": group.count,
-        "maxReplicas": most,
-        "rayStartParams": {},
-        "template": worker_template(facts, group),
-    }
-
-
-def _fault_tolerance(gcs: GcsSpec) -> dict[str, Any]:
-    if gcs.backend == "rocksdb":
-        return {"backend": "rocksdb", "storage": {"size": ROCKSDB_SIZE}}
-    options: dict[str, Any] = {"backend": "redis", "redisAddress": gcs.redis_address}
-    if gcs.redis_secret is not None:
-        options["redisPassword"] = {"valueFrom": {"secretKeyRef": {"name": gcs.redis_secret, "key": "password"}}}
-    return options
-
-
 # An attempt as a RayJob: submitted by the operator itself, gone after its end, ended from outside where its driver
 # fails to end it.
 
@@ -211,11 +183,11 @@ BACKSTOP_S = 60
 """The operator ends a job so long after its driver should have."""
 
 
-def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> dict[str, Any]:
+def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> KubeObject:
     """The RayJob of an attempt. Equal attempts give equal objects; `graftwork.dev/plan` has their hash."""
     job, cluster = attempt.job, attempt.job.cluster
     facts = PodFacts(cluster, pod_labels(cluster, job.name, job.job_id, job.kind), job.root, wheel_uri, serves=False)
-    spec: dict[str, Any] = {
+    spec: KubeObject = {
         "submissionMode": "HTTPMode",
         "entrypoint": f"python -m graftwork.cluster.jobs.driver {job.root} {job.job_id} {attempt.number} {JOB}",
         "jobId": attempt.id,
@@ -226,9 +198,9 @@ def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> dic
         "backoffLimit": int(cluster.retry.max_attempts > 1 and any(group.spot for group in cluster.workers)),
         "rayClusterSpec": cluster_part(facts, autoscales=False),
     }
-    backstop = backstop_s(cluster)
-    if backstop is not None:
-        spec["activeDeadlineSeconds"] = backstop
+    if cluster.limits.deadline is not None:  # the operator counts from the first pod, the driver from its own start
+        longest_s = cluster.limits.pending + cluster.limits.deadline + LIMIT_GRACE_S
+        spec["activeDeadlineSeconds"] = math.ceil(longest_s) + BACKSTOP_S
     if cluster.queue is not None:
         spec["suspend"] = True  # Kueue lets it go
     labels = object_labels(cluster, job.name, job.job_id, job.kind, attempt.id)
@@ -242,26 +214,17 @@ def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> dic
     )
 
 
-def backstop_s(cluster: ClusterSpec) -> int | None:
-    """activeDeadlineSeconds. The operator counts from the first pod, the driver's deadline from the driver's start."""
-    limits = cluster.limits
-    if limits.deadline is None:
-        return None
-    return math.ceil(limits.pending + limits.deadline + LIMIT_GRACE_S) + BACKSTOP_S
+def with_plan(made: KubeObject) -> KubeObject:
+    """Return a copy of the object with its hash among the annotations.
 
-
-def with_plan(made: dict[str, Any]) -> dict[str, Any]:
-    """The object, no part of it shared, with its own hash among its annotations."""
-    whole: dict[str, Any] = json.loads(json.dumps(made))
-    whole["metadata"].setdefault("annotations", {})[PLAN] = plan_hash(whole)
+    The hash is of what is asked for: without itself, and without what a queue or a person changes afterwards.
+    """
+    whole: KubeObject = json.loads(json.dumps(made))
+    metadata = {key: value for key, value in whole["metadata"].items() if key in ("name", "namespace", "labels")}
+    spec = {key: value for key, value in whole["spec"].items() if key != "suspend"}
+    plan = hashlib.sha256(canonical_json([whole["kind"], metadata, spec]).encode()).hexdigest()[:16]
+    whole["metadata"].setdefault("annotations", {})[PLAN] = plan
     return whole
-
-
-def plan_hash(made: Mapping[str, Any]) -> str:
-    """sha256 of what is asked for, the hash itself and what a queue or a person changes afterwards left out."""
-    metadata = {key: value for key, value in made["metadata"].items() if key in ("name", "namespace", "labels")}
-    spec = {key: value for key, value in made["spec"].items() if key != "suspend"}
-    return hashlib.sha256(canonical_json([made["kind"], metadata, spec]).encode()).hexdigest()[:16]
 
 
 # A served endpoint as a RayService. What changes often (adapters, arms, weights) is in its `user_config` or in the
@@ -273,16 +236,14 @@ LONGEST_REQUEST_S = 600.0
 MARGIN_S = 60
 
 
-def service_objects(job: Job, namespace: str, wheel_uri: str | None) -> list[dict[str, Any]]:
+def service_objects(job: Job, namespace: str, wheel_uri: str | None) -> list[KubeObject]:
     """All that a serve job is on Kubernetes. Raises ConfigError for an endpoint that would be open to anybody."""
     made = build_rayservice(job, namespace, serve_config(job.spec), wheel_uri)
     machines = sum(group.max_count or group.count for group in job.cluster.workers)
     return [made, build_disruption_budget(job, namespace)] if machines > 1 else [made]  # one alone is not guarded by it
 
 
-def build_rayservice(
-    job: Job, namespace: str, config: Mapping[str, Any], wheel_uri: str | None = None
-) -> dict[str, Any]:
+def build_rayservice(job: Job, namespace: str, config: Mapping[str, Any], wheel_uri: str | None = None) -> KubeObject:
     """The RayService of a serve job, named by the job's name: the next version of its spec is the same service."""
     cluster = job.cluster
     timeout_s = {"graceful_shutdown_timeout_s": 0, **job.spec}
@@ -296,7 +257,7 @@ def build_rayservice(
     )
     longest = float(job.spec.get("request_timeout_s", LONGEST_REQUEST_S))
     spec = {
-        "serveConfigV2": config_text(config),
+        "serveConfigV2": json.dumps(config, sort_keys=True, ensure_ascii=False, indent=1),
         "upgradeStrategy": {"type": "NewCluster"},
         "rayClusterDeletionDelaySeconds": math.ceil(longest) + MARGIN_S,
         "excludeHeadPodFromServeSvc": True,
@@ -314,7 +275,7 @@ def build_rayservice(
     )
 
 
-def build_disruption_budget(job: Job, namespace: str) -> dict[str, Any]:
+def build_disruption_budget(job: Job, namespace: str) -> KubeObject:
     """Lets nodes be emptied one pod of the service at a time."""
     selector = {NAME: label_value(job.name)}
     return {
@@ -335,16 +296,12 @@ SCALE = ("num_replicas", "autoscaling", "max_ongoing_requests", "graceful_shutdo
 """Keys that Serve itself takes without a restart of what runs; but autoscaling in place of num_replicas, or back."""
 SERVE_HOST, SERVE_PORT = "0.0.0.0", 8000
 """Where each pod's proxy listens: KubeRay's serve Service and its probes go to this port."""
-HEALTH_PATH = "/-/healthz"
-"""Serve's own: 200 on each pod with a proxy that takes requests, 503 on one that drains. Needs no token."""
-READY_PATH = "/ready"
-"""The endpoint's own: 200 while an engine is warm. Needs no token."""
 IMPORT_PATH = "graftwork.serving.deploy:app"
 INGRESS_PER_ENGINE = 4
 """Requests that the ingress holds for each that an engine replica does."""
 
 
-def serve_config(spec: Mapping[str, Any], working_dir: str | None = None) -> dict[str, Any]:
+def serve_config(spec: Mapping[str, Any], working_dir: str | None = None) -> KubeObject:
     """The config of a serve spec (its JSON dump). Equal specs give equal configs.
 
     working_dir: URI of a zip with the code, where the image has none; other code is another application.
@@ -357,14 +314,26 @@ def serve_config(spec: Mapping[str, Any], working_dir: str | None = None) -> dic
             "an endpoint on a cluster answers nobody without a key",
             "set token_env to a variable that a Secret fills: secret_env of the cluster",
         )
+    shared = {"graceful_shutdown_timeout_s": spec["graceful_shutdown_timeout_s"]}
+    engine = {"name": "engine", "max_ongoing_requests": spec["max_ongoing_requests"], **shared}
+    if spec.get("autoscaling") is None:
+        engine["num_replicas"] = spec["num_replicas"]
+    else:
+        engine |= {"num_replicas": "auto", "autoscaling_config": dict(spec["autoscaling"])}
+    ingress = {  # it alone takes what is live, and passes it to the engines
+        "name": "ingress",
+        "max_ongoing_requests": INGRESS_PER_ENGINE * spec["max_ongoing_requests"],
+        **shared,
+        "user_config": {key: spec[key] for key in LIVE},
+    }
     moved = {"host": SERVE_HOST, "port": SERVE_PORT}
     made_of = {key: value for key, value in spec.items() if key not in (*LIVE, *SCALE)} | moved
-    application: dict[str, Any] = {
+    application: KubeObject = {
         "name": spec["name"],
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
         "args": {"spec": made_of},
-        "deployments": [_engine(spec), _ingress(spec)],
+        "deployments": [engine, ingress],
     }
     if working_dir is not None:
         application["runtime_env"] = {"working_dir": working_dir}
@@ -375,37 +344,6 @@ def serve_config(spec: Mapping[str, Any], working_dir: str | None = None) -> dic
     }
 
 
-def config_text(config: Mapping[str, Any]) -> str:
-    """As `serveConfigV2` holds it: JSON, which is YAML. Equal configs give equal bytes."""
-    return json.dumps(config, sort_keys=True, ensure_ascii=False, indent=1)
-
-
 def termination_grace_s(spec: Mapping[str, Any]) -> int:
     """What a pod needs between its notice and its end: a replica's own time to finish, and a margin for Serve."""
     return int(spec["graceful_shutdown_timeout_s"]) + 15
-
-
-def deletion_delay_s(spec: Mapping[str, Any]) -> int:
-    """How long an old cluster is to stay after the new one took over: its longest request, and a margin."""
-    return int(spec["request_timeout_s"]) + 60
-
-
-def _engine(spec: Mapping[str, Any]) -> dict[str, Any]:
-    scaled = {
-        "name": "engine",
-        "max_ongoing_requests": spec["max_ongoing_requests"],
-        "graceful_shutdown_timeout_s": spec["graceful_shutdown_timeout_s"],
-    }
-    if spec.get("autoscaling") is None:
-        return {**scaled, "num_replicas": spec["num_replicas"]}
-    return {**scaled, "num_replicas": "auto", "autoscaling_config": dict(spec["autoscaling"])}
-
-
-def _ingress(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """It alone takes what is live, and brings it to the engines."""
-    return {
-        "name": "ingress",
-        "max_ongoing_requests": INGRESS_PER_ENGINE * spec["max_ongoing_requests"],
-        "graceful_shutdown_timeout_s": spec["graceful_shutdown_timeout_s"],
-        "user_config": {key: spec[key] for key in LIVE},
-    }

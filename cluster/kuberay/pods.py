@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from graftwork.cluster.kuberay.object_view import KubeObject
 from graftwork.cluster.spec import ClusterSpec, WorkerSpec, quantity
 
 UID = 1000
 """User of the image."""
 GRACE_S = 120
-"""A pod that is told to end has so long for a checkpoint or for the requests it has taken."""
+"""Time between the notice and the end of a pod, for a checkpoint or for its open requests."""
 END_S = 10
 """Of that, after the drain."""
 CODE_PATH, SCRATCH_PATH = "/code", "/scratch"
@@ -48,13 +49,13 @@ class PodFacts:
     """Between a pod's notice and its end."""
 
 
-def head_template(facts: PodFacts, *, autoscales: bool) -> dict[str, Any]:
+def head_template(facts: PodFacts, *, autoscales: bool) -> KubeObject:
     """The head. One that autoscales talks to Kubernetes: it has a token, of an account that the operator makes."""
     head = facts.cluster.head
     ports = (*HEAD_PORTS, SERVE_PORT) if facts.serves else HEAD_PORTS
     container = {
         "name": "ray-head",
-        "ports": _ports(ports),
+        "ports": [{"name": name, "containerPort": number} for name, number in ports],
         "resources": _resources({"cpu": head.cpu, "memory": head.memory}),
     }
     template = _template(facts, container, head.memory)
@@ -64,14 +65,14 @@ def head_template(facts: PodFacts, *, autoscales: bool) -> dict[str, Any]:
     return template
 
 
-def worker_template(facts: PodFacts, group: WorkerSpec) -> dict[str, Any]:
-    """A worker of a group: on spot nodes where it is told so, with a drain before its end."""
+def worker_template(facts: PodFacts, group: WorkerSpec) -> KubeObject:
+    """Template of a worker: on spot nodes if the group has `spot`, with a drain before its end."""
     amounts = {"cpu": group.cpu, "memory": group.memory, **({GPU: str(group.gpu)} if group.gpu else {})}
     ports = (HEAD_PORTS[2], SERVE_PORT) if facts.serves else (HEAD_PORTS[2],)
     drain = ["python", "-m", "graftwork.cluster.kuberay.prestop", str(facts.grace_s - END_S)]
     container = {
         "name": "ray-worker",
-        "ports": _ports(ports),
+        "ports": [{"name": name, "containerPort": number} for name, number in ports],
         "resources": _resources(amounts),
         "lifecycle": {"preStop": {"exec": {"command": drain}}},
     }
@@ -85,19 +86,23 @@ def worker_template(facts: PodFacts, group: WorkerSpec) -> dict[str, Any]:
     return template
 
 
-def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> dict[str, Any]:
+def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> KubeObject:
     cluster = facts.cluster
     shm = f"{int(quantity(memory) * SHM_PART) >> 20}Mi"
-    volumes: list[dict[str, Any]] = [
+    volumes: list[KubeObject] = [
         {"name": "tmp", "emptyDir": {}},
         {"name": "scratch", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}},
     ]
-    mounts = [_mount("tmp", "/tmp"), _mount("scratch", SCRATCH_PATH), _mount("shm", "/dev/shm")]
+    mounts = [
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "scratch", "mountPath": SCRATCH_PATH},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
     if cluster.storage.claim is not None:
         volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": cluster.storage.claim}})
-        mounts.append(_mount("store", facts.root.removeprefix("file://")))
-    spec: dict[str, Any] = {
+        mounts.append({"name": "store", "mountPath": facts.root.removeprefix("file://")})
+    spec: KubeObject = {
         "serviceAccountName": cluster.service_account,
         "automountServiceAccountToken": False,
         "securityContext": {
@@ -112,8 +117,18 @@ def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> dic
     }
     if facts.wheel_uri is not None:
         volumes.append({"name": "code", "emptyDir": {}})
-        mounts.append(_mount("code", CODE_PATH))
-        spec["initContainers"] = [_unpacks(facts, facts.wheel_uri, mounts)]
+        mounts.append({"name": "code", "mountPath": CODE_PATH})
+        spec["initContainers"] = [  # fetches this code before Ray starts, without pip
+            {
+                "name": "code",
+                "image": cluster.image or "",
+                "securityContext": dict(CLOSED),
+                "command": ["python", "-m", "graftwork.cluster.jobs.packaging", "unpack", facts.wheel_uri, CODE_PATH],
+                "volumeMounts": list(mounts),
+                "resources": _resources({"cpu": "1", "memory": "1Gi"}),
+                **_environment(facts),
+            }
+        ]
     whole = {"image": cluster.image or "", "securityContext": dict(CLOSED), **_environment(facts), **container}
     spec["containers"] = [{**whole, "volumeMounts": mounts}]
     spec["volumes"] = volumes
@@ -124,47 +139,23 @@ def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> dic
     return {"metadata": {"labels": dict(facts.labels)}, "spec": spec}
 
 
-def _unpacks(facts: PodFacts, wheel_uri: str, mounts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fetches this code before Ray starts: no pip, and nothing of it is left to the job's environment."""
-    return {
-        "name": "code",
-        "image": facts.cluster.image or "",
-        "securityContext": dict(CLOSED),
-        "command": ["python", "-m", "graftwork.cluster.jobs.packaging", "unpack", wheel_uri, CODE_PATH],
-        "volumeMounts": list(mounts),
-        "resources": _resources({"cpu": "1", "memory": "1Gi"}),
-        **_environment(facts),
-    }
-
-
-def _environment(facts: PodFacts) -> dict[str, Any]:
+def _environment(facts: PodFacts) -> KubeObject:
     cluster, storage = facts.cluster, facts.cluster.storage
     plain = {"HOME": SCRATCH_PATH, "AWS_DEFAULT_REGION": storage.region, **cluster.env}
     if storage.endpoint is not None:
         plain["AWS_ENDPOINT_URL"] = storage.endpoint
     if storage.secret is not None:
-        plain["AWS_EC2_METADATA_DISABLED"] = "true"  # else each client asks a host that is not there for credentials
+        plain["AWS_EC2_METADATA_DISABLED"] = "true"  # else each client queries an absent host for credentials
     if facts.wheel_uri is not None:
         plain |= {WHEEL: facts.wheel_uri, "PYTHONPATH": CODE_PATH}
-    env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in sorted(plain.items())]
-    env += [_secret(name, reference) for name, reference in sorted(cluster.secret_env.items())]
+    env: list[KubeObject] = [{"name": name, "value": value} for name, value in sorted(plain.items())]
+    for name, reference in sorted(cluster.secret_env.items()):
+        secret, _, key = reference.partition("/")
+        env.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
     source = [{"secretRef": {"name": storage.secret}}] if storage.secret is not None else []
     return {"env": env, **({"envFrom": source} if source else {})}
 
 
-def _secret(name: str, reference: str) -> dict[str, Any]:
-    secret, _, key = reference.partition("/")
-    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
-
-
-def _mount(name: str, path: str) -> dict[str, Any]:
-    return {"name": name, "mountPath": path}
-
-
-def _ports(ports: tuple[tuple[str, int], ...]) -> list[dict[str, Any]]:
-    return [{"name": name, "containerPort": number} for name, number in ports]
-
-
-def _resources(amounts: Mapping[str, str]) -> dict[str, Any]:
+def _resources(amounts: Mapping[str, str]) -> KubeObject:
     """Requests are limits: nothing is taken from a neighbour, and the kubelet evicts these pods last."""
     return {"requests": dict(amounts), "limits": dict(amounts)}

@@ -41,9 +41,9 @@ def drain(seconds: float, node_id: str | None = None) -> bool:
     if not accepted:
         print(f"not drained: {why}", file=sys.stderr)
         return False
-    while _used(node) and time.time() < until:
+    while _is_used(node) and time.time() < until:
         time.sleep(POLL_INTERVAL_S)
-    return not _used(node)
+    return not _is_used(node)
 
 
 class Watchdog:
@@ -76,7 +76,7 @@ class Watchdog:
         os._exit(1)
 
 
-def _used(node: str) -> bool:
+def _is_used(node: str) -> bool:
     """Return whether any CPU or GPU of the node is taken."""
     have, free = node_resources(node)
     return any(free.get(name, 0.0) < have.get(name, 0.0) for name in ("CPU", "GPU"))

@@ -1,18 +1,19 @@
-"""KubeRay target: an attempt is a RayJob object."""
+"""KubeRay target: an attempt is a RayJob object, an endpoint a RayService.
 
-from collections.abc import Collection, Mapping
-from typing import Any
+The operator reports the state of an endpoint's replicas; there is no driver, so its job has no heartbeat.
+"""
 
-from graftwork.cluster.jobs.models import Attempt, Finding, Job, ObservedState, TargetMachines
+from collections.abc import Collection
+
+from graftwork.cluster.jobs.models import Attempt, Finding, Job, ObservedState, TargetMachines, refuse
 from graftwork.cluster.jobs.packaging import publish_wheel, wheel_uri
 from graftwork.cluster.kuberay.client import KubeApi, namespaced, remove
-from graftwork.cluster.kuberay.doctor import diagnose, live_findings
-from graftwork.cluster.kuberay.live_checks import PLURALS, live_crd, object_path
-from graftwork.cluster.kuberay.object_view import dig, refuse
-from graftwork.cluster.kuberay.objects import build_rayjob, service_objects
+from graftwork.cluster.kuberay.live_checks import PLURALS, diagnose, live_crd, live_findings, object_path
+from graftwork.cluster.kuberay.object_view import KubeView, dig, listed, mapping
+from graftwork.cluster.kuberay.objects import JOB_LABEL, PLAN, build_rayjob, label_value, service_objects
 from graftwork.cluster.kuberay.pending_reasons import reasons
 from graftwork.cluster.kuberay.preflight import machines_of, preflight
-from graftwork.cluster.kuberay.service_client import remove_service, renew, seen_services
+from graftwork.cluster.kuberay.schema import METADATA
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import ClusterError
 from graftwork.storage.store import Store
@@ -21,6 +22,9 @@ OURS = {"app.kubernetes.io/managed-by": "graftwork"}
 SELECTOR = ",".join(f"{key}={value}" for key, value in OURS.items())
 STORE_PATIENCE_S = 10.0
 GROUP, VERSION = "ray.io", "v1"
+KINDS = (("ray.io/v1", "RayService"), ("policy/v1", "PodDisruptionBudget"))
+SERVER_META = METADATA - {"name", "namespace", "labels", "annotations", "generateName", "ownerReferences"}
+"""Fields of an object's metadata that the server sets."""
 
 
 class KubeRayTarget:
@@ -43,18 +47,25 @@ class KubeRayTarget:
             return found
         found += preflight(attempt, self._api.place.namespace, crd, objects)
         found += live_findings(self._api, job, objects)
-        return found + [one for one in (self._taken(planned) for planned in objects) if one is not None]
+        return found + [one for one in (self._name_conflict(planned) for planned in objects) if one is not None]
 
-    def objects(self, attempt: Attempt) -> list[Mapping[str, Any]]:
+    def objects(self, attempt: Attempt) -> list[KubeView]:
         """The RayJob; for an endpoint a RayService, and what guards its pods."""
         if attempt.job.kind == "serve":
             return [*service_objects(attempt.job, self._api.place.namespace, self._wheel_uri(attempt.job))]
         return [build_rayjob(attempt, self._api.place.namespace, self._wheel_uri(attempt.job))]
 
-    def current(self, attempt: Attempt) -> list[Mapping[str, Any]]:
+    def current(self, attempt: Attempt) -> list[KubeView]:
         """Those of them that are there, without what the server adds."""
         found = [self._api.get(self._path_of(planned)) for planned in self.objects(attempt)]
-        return [without_server_fields(one) for one in found if one is not None]
+        return [
+            {
+                **{key: value for key, value in one.items() if key not in ("metadata", "status")},
+                "metadata": {key: value for key, value in one["metadata"].items() if key not in SERVER_META},
+            }
+            for one in found
+            if one is not None
+        ]
 
     def doctor(self) -> list[Finding]:
         """KubeRay, our rights, what the cluster's spec names, room; jobs that hang, clusters that are left over."""
@@ -62,9 +73,9 @@ class KubeRayTarget:
         return diagnose(self._api, any_job, SELECTOR)
 
     def start(self, attempt: Attempt) -> None:
-        """Create what is not there yet: the server takes one object of a name, whoever comes first.
+        """Create the objects that are absent: the server takes one object of a name, from the first caller.
 
-        The code lies in the store before a pod can ask for it.
+        The code is in the store before a pod fetches it.
         """
         if attempt.job.cluster.code == "wheel":
             publish_wheel(Store(attempt.job.root, STORE_PATIENCE_S))
@@ -74,11 +85,10 @@ class KubeRayTarget:
             if answer.code != 409:
                 self._api.required(answer, f"create {planned['kind']} {attempt.id}")
                 continue
-            taken = self._taken(planned)
-            if taken is not None:
-                raise ClusterError(
-                    f"create {planned['kind']} {attempt.id} in {self.on}", taken.problem, taken.rule, taken.hint
-                )
+            conflict = self._name_conflict(planned)
+            if conflict is not None:
+                subject = f"create {planned['kind']} {attempt.id} in {self.on}"
+                raise ClusterError(subject, conflict.problem, conflict.rule, conflict.hint)
             found = self._api.get(path)
             if found is not None:
                 renew(self._api, planned, found)
@@ -88,22 +98,27 @@ class KubeRayTarget:
         path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs")
         found = {str(job["metadata"]["name"]): job for job in self._api.list(path, SELECTOR)}
         mine = {name: job for name, job in found.items() if name in attempt_ids}
-        held = reasons(self._api, list(mine.values()))
-        seen = {name: seen_of(job, held.get(name, "")) for name, job in mine.items()}
+        waits, seen = reasons(self._api, list(mine.values())), dict[str, ObservedState]()
+        for name, job in mine.items():
+            status = job.get("status", {})
+            # Suspended from its birth: the operator has set no status yet.
+            deployment = status.get("jobDeploymentStatus") or ("Suspended" if dig(job, "spec", "suspend") else "")
+            message = "; ".join(part for part in (waits.get(name, ""), status.get("message", "")) if part)
+            seen[name] = ObservedState(status.get("jobStatus", ""), deployment, status.get("reason", ""), message)
         return seen | seen_services(self._api, [name for name in attempt_ids if name not in seen], SELECTOR)
 
     def stop(self, attempt_id: str) -> None:
-        """Delete the object and wait until it is gone, with its cluster and pods: `removal_s` of kuberay/removal.py."""
+        """Delete the object and wait until it is gone, with its cluster and pods: `removal_s` of kuberay/client.py."""
         path = namespaced(GROUP, VERSION, self._api.place.namespace, "rayjobs", attempt_id)
         if not remove(self._api, path, "RayJob"):
             remove_service(self._api, attempt_id)
 
-    def _taken(self, planned: Mapping[str, Any]) -> Finding | None:
-        """Whether somebody else's object, or that of the same job in another store, has the name already."""
+    def _name_conflict(self, planned: KubeView) -> Finding | None:
+        """Return the finding of a name that a foreign object, or the same job of another store, already has."""
         found = self._api.get(self._path_of(planned))
         if found is None:
             return None
-        name, move = (
+        name, hint = (
             str(planned["metadata"]["name"]),
             "set another `name`, or another namespace: --target k8s:CONTEXT/NAMESPACE",
         )
@@ -113,7 +128,7 @@ class KubeRayTarget:
                 name,
                 "an object that Graftwork did not create has this name",
                 f"objects of Graftwork have the label {SELECTOR}",
-                move,
+                hint,
             )
         if planned["kind"] == "RayJob" and dig(found, "spec", "entrypoint") != planned["spec"]["entrypoint"]:
             return refuse(
@@ -121,47 +136,72 @@ class KubeRayTarget:
                 name,
                 "the same job of another store has this name",
                 "an object's name is unique in its namespace",
-                move,
+                hint,
             )
         return None
 
     def _wheel_uri(self, job: Job) -> str | None:
         return wheel_uri(Store(job.root)) if job.cluster.code == "wheel" else None
 
-    def _path_of(self, planned: Mapping[str, Any]) -> str:
+    def _path_of(self, planned: KubeView) -> str:
         return object_path(self._api.place.namespace, planned)
 
 
-def is_ours(found: Mapping[str, Any]) -> bool:
-    """Whether an object bears our label."""
+def is_ours(found: KubeView) -> bool:
+    """Return whether an object has our label."""
     labels = found["metadata"].get("labels", {})
     return all(labels.get(key) == value for key, value in OURS.items())
 
 
-def seen_of(job: Mapping[str, Any], held: str = "") -> ObservedState:
-    """A RayJob's status, with what holds it back. Suspended from its birth: the operator has said nothing of it yet."""
-    status = job.get("status", {})
-    deployment = status.get("jobDeploymentStatus") or ("Suspended" if dig(job, "spec", "suspend") else "")
-    said = "; ".join(part for part in (held, status.get("message", "")) if part)
-    return ObservedState(status.get("jobStatus", ""), deployment, status.get("reason", ""), said)
+def renew(api: KubeApi, planned: KubeView, found: KubeView) -> None:
+    """Have an endpoint that is there be as planned; the operator changes what can be changed under load."""
+    plans = [dig(one, "metadata", "annotations", PLAN) for one in (planned, found)]
+    is_same = plans[0] == plans[1] if plans[0] else planned.get("spec") == found.get("spec")
+    if is_same or planned["kind"] not in {kind for _, kind in KINDS}:
+        return
+    path = object_path(api.place.namespace, planned)
+    while True:
+        metadata = {**planned["metadata"], "resourceVersion": found["metadata"]["resourceVersion"]}
+        answer = api.ask("PUT", path, {**planned, "metadata": metadata}, {"fieldValidation": "Strict"})
+        if answer.code != 409:  # else somebody wrote it meanwhile, the operator's status apart
+            api.required(answer, f"change {planned['kind']} {planned['metadata']['name']}")
+            return
+        found = api.required(api.ask("GET", path), f"read {path}")
 
 
-SERVER_META = frozenset(
-    {
-        "uid",
-        "resourceVersion",
-        "generation",
-        "creationTimestamp",
-        "managedFields",
-        "finalizers",
-        "selfLink",
-        "deletionTimestamp",
-        "deletionGracePeriodSeconds",
-    }
-)
+def seen_services(api: KubeApi, attempt_ids: Collection[str], selector: str) -> dict[str, ObservedState]:
+    """The endpoints of these attempts. An endpoint that went on to another spec is no longer the earlier job's."""
+    if not attempt_ids:
+        return {}
+    services = api.list(namespaced("ray.io", "v1", api.place.namespace, "rayservices"), selector)
+    by_job = {str(dig(one, "metadata", "labels", JOB_LABEL)): one for one in services}
+    jobs = {name: label_value(job_of(name)) for name in attempt_ids}
+    return {name: seen_service(by_job[job]) for name, job in jobs.items() if job in by_job}
 
 
-def without_server_fields(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An object as somebody would have written it."""
-    kept = {key: value for key, value in found.items() if key != "status"}
-    return {**kept, "metadata": {key: value for key, value in found["metadata"].items() if key not in SERVER_META}}
+def seen_service(service: KubeView) -> ObservedState:
+    """A RayService's status in the words of a RayJob's."""
+    if dig(service, "spec", "suspend") is True:
+        return ObservedState("", "Suspended", "", "suspended by hand")
+    conditions = {str(one.get("type")): one for one in listed(dig(service, "status", "conditions"))}
+    ready = mapping(conditions.get("Ready"))
+    if ready.get("status") == "True":
+        ends = dig(service, "status", "numServeEndpoints")
+        return ObservedState("RUNNING", "Serving", "", f"{ends if ends is not None else 'some'} pods serve")
+    return ObservedState("", "Initializing", str(ready.get("reason") or ""), str(ready.get("message") or ""))
+
+
+def remove_service(api: KubeApi, attempt_id: str) -> None:
+    """Nothing of an attempt's endpoint is there at return. One that serves another spec by now stays."""
+    selector = f"{JOB_LABEL}={label_value(job_of(attempt_id))}"
+    for version, kind in KINDS:
+        planned = {"apiVersion": version, "kind": kind, "metadata": {"name": "x"}}
+        folder = object_path(api.place.namespace, planned)[:-2]
+        found = api.ask("GET", folder, query={"labelSelector": selector})
+        for one in found.body.get("items", []) if found.ok else []:
+            remove(api, f"{folder}/{one['metadata']['name']}", kind)
+
+
+def job_of(attempt_id: str) -> str:
+    """`airport-0123456789-a2` is an attempt at `airport-0123456789`."""
+    return attempt_id.rpartition("-a")[0]

@@ -7,13 +7,13 @@ Ray's own client has no time limits, and imports Ray: seconds, for one listing. 
 import hashlib
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import httpx
 
-from graftwork.cluster.ray_address import REACH_S, host_and_port, is_loopback, refusal_error, token
+from graftwork.cluster.session import REACH_S, host_and_port, is_loopback, refusal_error, token
 from graftwork.errors import ClusterError, RunError
 
 ANSWER_S = 10.0
@@ -34,6 +34,27 @@ class RayJob:
     """PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED."""
     message: str = ""
     exit_code: int | None = None
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """A machine of the cluster that lives."""
+
+    host: str
+    """Empty where its agent does not report."""
+    is_head: bool
+    total: Mapping[str, float]
+    """CPU, GPU, memory (bytes) that Ray hands out there."""
+    used: Mapping[str, float]
+
+    @property
+    def gpu_type(self) -> str:
+        """As Ray detected it (`accelerator_type:H100`); empty where it detected none."""
+        names = (name.partition(":")[2] for name in self.total if name.startswith("accelerator_type:"))
+        return next(names, "")
+
+    def free(self, name: str) -> float:
+        return self.total.get(name, 0.0) - self.used.get(name, 0.0)
 
 
 class JobsApi:
@@ -64,11 +85,13 @@ class JobsApi:
         A Ray that has just started has no agent for jobs yet: it refuses, takes nothing, and is asked again. So is one
         whose answer was lost: the id makes sure of one job.
         """
-        working_dir = self._upload(package)
+        name = f"_ray_pkg_{hashlib.sha1(package).hexdigest()}.zip"  # the cluster names a zip by its content
+        if self.ask("GET", f"/api/packages/gcs/{name}", missing=True) is None:
+            self.ask("PUT", f"/api/packages/gcs/{name}", content=package)
         request = {
             "entrypoint": entrypoint,
             "submission_id": submission_id,
-            "runtime_env": {"working_dir": working_dir},
+            "runtime_env": {"working_dir": f"gcs://{name}"},
             **more,
         }
         end = time.monotonic() + AGENT_S
@@ -115,6 +138,20 @@ class JobsApi:
         """The jobs that were submitted to this Ray."""
         return [_ray_job(info) for info in self.json("/api/jobs/") if info["submission_id"]]
 
+    def nodes(self) -> Sequence[RayNode]:
+        """Return the machines that are alive."""
+        summary = self.json("/nodes?view=summary")["data"]["summary"]
+        status = self.json("/api/cluster_status")["data"]["clusterStatus"] or {}
+        used = (status.get("loadMetricsReport") or {}).get("usageByNode") or {}
+        nodes = []
+        for info in summary:
+            raylet = info.get("raylet") or {}
+            if raylet.get("state") == "ALIVE":
+                usage = {name: float(pair[0]) for name, pair in (used.get(raylet["nodeId"]) or {}).items()}
+                host, is_head = str(info.get("hostname") or ""), bool(raylet.get("isHeadNode"))
+                nodes.append(RayNode(host, is_head, raylet["resourcesTotal"], usage))
+        return nodes
+
     def json(self, path: str) -> Any:
         """What a path of the dashboard answers."""
         answer = self.ask("GET", path)
@@ -126,15 +163,23 @@ class JobsApi:
         try:
             answer = self._http.request(method, path, **more)
         except httpx.HTTPError as error:
-            raise self._unheard(error) from None
+            raise self._connection_error(error) from None
         if missing and answer.status_code == 404:
             return None
         if answer.status_code in (401, 403):
             raise refusal_error(self.on, f"{answer.status_code} {answer.text}")
-        if answer.is_success and _is_json(answer):
+        is_json = not answer.content or "json" in answer.headers.get("content-type", "")  # a package has no content
+        if answer.is_success and is_json:
             return answer
         if answer.status_code < 500 and not (answer.status_code == 400 and path.startswith("/api/jobs")):
-            raise self._no_ray(answer)
+            url = answer.headers.get("location")
+            found = f"it sends us on to {url}" if url else f"{answer.status_code} {answer.text.strip()[:200]!r}"
+            raise ClusterError(
+                f"--target {self.on}",
+                f"what answers there is no Ray dashboard ({found})",
+                "the HTTP address of a Ray dashboard is needed; a login page before it keeps programs out",
+                "check the address, or open a tunnel to the head's port 8265",
+            )
         raise ClusterError(
             f"--target {self.on}",
             f"its Jobs API failed ({answer.status_code} {answer.text.strip()[-500:]})",
@@ -142,67 +187,46 @@ class JobsApi:
             "look at the cluster's dashboard log",
         )
 
-    def _upload(self, package: bytes) -> str:
-        """URI of the zip in the cluster, which names it by its content."""
-        name = f"_ray_pkg_{hashlib.sha1(package).hexdigest()}.zip"
-        if self.ask("GET", f"/api/packages/gcs/{name}", missing=True) is None:
-            self.ask("PUT", f"/api/packages/gcs/{name}", content=package)
-        return f"gcs://{name}"
-
-    def _unheard(self, error: httpx.HTTPError) -> ClusterError:
+    def _connection_error(self, error: httpx.HTTPError) -> ClusterError:
         host, port = host_and_port(self.on)
-        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError) and (proxy := self._proxy()):
+        subject, connects = f"--target {self.on}", isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        proxy = ""
+        if not is_loopback(host) and not urllib.request.proxy_bypass(host):
+            proxies = urllib.request.getproxies()
+            proxy = proxies.get(self.on.partition(":")[0], proxies.get("all", "")).rpartition("@")[2]  # no password
+        if proxy and (connects or isinstance(error, httpx.ProxyError)):
             return ClusterError(
-                f"--target {self.on}",
+                subject,
                 f"the proxy {proxy} does not lead there ({error})",
                 "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY count for all hosts that NO_PROXY does not name",
                 f"NO_PROXY={host}",
             )
         if "certificate" in str(error).lower():
             return ClusterError(
-                f"--target {self.on}",
+                subject,
                 f"its certificate is not trusted ({error})",
                 "https:// is answered by one whose authority this machine knows",
                 "SSL_CERT_FILE=FILE with the authority's certificate",
             )
         if "SSL" in str(error):
             return ClusterError(
-                f"--target {self.on}",
+                subject,
                 f"{host}:{port} does not speak TLS ({error})",
                 "a Ray dashboard speaks http, unless a proxy before it speaks https",
                 f"--target http://{host}:{port}",
             )
-        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            why = str(error) or type(error).__name__
+        if connects:
             return ClusterError(
-                f"--target {self.on}",
-                f"nothing answers at {host}:{port} ({why})",
+                subject,
+                f"nothing answers at {host}:{port} ({str(error) or type(error).__name__})",
                 "a running Ray's dashboard is needed, usually port 8265",
                 "start it, open a tunnel to it, or use --target local",
             )
         return ClusterError(
-            f"--target {self.on}",
+            subject,
             f"something listens there but gives no answer ({error!r})",
             "the address of a Ray dashboard is needed, usually port 8265; behind TLS it is https://",
             "check scheme, host and port; a head that swaps or hangs answers late",
-        )
-
-    def _proxy(self) -> str:
-        """Through which requests go there, without its password; empty where they go directly."""
-        host, _ = host_and_port(self.on)
-        if is_loopback(host) or urllib.request.proxy_bypass(host):
-            return ""
-        proxies = urllib.request.getproxies()
-        return proxies.get(self.on.partition(":")[0], proxies.get("all", "")).rpartition("@")[2]
-
-    def _no_ray(self, answer: httpx.Response) -> ClusterError:
-        where = answer.headers.get("location")
-        found = f"it sends us on to {where}" if where else f"{answer.status_code} {answer.text.strip()[:200]!r}"
-        return ClusterError(
-            f"--target {self.on}",
-            f"what answers there is no Ray dashboard ({found})",
-            "the HTTP address of a Ray dashboard is needed; a login page before it keeps programs out",
-            "check the address, or open a tunnel to the head's port 8265",
         )
 
 
@@ -219,8 +243,3 @@ def exit_code(job: RayJob | None, submission_id: str) -> int:
 
 def _ray_job(info: Mapping[str, Any]) -> RayJob:
     return RayJob(info["submission_id"], info["status"], info["message"] or "", info["driver_exit_code"])
-
-
-def _is_json(answer: httpx.Response) -> bool:
-    """Packages are answered with nothing at all."""
-    return not answer.content or "json" in answer.headers.get("content-type", "")

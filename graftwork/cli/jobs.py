@@ -206,7 +206,7 @@ def doctor(
     Exit codes: 0 jobs can run; 1 a problem prevents jobs from running; 3 the target does not answer.
     """
     from graftwork.cluster.jobs.backend import StoredBackend, probe_store
-    from graftwork.cluster.jobs.environment import surroundings, versions
+    from graftwork.cluster.jobs.checks import surroundings, versions
     from graftwork.cluster.targets import backend_of
 
     spec = cluster_of(cluster_config)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from graftwork.cluster.ray_address import JOB, unknown_place
+from graftwork.cluster.session import JOB, unknown_place
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import load
 from graftwork.errors import ConfigError

@@ -12,7 +12,7 @@ from graftwork.cli.render import duration, echo, gib, print_error, print_json, p
 from graftwork.cli.stages import resolve_here
 from graftwork.cluster.jobs.backend import usd_per_hour
 from graftwork.cluster.jobs.models import Job
-from graftwork.cluster.ray_address import FORMS, unknown_place
+from graftwork.cluster.session import FORMS, unknown_place
 from graftwork.cluster.spec import quantity
 from graftwork.config import Spec
 from graftwork.errors import ConfigError

@@ -29,7 +29,7 @@ from graftwork.cli.render import (
 from graftwork.cluster.jobs.launch import StartedJob, follow, root_flag, start_or_find
 from graftwork.cluster.jobs.models import JobStatus
 from graftwork.cluster.jobs.store import JobStore
-from graftwork.cluster.ray_address import JOB
+from graftwork.cluster.session import JOB
 from graftwork.config import Spec, SpecT
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import accelerators_here, is_auto, with_gpus

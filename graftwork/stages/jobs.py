@@ -85,10 +85,10 @@ def plan_job(spec: Spec, folder: Path, on: str, cluster: ClusterSpec) -> Planned
         unheard = error
     job, lines, notes = with_demand(job_of(spec, cluster, on), spec, folder, machines)
     try:
-        plan = backend.plan(job) if unheard is None else _plan_unheard(backend, job, unheard)
+        plan = backend.plan(job) if unheard is None else _plan_unheard(backend, job)
     except ClusterError as error:
         unheard = error
-        plan = _plan_unheard(backend, job, error)
+        plan = _plan_unheard(backend, job)
     return PlannedJob(job, on, lines, replace(plan, findings=(*plan.findings, *notes)), unheard, resolved)
 
 
@@ -162,12 +162,10 @@ def _types(machines: TargetMachines) -> str:
     return ", ".join(name or "(none named)" for name in machines.gpu_types) or "(none)"
 
 
-def _plan_unheard(backend: JobBackend, job: Job, error: ClusterError) -> JobPlan:
+def _plan_unheard(backend: JobBackend, job: Job) -> JobPlan:
     """Plan without the target: sums, prices, the objects, and the rules that need no cluster."""
-    from graftwork.cluster.targets import UnreachableTarget
-
     assert isinstance(backend, StoredBackend)
-    plan = StoredBackend(UnreachableTarget(backend.on, error, backend.place), job.root).plan(job)
+    plan = backend.plan(job, reachable=False)
     if not backend.on.startswith("k8s:"):
         return plan
     from graftwork.cluster.kuberay.client import KubeNamespace

@@ -107,7 +107,7 @@ class RayCluster:
     """Of the head on loopback, by those of the page."""
 
     def __post_init__(self) -> None:
-        self.run(commands("The token"))
+        self.run(commands("Authentication"))
 
     @property
     def token_file(self) -> Path:

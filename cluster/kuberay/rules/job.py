@@ -1,24 +1,31 @@
-"""Rules for a RayJob: submission, entrypoint, runtime environment and queues."""
+"""Rules for a RayJob: submission, entrypoint, runtime environment, queues, and deletion after its end."""
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import yaml
 
-from graftwork.cluster.jobs.environment import secrets_in, why_secret_text
-from graftwork.cluster.kuberay.object_view import Found, dig, listed, mapping, number, refuse, warn
+from graftwork.cluster.jobs.checks import secrets_in, why_secret_text
+from graftwork.cluster.jobs.models import Findings, refuse, warn
+from graftwork.cluster.kuberay.object_view import KubeView, dig, listed, mapping, number
 from graftwork.cluster.kuberay.objects import KAI_QUEUE, KUEUE_QUEUE, VOLCANO_QUEUE
 
-Object = Mapping[str, Any]
 MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+LEAST = {"activeDeadlineSeconds": 1, "preRunningDeadlineSeconds": 1, "backoffLimit": 0, "ttlSecondsAfterFinished": 0}
 PLAIN_WORDS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+( [A-Za-z0-9_./:=@%+,-]+)*")
 INSTALLS = ("pip", "conda", "uv")
+KUEUE_GROUPS = 7
+"""A Workload of Kueue's has eight sets of pods, and one is the head."""
+DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
+"""A later one has a time no shorter."""
 
 
-def mode_is_one(made: Object) -> Found:
-    """The schema takes any text, and the operator then does nothing at all."""
-    mode = dig(made, "spec", "submissionMode")
+def check_mode(made: KubeView) -> Findings:
+    """Submission mode. The schema takes any text, and the operator then does nothing at all."""
+    spec = mapping(made.get("spec"))
+    mode = spec.get("submissionMode")
     if mode not in (None, *MODES):
         yield refuse(
             "SUBMISSION-MODE",
@@ -35,21 +42,42 @@ def mode_is_one(made: Object) -> Found:
             "with HTTPMode no second pod can submit a job twice or lose it (kuberay#2154, #4945)",
             "submissionMode: HTTPMode",
         )
-
-
-def suspend_needs_shutdown(made: Object) -> Found:
-    spec = mapping(made.get("spec"))
-    if spec.get("suspend") is True and spec.get("shutdownAfterJobFinishes") is not True:
+    if mode == "InteractiveMode" and (number(spec.get("backoffLimit")) or 0) > 0:
         yield refuse(
-            "SUSPEND-NEEDS-SHUTDOWN",
-            "spec.suspend",
-            "shutdownAfterJobFinishes is not true",
-            "a job that keeps its cluster is not suspended",
-            "shutdownAfterJobFinishes: true, or remove suspend",
+            "INTERACTIVE-BACKOFF",
+            "spec.backoffLimit",
+            f"{spec['backoffLimit']}",
+            "the operator cannot repeat a submission that a person makes",
+            "backoffLimit: 0",
         )
 
 
-def a_cluster_is_named_or_made(made: Object) -> Found:
+def check_sidecar(made: KubeView) -> Findings:
+    spec = mapping(made.get("spec"))
+    if spec.get("submissionMode") != "SidecarMode":
+        return
+    for field in ("submitterPodTemplate", "submitterConfig"):
+        if spec.get(field) is not None:
+            yield refuse(
+                "SIDECAR-SUBMITTER",
+                f"spec.{field}",
+                "with SidecarMode",
+                "SidecarMode starts no submitter pod",
+                f"remove {field}, or set submissionMode: K8sJobMode",
+            )
+    restart = dig(spec, "rayClusterSpec", "headGroupSpec", "template", "spec", "restartPolicy")
+    if restart not in (None, "", "Never"):
+        yield refuse(
+            "SIDECAR-RESTART",
+            "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy",
+            str(restart),
+            "a head with a sidecar is not restarted",
+            "restartPolicy: Never",
+        )
+
+
+def check_cluster_source(made: KubeView) -> Findings:
+    """A job makes a cluster of its own or selects one."""
     spec = mapping(made.get("spec"))
     selector = spec.get("clusterSelector")
     if not selector and spec.get("rayClusterSpec") is None:
@@ -96,60 +124,15 @@ def a_cluster_is_named_or_made(made: Object) -> Found:
         )
 
 
-def interactive_is_not_retried(made: Object) -> Found:
+def check_deadlines(made: KubeView) -> Findings:
+    """Time limits. A job whose head is gone stays Running, and its GPUs stay reserved (kuberay#4217)."""
     spec = mapping(made.get("spec"))
-    if spec.get("submissionMode") == "InteractiveMode" and (number(spec.get("backoffLimit")) or 0) > 0:
-        yield refuse(
-            "INTERACTIVE-BACKOFF",
-            "spec.backoffLimit",
-            f"{spec['backoffLimit']}",
-            "the operator cannot repeat a submission that a person makes",
-            "backoffLimit: 0",
-        )
-
-
-def sidecars_have_no_submitter(made: Object) -> Found:
-    spec = mapping(made.get("spec"))
-    if spec.get("submissionMode") != "SidecarMode":
-        return
-    for field in ("submitterPodTemplate", "submitterConfig"):
-        if spec.get(field) is not None:
-            yield refuse(
-                "SIDECAR-SUBMITTER",
-                f"spec.{field}",
-                "with SidecarMode",
-                "SidecarMode starts no submitter pod",
-                f"remove {field}, or set submissionMode: K8sJobMode",
-            )
-    restart = dig(spec, "rayClusterSpec", "headGroupSpec", "template", "spec", "restartPolicy")
-    if restart not in (None, "", "Never"):
-        yield refuse(
-            "SIDECAR-RESTART",
-            "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy",
-            str(restart),
-            "a head with a sidecar is not restarted",
-            "restartPolicy: Never",
-        )
-
-
-def numbers_are_positive(made: Object) -> Found:
-    spec = mapping(made.get("spec"))
-    for field, least in (
-        ("activeDeadlineSeconds", 1),
-        ("preRunningDeadlineSeconds", 1),
-        ("backoffLimit", 0),
-        ("ttlSecondsAfterFinished", 0),
-    ):
+    for field, least in LEAST.items():
         value = number(spec.get(field))
         if value is not None and value < least:
             yield refuse(
                 "NEGATIVE", f"spec.{field}", f"{value}", f"at least {least}", f"set {field}: {least}, or remove it"
             )
-
-
-def it_ends(made: Object) -> Found:
-    """kuberay#4217: a job whose head is gone stays Running, and its GPUs stay taken."""
-    spec = mapping(made.get("spec"))
     if spec.get("activeDeadlineSeconds") is None:
         yield warn(
             "NO-DEADLINE",
@@ -166,7 +149,30 @@ def it_ends(made: Object) -> Found:
             "a job that never starts waits without end",
             "limits: {pending: 15m}",
         )
-    if spec.get("shutdownAfterJobFinishes") is not True and spec.get("deletionStrategy") is None:
+
+
+def check_shutdown(made: KubeView) -> Findings:
+    """Keys that need shutdownAfterJobFinishes."""
+    spec = mapping(made.get("spec"))
+    if spec.get("shutdownAfterJobFinishes") is True:
+        return
+    if spec.get("suspend") is True:
+        yield refuse(
+            "SUSPEND-NEEDS-SHUTDOWN",
+            "spec.suspend",
+            "shutdownAfterJobFinishes is not true",
+            "a job that keeps its cluster is not suspended",
+            "shutdownAfterJobFinishes: true, or remove suspend",
+        )
+    if (ttl := number(spec.get("ttlSecondsAfterFinished")) or 0) > 0:
+        yield refuse(
+            "TTL-NEEDS-SHUTDOWN",
+            "spec.ttlSecondsAfterFinished",
+            f"{ttl} without shutdownAfterJobFinishes",
+            "nothing is deleted at that time",
+            "shutdownAfterJobFinishes: true, or remove ttlSecondsAfterFinished",
+        )
+    if spec.get("deletionStrategy") is None:
         yield warn(
             "NO-SHUTDOWN",
             "spec.shutdownAfterJobFinishes",
@@ -176,9 +182,9 @@ def it_ends(made: Object) -> Found:
         )
 
 
-def entrypoint_is_plain_words(made: Object) -> Found:
-    """kuberay#3802, #3561: the rest of a line after `;` runs in another pod; `$` is another pod's."""
-    text = dig(made, "spec", "entrypoint")
+def check_entrypoint(made: KubeView) -> Findings:
+    """Plain words: what follows `;` runs in another pod, and `$` is another pod's (kuberay#3802, #3561)."""
+    text = str(dig(made, "spec", "entrypoint") or "")
     if dig(made, "spec", "submissionMode") == "InteractiveMode":
         return
     if not text:
@@ -189,8 +195,8 @@ def entrypoint_is_plain_words(made: Object) -> Found:
             "a job has a command",
             "entrypoint: python -m graftwork.cluster.jobs.driver ROOT JOB ATTEMPT job",
         )
-    elif not PLAIN_WORDS.fullmatch(str(text)):
-        odd = sorted({char for char in str(text) if not re.fullmatch(r"[A-Za-z0-9_./:=@%+, -]", char)})
+    elif not PLAIN_WORDS.fullmatch(text):
+        odd = sorted({char for char in text if not re.fullmatch(r"[A-Za-z0-9_./:=@%+, -]", char)})
         yield refuse(
             "ENTRYPOINT-SHELL",
             "spec.entrypoint",
@@ -198,37 +204,31 @@ def entrypoint_is_plain_words(made: Object) -> Found:
             "plain words: a shell on the head reads it",
             "use only letters, digits and _./:=@%+,- in the entrypoint",
         )
-    if text and why_secret_text(str(text)) is not None:
+    if (why := why_secret_text(text)) is not None:
         yield refuse(
             "SECRET-VALUE",
             "spec.entrypoint",
-            str(why_secret_text(str(text))),
+            why,
             "everyone who may list jobs sees the entrypoint",
             "remove the value from the entrypoint and set secret_env: {NAME: SECRET/KEY}",
         )
 
 
-def runtime_env_installs_nothing(made: Object) -> Found:
-    """ray#26332, #39502: pip at run time hangs as PENDING; env_vars are shown by the dashboard."""
+def check_runtime_env(made: KubeView) -> Findings:
+    """No installation at run time: pip hangs as PENDING, and the dashboard shows env_vars (ray#26332, #39502)."""
     text, where = dig(made, "spec", "runtimeEnvYAML"), "spec.runtimeEnvYAML"
     if not text:
         return
     try:
         env = yaml.safe_load(str(text))
+        problem = "" if isinstance(env, Mapping) else f"a {type(env).__name__}"
     except yaml.YAMLError as error:
+        problem = f"no YAML: {str(error).splitlines()[0]}"
+    if problem:
         yield refuse(
             "RUNTIME-ENV-YAML",
             where,
-            f"no YAML: {str(error).splitlines()[0]}",
-            "runtimeEnvYAML is a YAML mapping",
-            'runtimeEnvYAML: "working_dir: /home/ray/code", or remove it',
-        )
-        return
-    if not isinstance(env, Mapping):
-        yield refuse(
-            "RUNTIME-ENV-YAML",
-            where,
-            f"a {type(env).__name__}",
+            problem,
             "runtimeEnvYAML is a YAML mapping",
             'runtimeEnvYAML: "working_dir: /home/ray/code", or remove it',
         )
@@ -252,28 +252,9 @@ def runtime_env_installs_nothing(made: Object) -> Found:
         )
 
 
-JOB_RULES = (
-    mode_is_one,
-    suspend_needs_shutdown,
-    a_cluster_is_named_or_made,
-    interactive_is_not_retried,
-    sidecars_have_no_submitter,
-    numbers_are_positive,
-    it_ends,
-    entrypoint_is_plain_words,
-    runtime_env_installs_nothing,
-)
-
-
-# Queues and gang schedulers: their requirements for a RayJob, checked before it waits without end.
-
-
-KUEUE_GROUPS = 7
-"""A Workload of Kueue's has eight sets of pods, and one is the head."""
-
-
-def kueue(made: Object) -> Found:
-    if KUEUE_QUEUE not in _labels(made):
+def check_kueue(made: KubeView) -> Findings:
+    """Requirements of Kueue, without which a job waits without end."""
+    if KUEUE_QUEUE not in mapping(dig(made, "metadata", "labels")):
         return
     spec, where = mapping(made.get("spec")), f"metadata.labels.{KUEUE_QUEUE}"
     if spec.get("shutdownAfterJobFinishes") is not True:
@@ -311,8 +292,9 @@ def kueue(made: Object) -> Found:
         )
 
 
-def two_queues(made: Object) -> Found:
-    labels = _labels(made)
+def check_gang_queue(made: KubeView) -> Findings:
+    """Queues of gang schedulers."""
+    labels = mapping(dig(made, "metadata", "labels"))
     others = [label for label in (VOLCANO_QUEUE, KAI_QUEUE) if label in labels]
     if KUEUE_QUEUE in labels and others:
         yield warn(
@@ -322,11 +304,7 @@ def two_queues(made: Object) -> Found:
             "a job that one queue lets go may wait in the other and hold the first one's quota",
             "remove `queue` or `gang_queue` from cluster.yaml",
         )
-
-
-def kai_has_no_submitter(made: Object) -> Found:
-    mode = dig(made, "spec", "submissionMode")
-    if KAI_QUEUE in _labels(made) and mode in (None, "K8sJobMode"):
+    if KAI_QUEUE in labels and dig(made, "spec", "submissionMode") in (None, "K8sJobMode"):
         yield refuse(
             "KAI-SUBMITTER",
             "spec.submissionMode",
@@ -336,8 +314,126 @@ def kai_has_no_submitter(made: Object) -> Found:
         )
 
 
-def _labels(made: Object) -> Mapping[str, Any]:
-    return mapping(dig(made, "metadata", "labels"))
+def check_deletion_strategy(made: KubeView) -> Findings:
+    """Deletion by shutdown and a time, or by deletion rules; not by both."""
+    strategy, where = dig(made, "spec", "deletionStrategy"), "spec.deletionStrategy"
+    if not isinstance(strategy, Mapping):
+        return
+    rules, legacy = listed(strategy.get("deletionRules")), {"onSuccess", "onFailure"} & set(strategy)
+    if rules and dig(made, "spec", "shutdownAfterJobFinishes") is True:
+        yield refuse(
+            "DELETION-SHUTDOWN",
+            where,
+            "deletionRules with shutdownAfterJobFinishes",
+            "deletionRules and shutdownAfterJobFinishes exclude each other",
+            "set shutdownAfterJobFinishes: false, or remove deletionRules",
+        )
+    if rules and legacy:
+        yield refuse(
+            "DELETION-LEGACY",
+            where,
+            f"deletionRules with {', '.join(sorted(legacy))}",
+            "deletionRules replace onSuccess and onFailure",
+            f"remove {' and '.join(sorted(legacy))}",
+        )
+    elif not rules and len(legacy) < 2:
+        yield refuse(
+            "DELETION-EMPTY",
+            where,
+            "neither deletionRules nor both onSuccess and onFailure",
+            "a deletionStrategy has deletionRules, or both onSuccess and onFailure",
+            "remove deletionStrategy, or add both onSuccess and onFailure: {policy: DeleteCluster}",
+        )
 
 
-QUEUE_RULES = (kueue, two_queues, kai_has_no_submitter)
+def check_legacy_policies(made: KubeView) -> Findings:
+    strategy = mapping(dig(made, "spec", "deletionStrategy"))
+    for side in ("onSuccess", "onFailure"):
+        if side not in strategy:
+            continue
+        where, policy = f"spec.deletionStrategy.{side}.policy", dig(strategy, side, "policy")
+        if policy is None:
+            yield refuse(
+                "DELETION-POLICY",
+                where,
+                "none",
+                "a policy names what is deleted",
+                "policy: DeleteCluster (or DeleteWorkers, DeleteSelf, DeleteNone)",
+            )
+        if policy == "DeleteNone" and dig(made, "spec", "shutdownAfterJobFinishes") is True:
+            yield refuse(
+                "DELETION-NONE",
+                where,
+                "DeleteNone with shutdownAfterJobFinishes",
+                "DeleteNone keeps the cluster, and shutdownAfterJobFinishes deletes it",
+                "set shutdownAfterJobFinishes: false, or policy: DeleteCluster",
+            )
+        yield from _policy_findings(made, where, policy)
+
+
+def check_deletion_rules(made: KubeView) -> Findings:
+    where, times = "spec.deletionStrategy.deletionRules", dict[tuple[str, str, str], float]()
+    for index, rule in enumerate(listed(dig(made, "spec", "deletionStrategy", "deletionRules"))):
+        at, condition, policy = f"{where}[{index}]", mapping(rule.get("condition")), str(rule.get("policy"))
+        fields = [key for key in ("jobStatus", "jobDeploymentStatus") if condition.get(key) is not None]
+        if len(fields) != 1:
+            yield refuse(
+                "DELETION-CONDITION",
+                f"{at}.condition",
+                f"{len(fields)} of jobStatus, jobDeploymentStatus",
+                "a condition has exactly one of jobStatus and jobDeploymentStatus",
+                "condition: {jobStatus: SUCCEEDED, ttlSeconds: 300}",
+            )
+            continue
+        if (ttl := number(condition.get("ttlSeconds")) or 0) < 0:
+            yield refuse("NEGATIVE", f"{at}.condition.ttlSeconds", f"{ttl}", "a time is 0 s or more", "ttlSeconds: 0")
+        yield from _policy_findings(made, f"{at}.policy", policy)
+        key = (fields[0], str(condition[fields[0]]), policy)
+        if key in times:
+            yield refuse(
+                "DELETION-TWICE",
+                at,
+                f"{policy} at {key[1]} is said before",
+                "each policy appears once per status",
+                f"remove deletionRules[{index}]",
+            )
+        times.setdefault(key, ttl)
+    for field, status in dict.fromkeys((field, status) for field, status, _ in times):
+        given = [
+            (policy, times[field, status, policy]) for policy in DELETION_ORDER if (field, status, policy) in times
+        ]
+        for (first, early), (then, late) in pairwise(given):
+            if late < early:
+                yield refuse(
+                    "DELETION-ORDER",
+                    where,
+                    f"at {status}: {then} after {late} s, {first} after {early} s",
+                    "workers are deleted first, then the cluster, then the job",
+                    f"set ttlSeconds of {then} to {early:g} or more",
+                )
+
+
+def _policy_findings(made: KubeView, where: str, policy: Any) -> Findings:
+    if policy in ("DeleteCluster", "DeleteWorkers") and dig(made, "spec", "clusterSelector"):
+        yield refuse(
+            "DELETION-SELECTOR",
+            where,
+            f"{policy} with clusterSelector",
+            "the cluster belongs to clusterSelector, not to this job",
+            "policy: DeleteSelf, or DeleteNone",
+        )
+    if policy == "DeleteWorkers" and dig(made, "spec", "rayClusterSpec", "enableInTreeAutoscaling") is True:
+        yield refuse(
+            "DELETION-AUTOSCALER",
+            where,
+            "DeleteWorkers with the autoscaler",
+            "the autoscaler starts deleted workers again",
+            "policy: DeleteCluster, or enableInTreeAutoscaling: false",
+        )
+
+
+JOB_RULES = (
+    *(check_mode, check_sidecar, check_cluster_source, check_deadlines, check_shutdown, check_entrypoint),
+    *(check_runtime_env, check_kueue, check_gang_queue),
+    *(check_deletion_strategy, check_legacy_policies, check_deletion_rules),
+)

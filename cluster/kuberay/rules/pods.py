@@ -4,42 +4,30 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from graftwork.cluster.jobs.environment import why_secret
+from graftwork.cluster.jobs.checks import why_secret
+from graftwork.cluster.jobs.models import Findings, refuse, warn
 from graftwork.cluster.kuberay.object_view import (
     ClusterView,
-    Found,
     containers,
     dig,
     first_container,
     listed,
     mapping,
-    refuse,
     version_of,
-    warn,
 )
 from graftwork.cluster.spec import QUANTITY_PATTERN, quantity
 
-# Images, memory, environment of the pods: what starts, and dies or leaks later.
-
-
 HEAD_BYTES = 8 * 2**30
 DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
-OPERATORS_ENV = frozenset(
-    {
-        "RAY_AUTH_MODE",
-        "RAY_AUTH_TOKEN",
-        "RAY_ADDRESS",
-        "RAY_IP",
-        "FQ_RAY_IP",
-        "RAY_PORT",
-        "RAY_CLUSTER_NAME",
-        "RAY_CLUSTER_NAMESPACE",
-    }
-)
+OPERATORS_ENV = {
+    *("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_IP", "FQ_RAY_IP", "RAY_PORT"),
+    *("RAY_CLUSTER_NAME", "RAY_CLUSTER_NAMESPACE"),
+}
 """KubeRay sets these; one of ours would win silently, an empty RAY_AUTH_MODE among them."""
+TOKEN_SINCE, K8S_TOKEN_SINCE = (2, 52), (2, 55)
 
 
-def images_are_pinned(part: ClusterView) -> Found:
+def check_images(part: ClusterView) -> Findings:
     """A tag can mean other code tomorrow, on the second machine already."""
     for where, pod in part.pods():
         for key in ("initContainers", "containers"):
@@ -55,84 +43,63 @@ def images_are_pinned(part: ClusterView) -> Found:
                     )
 
 
-def the_head_has_room(part: ClusterView) -> Found:
-    """kuberay#4287, #4356: the sample's 2 GiB end in out-of-memory."""
+def check_head(part: ClusterView) -> Findings:
+    """Memory of the head, and no work on it: the samples' 2 GiB end in out-of-memory (kuberay#4287, #4356)."""
     memory = dig(first_container(part.head), "resources", "limits", "memory")
-    where = f"{part.where}.headGroupSpec.template.spec.containers[0].resources.limits.memory"
+    where = f"{part.where}.headGroupSpec"
+    at = f"{where}.template.spec.containers[0].resources.limits.memory"
     if memory is None:
-        yield refuse("HEAD-MEMORY", where, "no limit", "a head has a limit of 8Gi or more", "head: {memory: 16Gi}")
+        yield refuse("HEAD-MEMORY", at, "no limit", "a head has a limit of 8Gi or more", "head: {memory: 16Gi}")
     elif re.fullmatch(QUANTITY_PATTERN, str(memory)) and quantity(str(memory)) < HEAD_BYTES:
-        yield refuse("HEAD-MEMORY", where, str(memory), "a head has 8Gi or more", "head: {memory: 16Gi}")
-
-
-def the_head_takes_no_work(part: ClusterView) -> Found:
+        yield refuse("HEAD-MEMORY", at, str(memory), "a head has 8Gi or more", "head: {memory: 16Gi}")
     cpus = dig(part.head, "rayStartParams", "num-cpus")
     if str(cpus) != "0":
         yield refuse(
             "HEAD-WORKS",
-            f"{part.where}.headGroupSpec.rayStartParams.num-cpus",
+            f"{where}.rayStartParams.num-cpus",
             f"{cpus}",
             "work on the head takes the cluster with it when it runs out of memory",
             'num-cpus: "0"',
         )
 
 
-def environment_has_no_secrets(part: ClusterView) -> Found:
+def check_environment(part: ClusterView) -> Findings:
+    """No secret as a plain value, no variable twice, none that KubeRay sets."""
     for where, pod in part.pods():
         for index, container in enumerate([*listed(pod.get("initContainers")), *containers(pod)]):
-            yield from _environment(f"{where}.containers[{index}].env", container)
-
-
-def environment_set_once(part: ClusterView) -> Found:
-    for where, pod in part.pods():
-        for container in containers(pod)[:1]:
-            names = [str(entry.get("name")) for entry in listed(container.get("env"))]
-            for name in sorted({name for name in names if names.count(name) > 1}):
-                yield refuse(
-                    "ENV-TWICE",
-                    f"{where}.containers[0].env",
-                    name,
-                    "the last one would win silently",
-                    f"remove {name} from `env` or from `secret_env`",
-                )
-            for name in sorted(OPERATORS_ENV.intersection(names)):
-                yield refuse(
-                    "ENV-RESERVED",
-                    f"{where}.containers[0].env",
-                    name,
-                    "KubeRay sets this variable",
-                    f"remove {name} from `env` and `secret_env`",
-                )
-
-
-def _environment(where: str, container: Mapping[str, Any]) -> Found:
-    for entry in listed(container.get("env")):
-        why = why_secret(str(entry.get("name")), entry["value"]) if isinstance(entry.get("value"), str) else None
-        if why is not None:
+            for entry in listed(container.get("env")):
+                name, value = str(entry.get("name")), entry.get("value")
+                if isinstance(value, str) and (why := why_secret(name, value)) is not None:
+                    yield refuse(
+                        "SECRET-VALUE",
+                        f"{where}.containers[{index}].env.{name}",
+                        why,
+                        "many users can read objects, so a secret value comes from a Kubernetes Secret",
+                        f"secret_env: {{{name}: SECRET/KEY}}",
+                    )
+        names = [str(entry.get("name")) for container in containers(pod)[:1] for entry in listed(container.get("env"))]
+        for name in sorted({name for name in names if names.count(name) > 1}):
             yield refuse(
-                "SECRET-VALUE",
-                f"{where}.{entry.get('name')}",
-                why,
-                "many users can read objects, so a secret value comes from a Kubernetes Secret",
-                f"secret_env: {{{entry.get('name')}: SECRET/KEY}}",
+                "ENV-TWICE",
+                f"{where}.containers[0].env",
+                name,
+                "the last one would win silently",
+                f"remove {name} from `env` or from `secret_env`",
+            )
+        for name in sorted(OPERATORS_ENV.intersection(names)):
+            yield refuse(
+                "ENV-RESERVED",
+                f"{where}.containers[0].env",
+                name,
+                "KubeRay sets this variable",
+                f"remove {name} from `env` and `secret_env`",
             )
 
 
-POD_RULES = (
-    images_are_pinned,
-    the_head_has_room,
-    the_head_takes_no_work,
-    environment_has_no_secrets,
-    environment_set_once,
-)
-
-
-TOKEN_SINCE, K8S_TOKEN_SINCE = (2, 52), (2, 55)
-
-
-def a_token_opens_it(part: ClusterView) -> Found:
-    """An open dashboard runs anybody's code (CVE-2023-48022); Ray's own default is open until 2.61."""
-    mode = dig(part.spec, "authOptions", "mode")
+def check_token(part: ClusterView) -> Findings:
+    """Token mode: an open dashboard runs anybody's code (CVE-2023-48022); Ray's own default is open until 2.61."""
+    mode, value, where = dig(part.spec, "authOptions", "mode"), part.spec.get("rayVersion"), f"{part.where}.rayVersion"
+    version = version_of(value)
     if mode != "token":
         yield refuse(
             "AUTH-OPEN",
@@ -141,28 +108,21 @@ def a_token_opens_it(part: ClusterView) -> Found:
             "anyone who reaches an open head can run code on the cluster",
             "auth: {mode: token}",
         )
-
-
-def the_version_knows_tokens(part: ClusterView) -> Found:
-    if dig(part.spec, "authOptions", "mode") != "token":
-        return
-    told, where = part.spec.get("rayVersion"), f"{part.where}.rayVersion"
-    version = version_of(told)
-    if version is None:
+    elif version is None:
         yield refuse(
             "AUTH-VERSION",
             where,
-            repr(told),
+            repr(value),
             "token mode needs the version of the image's Ray: 2.52 or newer",
             'rayVersion: "2.60.0"',
         )
     elif version < TOKEN_SINCE:
         yield refuse(
-            "AUTH-VERSION", where, str(told), "token mode came with Ray 2.52", "set rayVersion and the image to 2.60.0"
+            "AUTH-VERSION", where, str(value), "token mode came with Ray 2.52", "set rayVersion and the image to 2.60.0"
         )
 
 
-def kubernetes_tokens(part: ClusterView) -> Found:
+def check_kubernetes_token(part: ClusterView) -> Findings:
     options, where = mapping(part.spec.get("authOptions")), f"{part.where}.authOptions.enableK8sTokenAuth"
     if options.get("enableK8sTokenAuth") is not True:
         return
@@ -201,7 +161,7 @@ def kubernetes_tokens(part: ClusterView) -> Found:
         )
 
 
-def nobody_outside_reaches_the_head(part: ClusterView) -> Found:
+def check_exposure(part: ClusterView) -> Findings:
     where = f"{part.where}.headGroupSpec"
     if part.head.get("serviceType") not in (None, "", "ClusterIP"):
         yield refuse(
@@ -221,7 +181,7 @@ def nobody_outside_reaches_the_head(part: ClusterView) -> Found:
         )
 
 
-def pods_are_restricted(part: ClusterView) -> Found:
+def check_pod_security(part: ClusterView) -> Findings:
     for where, pod in part.pods():
         for key in ("hostNetwork", "hostPID", "hostIPC"):
             if pod.get(key) is True:
@@ -233,14 +193,14 @@ def pods_are_restricted(part: ClusterView) -> Found:
                     f"remove {key}, or set it to false",
                 )
         for index, container in enumerate(containers(pod)):
-            yield from _restricted(
+            yield from _restricted_findings(
                 f"{where}.containers[{index}].securityContext",
                 mapping(container.get("securityContext")),
                 mapping(pod.get("securityContext")),
             )
 
 
-def _restricted(where: str, own: Mapping[str, Any], pods: Mapping[str, Any]) -> Found:
+def _restricted_findings(where: str, own: Mapping[str, Any], pods: Mapping[str, Any]) -> Findings:
     if own.get("privileged") is True or own.get("allowPrivilegeEscalation") is not False:
         yield refuse(
             "POD-PRIVILEGES",
@@ -287,10 +247,7 @@ def _restricted(where: str, own: Mapping[str, Any], pods: Mapping[str, Any]) -> 
         )
 
 
-SECURITY_RULES = (
-    a_token_opens_it,
-    the_version_knows_tokens,
-    kubernetes_tokens,
-    nobody_outside_reaches_the_head,
-    pods_are_restricted,
+POD_RULES = (
+    *(check_images, check_head, check_environment, check_token, check_kubernetes_token),
+    *(check_exposure, check_pod_security),
 )

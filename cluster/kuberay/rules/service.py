@@ -2,40 +2,35 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import yaml
 
-from graftwork.cluster.jobs.environment import secrets_in
-from graftwork.cluster.kuberay.object_view import Found, dig, mapping, number, refuse, warn
+from graftwork.cluster.jobs.checks import secrets_in
+from graftwork.cluster.jobs.models import Findings, refuse, warn
+from graftwork.cluster.kuberay.object_view import KubeView, dig, mapping, number
 
 UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 TIMEOUT_ANNOTATION = "ray.io/initializing-timeout"
 _DURATION = re.compile(r"([0-9]+(\.[0-9]+)?(ns|us|ms|s|m|h))+|[0-9]+")
 LEAST_DELAY_S = 60
-Object = Mapping[str, Any]
 
 
-def serve_config_is_yaml(made: Object) -> Found:
+def check_serve_config(made: KubeView) -> Findings:
     text, where = dig(made, "spec", "serveConfigV2"), "spec.serveConfigV2"
     try:
         config = yaml.safe_load(str(text or ""))
+        problem = "" if isinstance(config, Mapping) and config.get("applications") else "no applications"
     except yaml.YAMLError as error:
+        problem = f"no YAML: {str(error).splitlines()[0]}"
+    if problem:
         yield refuse(
             "SERVE-CONFIG",
             where,
-            f"no YAML: {str(error).splitlines()[0]}",
+            problem,
             "serveConfigV2 is a YAML mapping with `applications`",
-            "correct the YAML at the line that the parser reports",
-        )
-        return
-    if not isinstance(config, Mapping) or not config.get("applications"):
-        yield refuse(
-            "SERVE-CONFIG",
-            where,
-            "no applications",
-            "serveConfigV2 is a YAML mapping with `applications`",
-            "serveConfigV2: {applications: [{name: NAME, import_path: MODULE:APP}]}",
+            "correct the YAML at the line that the parser reports"
+            if problem.startswith("no YAML")
+            else "serveConfigV2: {applications: [{name: NAME, import_path: MODULE:APP}]}",
         )
         return
     for path, why in secrets_in(config):
@@ -48,20 +43,8 @@ def serve_config_is_yaml(made: Object) -> Found:
         )
 
 
-def upgrade_is_one(made: Object) -> Found:
-    kind = dig(made, "spec", "upgradeStrategy", "type")
-    if kind not in (None, *UPGRADES):
-        yield refuse(
-            "UPGRADE-TYPE",
-            "spec.upgradeStrategy.type",
-            repr(kind),
-            f"one of {', '.join(UPGRADES)}",
-            "upgradeStrategy: {type: NewCluster}",
-        )
-
-
-def old_cluster_stays_a_while(made: Object) -> Found:
-    """kuberay#3602: requests in flight are cut with the old cluster."""
+def check_deletion_delay(made: KubeView) -> Findings:
+    """Time that the old cluster stays: requests in flight are cut with it (kuberay#3602)."""
     delay = number(dig(made, "spec", "rayClusterDeletionDelaySeconds"))
     if delay is None:
         return
@@ -83,10 +66,21 @@ def old_cluster_stays_a_while(made: Object) -> Found:
         )
 
 
-def incremental(made: Object) -> Found:
-    spec = mapping(made.get("spec"))
-    if dig(spec, "upgradeStrategy", "type") != "NewClusterWithIncrementalUpgrade":
-        return
+def check_upgrade(made: KubeView) -> Findings:
+    kind = dig(made, "spec", "upgradeStrategy", "type")
+    if kind not in (None, *UPGRADES):
+        yield refuse(
+            "UPGRADE-TYPE",
+            "spec.upgradeStrategy.type",
+            repr(kind),
+            f"one of {', '.join(UPGRADES)}",
+            "upgradeStrategy: {type: NewCluster}",
+        )
+    elif kind == "NewClusterWithIncrementalUpgrade":
+        yield from _incremental_findings(mapping(made.get("spec")))
+
+
+def _incremental_findings(spec: KubeView) -> Findings:
     where, options = "spec.upgradeStrategy.clusterUpgradeOptions", dig(spec, "upgradeStrategy", "clusterUpgradeOptions")
     if dig(spec, "rayClusterConfig", "enableInTreeAutoscaling") is not True:
         yield refuse(
@@ -141,19 +135,7 @@ def incremental(made: Object) -> Found:
         )
 
 
-def head_service_has_no_name(made: Object) -> Found:
-    name = dig(made, "spec", "rayClusterConfig", "headGroupSpec", "headService", "metadata", "name")
-    if name:
-        yield refuse(
-            "HEAD-SERVICE-NAME",
-            "spec.rayClusterConfig.headGroupSpec.headService.metadata.name",
-            str(name),
-            "during an upgrade two clusters of the service run, and each needs a service name of its own",
-            "remove headService.metadata.name",
-        )
-
-
-def initializing_timeout(made: Object) -> Found:
+def check_initializing_timeout(made: KubeView) -> Findings:
     text = dig(made, "metadata", "annotations", TIMEOUT_ANNOTATION)
     if text and (not _DURATION.fullmatch(str(text)) or not re.search("[1-9]", str(text))):
         yield refuse(
@@ -165,7 +147,16 @@ def initializing_timeout(made: Object) -> Found:
         )
 
 
-def exposed(made: Object) -> Found:
+def check_services(made: KubeView) -> Findings:
+    name = dig(made, "spec", "rayClusterConfig", "headGroupSpec", "headService", "metadata", "name")
+    if name:
+        yield refuse(
+            "HEAD-SERVICE-NAME",
+            "spec.rayClusterConfig.headGroupSpec.headService.metadata.name",
+            str(name),
+            "during an upgrade two clusters of the service run, and each needs a service name of its own",
+            "remove headService.metadata.name",
+        )
     kind = dig(made, "spec", "serveService", "spec", "type")
     if kind not in (None, "ClusterIP"):
         yield refuse(
@@ -177,12 +168,4 @@ def exposed(made: Object) -> Found:
         )
 
 
-SERVICE_RULES = (
-    serve_config_is_yaml,
-    upgrade_is_one,
-    old_cluster_stays_a_while,
-    incremental,
-    head_service_has_no_name,
-    initializing_timeout,
-    exposed,
-)
+SERVICE_RULES = (check_serve_config, check_deletion_delay, check_upgrade, check_initializing_timeout, check_services)

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from graftwork.cli import app
-from graftwork.cluster.jobs.environment import surroundings
+from graftwork.cluster.jobs.checks import surroundings
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import GraftworkError
 

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from graftwork.cli import app
 from graftwork.cluster.jobs.packaging import LINKED, shipped
 from graftwork.cluster.private_ray import environment_of, own_folder
-from graftwork.cluster.ray_address import host_and_port, without_target
-from graftwork.cluster.session import Session, session
+from graftwork.cluster.session import Session, host_and_port, session, without_target
 from graftwork.cluster.targets.ray_jobs import run_command
 from graftwork.errors import ClusterError, ConfigError
 from tests.process_races import ROOT, fork_race

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from graftwork.cli import app
 from graftwork.cluster.kuberay.preflight import machines_of
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.targets.ray_jobs_checks import RayNode
-from graftwork.cluster.targets.ray_jobs_checks import machines_of as machines_of_ray
+from graftwork.cluster.targets.ray_jobs import machines_of as machines_of_ray
+from graftwork.cluster.targets.ray_jobs_api import RayNode
 from graftwork.config import Spec, validate
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Accelerators, gpus_here, gpus_of, is_auto, with_gpus

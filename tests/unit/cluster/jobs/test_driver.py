@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from graftwork.cluster.jobs.log_upload import MOST_PIECE_BYTES, last_error, whole_chars
+from graftwork.cluster.jobs.heartbeat import MOST_PIECE_BYTES, last_error, whole_chars
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.errors import ConfigError
 from tests.jobs import end_all_jobs, local_backend, printed, python_job, until

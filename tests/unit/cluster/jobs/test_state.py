@@ -8,8 +8,20 @@ from pathlib import Path
 import pytest
 
 from graftwork.cluster.jobs.models import ENDED, ObservedState
-from graftwork.cluster.jobs.state import ARRIVES_S, COMES_UP, HELD_BACK, OVER, DerivedState, derive_state
-from graftwork.cluster.jobs.store import SILENT_S, AttemptEnd, AttemptRecord, Heartbeat, JobStore, StopReason
+from graftwork.cluster.jobs.store import (
+    ARRIVES_S,
+    COMES_UP,
+    HELD_BACK,
+    OVER,
+    SILENT_S,
+    AttemptEnd,
+    AttemptRecord,
+    DerivedState,
+    Heartbeat,
+    JobStore,
+    StopReason,
+    derive_state,
+)
 from tests.jobs import command_job
 
 NOW = 1_000_000.0

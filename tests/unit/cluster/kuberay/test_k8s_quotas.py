@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 
-from graftwork.cluster.kuberay.quota_checks import pod_usage
+from graftwork.cluster.kuberay.pending_reasons import pod_usage
 from tests.process_races import ROOT
 
 pytestmark = pytest.mark.skipif(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from graftwork.cluster.jobs.driver import LIMIT_GRACE_S
-from graftwork.cluster.kuberay.objects import build_disruption_budget, build_raycluster, build_rayjob, build_rayservice
-from tests.kuberay_objects import GPUS, IMAGE, ROOT, attempt, cluster, job
+from graftwork.cluster.kuberay.objects import build_disruption_budget, build_rayjob, build_rayservice
+from tests.kuberay_objects import GPUS, IMAGE, ROOT, attempt, cluster, job, raycluster
 
 WHEEL = f"{ROOT}/wheels/graftwork-0.1.0+0123456789ab-py3-none-any.whl"
 
@@ -48,7 +48,7 @@ def test_the_operators_deadline_leaves_the_drivers_one_time_for_a_checkpoint() -
     assert "activeDeadlineSeconds" not in rayjob(limits={})["spec"]
 
 
-@pytest.mark.parametrize("made", [rayjob(workers=[GPUS]), build_raycluster(cluster(), "session", "team-a")])
+@pytest.mark.parametrize("made", [rayjob(workers=[GPUS]), raycluster()])
 def test_pods_are_closed(made: dict[str, Any]) -> None:
     """Pod Security's `restricted`, and a root that cannot be written."""
     for pod in pods(made):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftwork.cluster.jobs.environment import secret_findings
+from graftwork.cluster.jobs.checks import secret_findings
 from graftwork.cluster.jobs.models import Attempt, Demand, Finding, Job
 from graftwork.cluster.kuberay.objects import build_rayjob
 from graftwork.cluster.kuberay.preflight import preflight

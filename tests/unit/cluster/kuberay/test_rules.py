@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from graftwork.cluster.kuberay.objects import build_raycluster
 from graftwork.cluster.kuberay.rules import check_rules
-from tests.kuberay_objects import GONE, GPUS, changed, cluster, rayjob, rayservice
+from tests.kuberay_objects import GONE, GPUS, changed, raycluster, rayjob, rayservice
 
 GROWS = {**GPUS, "count": 1, "max_count": 4}
 OBJECTS = {
@@ -17,7 +16,7 @@ OBJECTS = {
     "rocksdb": rayjob(gcs={"backend": "rocksdb"}),
     "service": rayservice(workers=[GROWS]),
     "fixed service": rayservice(workers=[GPUS]),
-    "cluster": build_raycluster(cluster(workers=[GPUS]), "session", "team-a"),
+    "cluster": raycluster(workers=[GPUS]),
 }
 PART = {"service": "spec.rayClusterConfig", "fixed service": "spec.rayClusterConfig", "cluster": "spec"}
 RULES = {  # one condition of deletion rules, used below

@@ -17,8 +17,9 @@ from graftwork.cluster.jobs.models import Attempt, Finding, Job, TargetMachines
 from graftwork.cluster.kuberay.preflight import machines_of, preflight
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import local
-from graftwork.cluster.targets.ray_jobs_checks import RayNode, workers
-from graftwork.cluster.targets.ray_jobs_checks import machines_of as machines_of_ray
+from graftwork.cluster.targets.ray_jobs import machines_of as machines_of_ray
+from graftwork.cluster.targets.ray_jobs import workers
+from graftwork.cluster.targets.ray_jobs_api import RayNode
 from graftwork.config import validate
 from graftwork.planning.hardware import GPUS
 from graftwork.stages.jobs import job_of, with_demand

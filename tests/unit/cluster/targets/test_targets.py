@@ -18,12 +18,11 @@ import pytest
 from graftwork.cluster.jobs.inputs import path_findings
 from graftwork.cluster.jobs.models import Attempt, Demand, Job
 from graftwork.cluster.jobs.store import Heartbeat, JobStore
-from graftwork.cluster.ray_address import token
+from graftwork.cluster.session import token
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.cluster.targets import backend_of, local, ray_jobs_checks
+from graftwork.cluster.targets import backend_of, local, ray_jobs
 from graftwork.cluster.targets.local import LocalTarget
-from graftwork.cluster.targets.ray_jobs_api import JobsApi
-from graftwork.cluster.targets.ray_jobs_checks import RayNode
+from graftwork.cluster.targets.ray_jobs_api import JobsApi, RayNode
 from graftwork.environment import available_memory
 from graftwork.errors import ClusterError, ConfigError
 from tests.ports import free_port
@@ -175,20 +174,20 @@ GPUS = RayNode("gpus", False, {"CPU": 8, "GPU": 4, "memory": 64 * GIB, "accelera
     ],
 )
 def test_workers_fit_a_cluster_node_by_node(demand: Demand, codes: list[str], tmp_path: Path) -> None:
-    assert [finding.code for finding in ray_jobs_checks.workers(job(tmp_path, demand), [HEAD, GPUS])] == codes
+    assert [finding.code for finding in ray_jobs.workers(job(tmp_path, demand), [HEAD, GPUS])] == codes
 
 
 @pytest.mark.parametrize(
     "root", ["/data/my runs", "/data/$(id)", "/data/a;b", "s3://bucket/it's", "/data/`id`", "/a&b"]
 )
 def test_a_root_that_a_shell_would_read_is_refused(root: str) -> None:
-    assert "E-ROOT-NOT-PLAIN" in [finding.code for finding in ray_jobs_checks.roots(root, here=True)]
+    assert "E-ROOT-NOT-PLAIN" in [finding.code for finding in ray_jobs.roots(root, here=True)]
 
 
 def test_a_folder_of_this_machine_is_no_root_of_another(tmp_path: Path) -> None:
-    assert [finding.code for finding in ray_jobs_checks.roots(str(tmp_path), here=False)] == ["E-ROOT-NOT-SHARED"]
-    assert list(ray_jobs_checks.roots(str(tmp_path), here=True)) == []
-    assert list(ray_jobs_checks.roots("s3://bucket/team-a", here=False)) == []
+    assert [finding.code for finding in ray_jobs.roots(str(tmp_path), here=False)] == ["E-ROOT-NOT-SHARED"]
+    assert list(ray_jobs.roots(str(tmp_path), here=True)) == []
+    assert list(ray_jobs.roots("s3://bucket/team-a", here=False)) == []
 
 
 def test_files_that_the_driver_would_not_find_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,11 +210,11 @@ def test_files_that_the_driver_would_not_find_are_named(tmp_path: Path, monkeypa
 
 def test_a_loopback_address_is_another_machine_where_its_head_says_so() -> None:
     mine = RayNode(socket.gethostname(), True, {}, {})
-    assert ray_jobs_checks.is_here("http://127.0.0.1:8265", [mine])
-    assert ray_jobs_checks.is_here("http://10.0.0.7:8265", [mine])
-    assert not ray_jobs_checks.is_here("http://127.0.0.1:8265", [HEAD]), "a tunnel"
-    assert ray_jobs_checks.is_here("http://localhost:8265", [])
-    assert not ray_jobs_checks.is_here("http://head.example.org:8265", [])
+    assert ray_jobs.is_here("http://127.0.0.1:8265", [mine])
+    assert ray_jobs.is_here("http://10.0.0.7:8265", [mine])
+    assert not ray_jobs.is_here("http://127.0.0.1:8265", [HEAD]), "a tunnel"
+    assert ray_jobs.is_here("http://localhost:8265", [])
+    assert not ray_jobs.is_here("http://head.example.org:8265", [])
 
 
 def test_workers_fit_this_machine(tmp_path: Path) -> None:

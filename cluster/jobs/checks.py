@@ -1,4 +1,4 @@
-"""Environment of a job: secrets in its spec, and this machine's tokens, versions, clients and credentials.
+"""Checks of a job that all targets share: secrets in its spec, this machine's environment, GPU memory and disks.
 
 A finding on a secret gives the reason and never the value.
 """
@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import graftwork
-from graftwork.cluster.jobs.models import Finding, Job
+from graftwork.cluster.jobs.models import Findings, Job, refuse, warn
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.planning.plan import HEADROOM
 
 _NAME = re.compile(
     r"(^|[_.-])(secret|token|password|passwd|passphrase|credentials?|api[_-]?key|access[_-]?key([_-]?id)?"
@@ -24,7 +25,7 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _REFERENCE = re.compile(r"([_.-](file|path|env|name|secret|mode|url|id|ttl|limit|type)|_IN|_DIR)$", re.IGNORECASE)
-"""A name that ends so tells where a secret is, or something of it, and not what it is."""
+"""A name with such an end says where a secret is, not its value."""
 _KEY_ID = re.compile(r"access[_-]?key[_-]?id$", re.IGNORECASE)
 _PLAIN = re.compile(r"(|true|false|yes|no|on|off|none|null|[01]|disabled)", re.IGNORECASE)
 _VALUES = {
@@ -47,6 +48,10 @@ _AWS_SECRET = re.compile(
     r"[A-Za-z0-9+]{10}[A-Za-z0-9/+]{30}(?![A-Za-z0-9/+=])"
 )
 """40 characters of base64 with small and capital letters and digits: no digest and no path looks so."""
+GIB = 2**30
+GANGS = frozenset({"train", "trial"})
+"""Kinds whose workers are ranks of one run."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENVIRONMENTS = frozenset({"env", "env_vars", "environment"})
 
 
@@ -67,12 +72,11 @@ def why_secret_text(text: str) -> str | None:
     return None if found is None else f"it looks like {found}"
 
 
-def secret_findings(job: Job) -> Iterator[Finding]:
+def secret_findings(job: Job) -> Findings:
     """Every text of the job's spec and of its cluster's file that looks like a secret: all places refuse them alike."""
     for where, why in [*secrets_in(dict(job.spec)), *secrets_in(job.cluster.model_dump(mode="json"))]:
-        yield Finding(
-            "E-SECRET-VALUE",
-            "error",
+        yield refuse(
+            "SECRET-VALUE",
             where,
             why,
             "specs and cluster files are stored, shown and sent",
@@ -100,14 +104,8 @@ def secrets_in(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
             yield from secrets_in(value, f"{where}[{index}]")
 
 
-# This machine's way to a place and to its store: versions, tokens, the client of Kubernetes, credentials.
-
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
 def versions() -> dict[str, str]:
-    """Of what must be alike here and there. Imports none of them."""
+    """Return the versions that this machine and the target must share. Imports none of the packages."""
     found = {"graftwork": graftwork.__version__, "python": platform.python_version()}
     for name in ("ray", "torch", "kubernetes"):
         try:
@@ -117,13 +115,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
-    """What is lacking on this machine."""
+def surroundings(on: str, root: str, cluster: ClusterSpec) -> Findings:
+    """Findings on this machine: version, token, Kubernetes client, credentials."""
     ray = versions()["ray"]
     if on != "local" and ray != cluster.ray_version:
-        yield Finding(
-            "W-RAY-VERSION",
-            "warning",
+        yield warn(
+            "RAY-VERSION",
             "ray_version",
             f"{cluster.ray_version} there, {ray} here",
             "jobs are made for one Ray",
@@ -132,45 +129,56 @@ def surroundings(on: str, root: str, cluster: ClusterSpec) -> Iterator[Finding]:
     if on.startswith("http"):
         yield from _token(on)
     if on.startswith("k8s:"):
-        yield from _kubernetes()
+        if importlib.util.find_spec("kubernetes") is None:
+            yield refuse(
+                "NO-KUBERNETES-CLIENT",
+                "kubernetes",
+                "the Python package is not installed",
+                "k8s: needs it",
+                "pip install 'kubernetes>=35,<37' 'kubernetes-validate>=1.34'",
+            )
         if not root.startswith("s3://") and cluster.storage.claim is None:
-            yield Finding(
-                "E-STORE-LOCAL",
-                "error",
+            yield refuse(
+                "STORE-LOCAL",
                 "storage.uri",
                 root,
                 "pods reach s3://, or a claim",
                 "set storage.uri in cluster.yaml, or --root s3://BUCKET/PREFIX",
             )
-    if root.startswith("s3://"):
-        yield from _credentials()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
+    named = any(os.environ.get(name) for name in names) or (Path.home() / ".aws" / "credentials").is_file()
+    if root.startswith("s3://") and not named:  # no error: the machine may have an identity of its own
+        yield warn(
+            "NO-S3-CREDENTIALS",
+            "AWS_ACCESS_KEY_ID",
+            "no credentials in the environment",
+            "this command reads and writes the store as well as the pods do",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        )
 
 
-def _token(on: str) -> Iterator[Finding]:
+def _token(on: str) -> Findings:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(path) if path else Path.home() / ".ray" / "auth_token"
     if path and not file.is_file():
-        yield Finding(
-            "E-TOKEN-FILE",
-            "error",
+        yield refuse(
+            "TOKEN-FILE",
             "RAY_AUTH_TOKEN_PATH",
             f"no file {path}",
             "it holds the cluster's token",
             "write the token there with mode 0600, or unset it",
         )
     elif not os.environ.get("RAY_AUTH_TOKEN") and not file.is_file() and urlsplit(on).hostname not in LOOPBACK:
-        yield Finding(
-            "W-NO-TOKEN",
-            "warning",
+        yield warn(
+            "NO-TOKEN",
             "RAY_AUTH_TOKEN",
             "not set",
             "a Ray that takes anybody's jobs runs anybody's code",
             "start the cluster with RAY_AUTH_MODE=token and set RAY_AUTH_TOKEN here",
         )
     if file.is_file() and stat.S_IMODE(file.stat().st_mode) & 0o077:
-        yield Finding(
-            "W-TOKEN-FILE-OPEN",
-            "warning",
+        yield warn(
+            "TOKEN-FILE-OPEN",
             str(file),
             "others on this machine can read it",
             "a token is its owner's alone",
@@ -178,27 +186,67 @@ def _token(on: str) -> Iterator[Finding]:
         )
 
 
-def _kubernetes() -> Iterator[Finding]:
-    if importlib.util.find_spec("kubernetes") is None:
-        yield Finding(
-            "E-NO-KUBERNETES-CLIENT",
-            "error",
-            "kubernetes",
-            "the Python package is not installed",
-            "k8s: needs it",
-            "pip install 'kubernetes>=35,<37' 'kubernetes-validate>=1.34'",
+def gpu_memory_findings(job: Job, where: str, name: str, memory_bytes: int | None) -> Findings:
+    """The predicted peak of a worker against a GPU that it may be placed on; None: the GPU's memory is not known.
+
+    A worker computes on one GPU, however many it reserves, and on a share of one has that share of the memory.
+    """
+    wanted, share = max(one.gpu_memory_bytes_per_worker for one in job.demands), min(job.demand.gpus_per_worker, 1.0)
+    if memory_bytes is None:
+        yield warn(
+            "GPU-UNKNOWN",
+            where,
+            f"GPUs of type {name or '(none named)'}",
+            "a GPU's memory is compared with the predicted peak where its type is known",
+            "name a type that `graftwork plan --gpu` knows",
+        )
+    elif wanted > HEADROOM * memory_bytes * share:
+        part = "" if share == 1.0 else f", of which a worker gets {share:g}"
+        yield refuse(
+            "FIT-GPU-MEMORY",
+            where,
+            f"{name} has {memory_bytes / GIB:.1f} GiB{part}",
+            f"a worker's predicted peak is {wanted / GIB:.1f} GiB; a run may use {HEADROOM:.0%} of a GPU",
+            "a larger GPU, or what `graftwork plan` suggests",
         )
 
 
-def _credentials() -> Iterator[Finding]:
-    """None is no error: the machine may have an identity of its own."""
-    named = any(os.environ.get(key) for key in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"))
-    if not named and not (Path.home() / ".aws" / "credentials").is_file():
-        yield Finding(
-            "W-NO-S3-CREDENTIALS",
-            "warning",
-            "AWS_ACCESS_KEY_ID",
-            "no credentials in the environment",
-            "this command reads and writes the store as well as the pods do",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+def gpu_share_findings(job: Job) -> Findings:
+    """Shares of a GPU that Ray gives out and the workers can't compute on."""
+    each, workers = job.demand.gpus_per_worker, job.demand.num_workers
+    key = {"train": "gpus_per_worker", "tune": "train.gpus_per_worker"}.get(job.kind, "num_gpus")
+    if each > 1 and each != int(each):
+        yield refuse("GPU-SHARE", key, f"{each:g}", "Ray gives out whole GPUs above 1", f"set {key}={int(each)}")
+    elif 0 < each < 1 and workers > 1 and job.kind in GANGS:
+        yield refuse(
+            "GPU-SHARE",
+            key,
+            f"{workers} workers with {each:g} GPU each",
+            "NCCL takes one rank per GPU: two ranks on one GPU fail with `Duplicate GPU detected`",
+            f"set {key}=1, or num_workers=1",
         )
+
+
+def nvme_findings(job: Job, writable: tuple[str, ...] | None) -> Findings:
+    """An offload to disks: what the machines need for it. `writable`: the folders that pods write to; None: any."""
+    training = job.spec.get("train")
+    strategy = (training if isinstance(training, Mapping) else job.spec).get("strategy") or {}
+    key = next((key for key in ("offload_optimizer", "offload_weights") if strategy.get(key) == "nvme"), None)
+    if key is None:
+        return
+    path = str(strategy.get("nvme_path"))
+    if writable is not None and not any(path == folder or path.startswith(f"{folder}/") for folder in writable):
+        yield refuse(
+            "NVME-PATH",
+            "strategy.nvme_path",
+            f"{path} can't be written in a pod",
+            f"a pod writes to {', '.join(writable)}; cluster.yaml mounts no disk of the node",
+            f"set strategy.nvme_path={writable[0]}/offload, or strategy.{key}=cpu",
+        )
+    yield warn(
+        "NVME-IMAGE",
+        f"strategy.{key}",
+        "nvme: DeepSpeed builds async_io where the workers run",
+        "each machine or image needs libaio (libaio-dev), a C++ compiler and a local NVMe disk at nvme_path",
+        f"add them, or set strategy.{key}=cpu",
+    )
