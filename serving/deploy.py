@@ -30,12 +30,12 @@ from graftwork.retrieval.embedder import Embedded, Embedder, EmbedderSpec, TextT
 from graftwork.serving.api.app import Ingress
 from graftwork.serving.api.auth import keys_of, own_token
 from graftwork.serving.api.errors import bad_request
-from graftwork.serving.api.openai_responses import Json
-from graftwork.serving.arms import warm
+from graftwork.serving.api.openai_protocol import Json
+from graftwork.serving.arms import base_name, warm
 from graftwork.serving.client import AsyncClient, ChatCall, Client
 from graftwork.serving.engine.grammar import check, read_grammar
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood
-from graftwork.serving.models import AdapterSource, base_name
+from graftwork.serving.models import AdapterSource
 from graftwork.serving.ray_serve_lifecycle import claim, serve_running, silence_serve_logs, start_failure, this_driver
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.router import ServeBackend

@@ -24,11 +24,11 @@ from graftwork.cluster.kuberay.objects import LIVE
 from graftwork.config import canonical_json, validate
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.service import Experiments
-from graftwork.serving.api.auth import RateLimits
 from graftwork.serving.api.errors import ApiError, as_api_errors
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json
+from graftwork.serving.api.rate_limits import RateLimits
+from graftwork.serving.arms import Catalog
 from graftwork.serving.metrics_export import counter, gauge
-from graftwork.serving.models import Catalog
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import Store

@@ -7,7 +7,6 @@ the HTTP body was parsed; neither is validated again here.
 from dataclasses import dataclass, replace
 
 from graftwork.prompts.render import Message
-from graftwork.serving.detokenize import TokenLogprob
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.request import SamplingParams
 from graftwork.serving.spec import ArmSpec
@@ -47,6 +46,30 @@ class ArmRequest:
         return replace(
             self, arm=arm, request_id=f"{self.request_id}-{arm.name}", sampling=sampling, n=1, idle_only=True
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """A token as bytes, and its log probability."""
+
+    bytes: tuple[int, ...]
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        r"""The token as text; bytes that are no character alone as `\xe2`."""
+        return bytes(self.bytes).decode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token of the answer."""
+
+    token: Spelled
+    top: tuple[Spelled, ...]
+    """The most probable tokens at its place, best first."""
+    offset: int
+    """Characters of the answer before it."""
 
 
 @dataclass(frozen=True, slots=True)

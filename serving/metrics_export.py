@@ -20,9 +20,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from ray.util import metrics
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json
 from graftwork.serving.engine.request import STEP_S, EngineStats
 from graftwork.serving.metrics import (
     LATENCY_S,
@@ -180,30 +179,6 @@ class _Collected(Collector):
         return self._families
 
 
-_ELSEWHERE = "unmatched"
-_METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
-"""Routes and methods that do not exist share one label each: callers must not invent series."""
-
-
-class CountedHttp:
-    """ASGI middleware. A stream counts when its head is sent; it adds one dictionary write to a request."""
-
-    def __init__(self, app: ASGIApp, counts: Counter[tuple[str, str, str]]) -> None:
-        self._app, self._counts = app, counts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on."""
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", _ELSEWHERE)
-                method = scope["method"] if scope["method"] in _METHODS else "other"
-                self._counts[route, method, str(message["status"])] += 1
-            await send(message)
-
-        await self._app(scope, receive, counted if scope["type"] == "http" else send)
-
-
 def http_families(counts: Counter[tuple[str, str, str]]) -> list[Metric]:
     """Return the counts of `CountedHttp` as a family."""
     text = "HTTP responses begun, by route, method and status."
@@ -313,7 +288,7 @@ class ReplicaMetrics:
             reason=self._reason,
             engine=self._stats(),
             adapters=self._adapters(),
-            series=self.traffic.table.items(),
+            series=self.traffic.table.counted(),
             first_tokens=self.traffic.first_tokens(),
             swaps=self._swaps,
             rss_bytes=self._process.memory_info().rss,

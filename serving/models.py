@@ -1,22 +1,19 @@
-"""Models of an endpoint: names, listing, the published adapters of its base, and what the owner does with them.
+"""Models of an endpoint: their listing, the published adapters of its base, and what the owner does with them.
 
-A model name is the base, `BASE:task[@ref]` or `arm/NAME`; each means one arm record. `Catalog` and `ModelList` run in
-the ingress, `AdapterSource` and `Registry` in each replica. The methods of `Registry` take and return JSON bodies of
-the admin API, for they are called through a handle, and raise ApiError.
+`ModelList` runs in the ingress, `AdapterSource` and `Registry` in each replica. The methods of `Registry` take and
+return JSON bodies of the admin API, for they are called through a handle, and raise ApiError.
 """
 
 import asyncio
 import json
-import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from difflib import get_close_matches
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 from graftwork.artifacts import manifest as artifact_alias
@@ -28,91 +25,11 @@ from graftwork.errors import ArtifactError, DataError, StorageError
 from graftwork.prompts.render import PromptSpec
 from graftwork.serving.adapter_cache import AdapterCache
 from graftwork.serving.api.errors import ApiError, as_api_errors, unknown_model
-from graftwork.serving.api.openai_responses import Json, model_card
-from graftwork.serving.arms import warm
+from graftwork.serving.api.openai_protocol import Json
+from graftwork.serving.arms import Catalog, warm
 from graftwork.serving.router import EngineBackend
-from graftwork.serving.spec import ArmSpec, ServeSpec
-from graftwork.storage.store import ALIAS_PATTERN, Store, cache_root
-
-_ADAPTER_ARM = ArmSpec(name="adapter", max_new_tokens=None)
-DEFAULT_ALIAS = "latest"
-"""`BASE:task` means `BASE:task@latest`."""
-
-
-def base_name(uri: str) -> str:
-    """The base's model name: the last part of its URI, e.g. `SmolLM2.Q4_1` for `pypi://pkg/SmolLM2.Q4_1.gguf`."""
-    return PurePosixPath(uri.rstrip("/")).name.removesuffix(".gguf")
-
-
-class Catalog:
-    """What one endpoint answers to."""
-
-    def __init__(self, spec: ServeSpec) -> None:
-        self.base = base_name(spec.base.uri)
-        self._embedder = spec.embedder.model_name if spec.embedder else None
-        self.changes = 0
-        self.take(spec)
-
-    def take(self, spec: ServeSpec) -> None:
-        """Answer to these arms from now on."""
-        self.changes += 1
-        self._named_arms = {f"arm/{arm.name}": arm for arm in spec.arms}
-        self._arms = {self.base: ArmSpec(name="base", max_new_tokens=None), **self._named_arms}
-
-    def arm(self, model: str) -> ArmSpec:
-        """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""
-        arm = self._arms.get(model)
-        if arm is not None:
-            return arm
-        if not model.startswith(f"{self.base}:"):
-            raise self._unknown(model)
-        return _ADAPTER_ARM.model_copy(update={"adapter": self.ref(model)})  # `ref` has checked the one new value
-
-    def ref(self, name: str) -> str:
-        """`task@ref` from `task`, `task@ref` or either with `BASE:` before it. Raises ApiError 404 for no such form."""
-        task = name.removeprefix(f"{self.base}:")
-        ref = task if "@" in task else f"{task}@{DEFAULT_ALIAS}"
-        if not re.fullmatch(ALIAS_PATTERN, ref):
-            raise self._unknown(name)
-        return ref
-
-    def require_embedder(self, model: str) -> None:
-        """Raises ApiError 404 for any model but the endpoint's embedder."""
-        if self._embedder is None:
-            raise unknown_model(model, "This endpoint has no embedder: its spec names one as `embedder:`.")
-        if model != self._embedder:
-            raise unknown_model(model, f"The embedder here: {self._embedder}.")
-
-    def cards(self, adapters: list[Json], created: int) -> list[Json]:
-        """GET /v1/models: the base, the arms, each adapter by alias and version (`EngineReplica.models`).
-
-        `created` is for base and arms.
-        """
-        cards = [model_card(self.base, created)]
-        cards += [model_card(self._embedder, created, kind="embedder")] if self._embedder else []
-        cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._named_arms.items()]
-        for adapter in adapters:
-            task, version, aliases = adapter["task"], adapter["version"], adapter["aliases"]
-            names = [f"{self.base}:{task}"] if DEFAULT_ALIAS in aliases else []
-            names += [f"{self.base}:{task}@{ref}" for ref in [*aliases, version]]
-            stamp = seconds(adapter["created_at"])
-            cards += [model_card(name, stamp, adapter=task, adapter_version=version) for name in names]
-        return cards
-
-    def forms(self) -> str:
-        """The names that models have here, as a sentence."""
-        return (
-            f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._named_arms])}."
-        )
-
-    def _unknown(self, model: str) -> ApiError:
-        return unknown_model(model, f"{self.forms()} GET /v1/models lists them all.")
-
-
-def seconds(created_at: str) -> int:
-    """Unix seconds of an ISO 8601 time."""
-    return int(datetime.fromisoformat(created_at).timestamp())
-
+from graftwork.serving.spec import ServeSpec
+from graftwork.storage.store import Store, cache_root
 
 FRESH_S = 1.0
 """How long a listing is served again."""
@@ -141,7 +58,12 @@ class ModelList:
         await self._read()
         key = self._reads, self._catalog.changes, [card["id"] for card in others]
         if self._rendered[0] != key:
-            self._rendered = key, _compact({"object": "list", "data": [*self._cards(), *others]})
+            self._rendered = (
+                key,
+                json.dumps(
+                    {"object": "list", "data": [*self._cards(), *others]}, ensure_ascii=False, separators=(",", ":")
+                ).encode(),
+            )
         return self._rendered[1]
 
     async def card(self, model: str) -> Json | None:
@@ -172,10 +94,6 @@ class ModelList:
 
     def _cards(self) -> list[Json]:
         return self._catalog.cards(self._found["adapters"], self._found["ready_at"])
-
-
-def _compact(body: Json) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True)

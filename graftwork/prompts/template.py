@@ -13,6 +13,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -125,7 +126,9 @@ class Template:
         """The template's text with special tokens sealed. Raises DataError where the template refuses the turns."""
         import jinja2
 
-        messages = [{"role": role, "content": self._shield(content)} for role, content in turns]
+        # a mark behind the first character of each special token in a message breaks it, overlapping ones too
+        shield = partial(self._special_start.sub, lambda match: match.group(1) + self._mark)
+        messages = [{"role": role, "content": shield(content)} for role, content in turns]
         try:
             text = self._jinja.render(
                 messages=messages,
@@ -172,10 +175,6 @@ class Template:
         """tokenizer.json as it is used here, special tokens sealed: for libraries that read the vocabulary."""
         text: str = self._tokenizer.to_str()
         return text
-
-    def _shield(self, content: str) -> str:
-        """Break special tokens in a message by a mark after their first character; overlaps are caught too."""
-        return self._special_start.sub(lambda m: m.group(1) + self._mark, content)
 
     def _named_id(self, key: str, default: int) -> int:
         sealed = self._sealed.get(self._named.get(key, ""))

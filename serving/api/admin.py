@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.serving.api.auth import read_body
 from graftwork.serving.api.errors import bad_request
-from graftwork.serving.api.openai_protocol import parse
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json, parse
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.router import EngineBackend
 from graftwork.storage.store import NAME_PATTERN
@@ -53,9 +52,6 @@ class PromoteRequest(AdapterRequest):
 
     version: Annotated[str, Field(pattern=NAME_PATTERN)]
     """What `adapter` (`task@alias`) shall mean from now on: a version, or another alias of the task."""
-
-
-ADMIN_BODIES: list[type[BaseModel]] = [RegisterRequest, AdapterRequest, PromoteRequest]
 
 
 class Admin:

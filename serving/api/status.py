@@ -16,7 +16,7 @@ from typing import Any
 from starlette.responses import HTMLResponse
 
 from graftwork.metrics import quantile
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json
 from graftwork.serving.metrics import SeriesKey
 from graftwork.serving.metrics_export import ReplicaSnapshot
 

@@ -34,10 +34,10 @@ from graftwork.report.evaluation_schema import PrecisionFacts
 from graftwork.report.schema import Record
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.arms import build_prompt
+from graftwork.serving.detokenize import StreamedAnswer, TextStream, generate
 from graftwork.serving.engine import Engine
 from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read_grammar
 from graftwork.serving.engine.request import GenerateRequest, SamplingParams, TokenEvent
-from graftwork.serving.generation import Generation, StreamedAnswer
 from graftwork.serving.models import AdapterSource, trained_prompt
 from graftwork.serving.quantize.spec import QuantizeSpec, SpeedSpec
 from graftwork.serving.spec import ArmSpec
@@ -114,16 +114,16 @@ class Asker:
         prompt = build_prompt(arm, row.question, self.template, max_seq_len=self.max_seq_len, trained=trained)
         params = SamplingParams(max_new_tokens=prompt.max_new_tokens)
         request = GenerateRequest(f"{arm.name} {row.id}", prompt.ids, params, prompt.stop_ids, version, grammar)
-        answer = StreamedAnswer(0, self.template.decode, (), prompt.stop_ids, prompt, time.perf_counter())
-        generation = Generation(self.engine, [request], on_end=lambda: None)
-        text, cut = "", False
+        answer = StreamedAnswer(0, prompt, prompt.stop_ids, time.perf_counter(), TextStream(self.template.decode))
+        bursts = generate(self.engine, [request], on_end=lambda: None)
+        await anext(bursts)
+        text = ""
         try:
-            async for events in generation.events():
+            async for events in bursts:
                 text += answer.add(events[0]).text
-                cut = events[0][-1].finish_reason == "length"
         except ApiError as error:  # the engine failed on this request, e.g. its logits were not finite
             return AnswerText(text=text, error=str(error))
-        return AnswerText(text=text, cut=cut)
+        return AnswerText(text=text, cut=answer.finish_reason == "length")
 
 
 @dataclass(frozen=True)

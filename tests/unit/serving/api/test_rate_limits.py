@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from graftwork.errors import ConfigError
-from graftwork.serving.api.auth import ADDRESSES, ADMIN, Keys, RateLimits, RequestSize, keys_of, tokens_of
+from graftwork.serving.api.auth import Keys, keys_of, tokens_of
 from graftwork.serving.api.errors import ApiError, bad_request
+from graftwork.serving.api.rate_limits import ADDRESSES, ADMIN, RateLimits, RequestSize
 from graftwork.serving.deploy import INGRESS, build
 from graftwork.serving.messages import AnswerDelta, ArmAnswer, StreamChunk, StreamStart
 from graftwork.serving.spec import LimitsSpec, ServeSpec
