@@ -122,7 +122,11 @@ class LiveConfig:
 
     async def _take(self, tree: Mapping[str, Any]) -> None:
         """Raises ApiError; then everything is as it was."""
-        before, spec = self.spec, self._checked(tree)
+        before = self.spec
+        try:
+            spec = with_live(before, tree)
+        except ConfigError as error:
+            raise ApiError(400, error.text(), code="invalid_config") from None
         await self.experiments.check(spec.experiments, Catalog(spec))
         arms = [arm.model_dump(mode="json") for arm in spec.arms]
         await self._backend.each("prepare", arms, list(spec.adapters))
@@ -135,7 +139,7 @@ class LiveConfig:
             self._apply(before)
             raise
         with as_api_errors():
-            await asyncio.to_thread(write_live_record, spec)
+            await asyncio.to_thread(Store(spec.root).write_json, live_of(spec), FOLDER, spec.name, FILE)
         self._taken, self._taken_at = self._taken + 1, time.time()
 
     def _apply(self, spec: ServeSpec) -> None:
@@ -143,12 +147,6 @@ class LiveConfig:
         self.spec = spec
         self.catalog.take(spec)
         self.limits.take(spec.limits)
-
-    def _checked(self, tree: Mapping[str, Any]) -> ServeSpec:
-        try:
-            return with_live(self.spec, tree)
-        except ConfigError as error:
-            raise ApiError(400, error.text(), code="invalid_config") from None
 
 
 FOLDER, FILE = "serving", "live.json"
@@ -190,8 +188,3 @@ def read_live_record(spec: ServeSpec) -> ServeSpec | None:
         return with_live(spec, Store(spec.root).read_json(FOLDER, spec.name, FILE))
     except ConfigError:
         return None
-
-
-def write_live_record(spec: ServeSpec) -> None:
-    """Write it down. Raises StorageError."""
-    Store(spec.root).write_json(live_of(spec), FOLDER, spec.name, FILE)

@@ -197,7 +197,8 @@ class EngineReplica:
     async def registry(self, verb: str, *args: Any) -> Any:
         """A method of `Registry` by name. Raises ApiError."""
         assert verb in VERBS, f"no verb {verb!r}"
-        return await getattr(self._registry, verb)(*args)
+        with as_api_errors():
+            return await getattr(self._registry, verb)(*args)
 
     async def models(self, ref: str | None = None) -> Json:
         """The store's adapters made for this base: names and age. When this replica became ready (s).

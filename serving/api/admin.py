@@ -73,7 +73,7 @@ class Admin:
     async def register(self, request: Request) -> Response:
         """POST .../register: take a version into the store. An alias given with it moves as by `promote`."""
         body = parse(RegisterRequest, await read_body(request))
-        made = await self._backend.call("registry", "register", body.uri, None)
+        made = await self._backend.call("registry", "register", body.uri)
         if body.alias is None:
             return _list_response([made])
         return await self._move(f"{made['task']}@{body.alias}", made["version"], "promote", made["version"])
