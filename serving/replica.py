@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from graftwork.base.load import resolve, template
+from graftwork.base import load
 from graftwork.errors import GraftworkError, RunError, StorageError
 from graftwork.prompts.render import Passage
 from graftwork.prompts.template import Template
@@ -64,10 +64,10 @@ class EngineReplica:
         """owner, follows: see `graftwork.serving.deploy.build`."""
         self._spec, self._name = ServeSpec.model_validate(spec), _replica_name()
         self._loop, self._threads = asyncio.get_running_loop(), ThreadPoolExecutor(PROMPT_THREADS, "prompt")
-        base = await self._loop.run_in_executor(self._threads, resolve, self._spec.base)
+        base = await self._loop.run_in_executor(self._threads, load.resolve, self._spec.base)
         self._base_digest = base.digest
         self._source = AdapterSource(Store(self._spec.root), base.digest)
-        self._template = await self._loop.run_in_executor(self._threads, template, base)
+        self._template = await self._loop.run_in_executor(self._threads, load.template, base)
         opened = self._loop.run_in_executor(self._threads, open_engine, self._spec, base, self._template)
         self._engine, self._reason = await opened
         self._vocabulary = Vocabulary(self._template, int(base.config.get("vocab_size", 0)))

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graftwork.artifacts import registry
-from graftwork.base import load as base_model
+from graftwork.base import load
 from graftwork.datasets.rows import DatasetRow, read_rows, resolve_prompt
 from graftwork.errors import UserError
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
+from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, fit_passages, render
 from graftwork.prompts.template import Template
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
 from graftwork.serving.evaluation.failures.probe import right_answer
@@ -80,7 +79,7 @@ class Sizes:
 
     @classmethod
     def read(cls, spec: CompareSpec | QuantizeSpec, root: str, prompts: Prompts) -> "Sizes":
-        template = base_model.template(base_model.resolve(spec.base))
+        template = load.template(load.resolve(spec.base))
         rows = read_rows(spec.eval, limit=spec.limit, need="eval")
         return cls(root, template, rows, prompts, spec.engine.max_seq_len)
 
@@ -137,8 +136,8 @@ class Sizes:
             prompt, room = self._prompt(arm), arm.retriever.context_tokens if arm.retriever else None
             lengths = []
             for row in self._sample():
-                context, _ = chat.fit_passages(self._found(arm, row.question), self.template, prompt, room)
-                whole = chat.render(row.question, self.template, prompt=prompt, context=context, generate=True)
+                context, _ = fit_passages(self._found(arm, row.question), self.template, prompt, room)
+                whole = render(row.question, self.template, prompt=prompt, context=context, generate=True)
                 lengths.append(len(whole.ids))
             self._known[key] = mean(lengths)
         return self._known[key]

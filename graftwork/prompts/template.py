@@ -85,7 +85,7 @@ class Template:
         end_id = self._end_of_turn()
         self.stop_ids = frozenset({end_id, *eos_ids})
         """Tokens that end an answer."""
-        self.pad_id = self._named_id("pad_token", end_id)
+        self.pad_id: int = self.specials.get(self._named.get("pad_token", ""), end_id)
         """Filler of a batch; never looked at."""
         self.has_prefix_property = self._has_prefix_property()
         """Each prompt is a text prefix of the conversation that it grows into. If not, train one turn a row."""
@@ -98,7 +98,9 @@ class Template:
             named, eos_names = _named_tokens(folder)
             source = _template_source(folder)
             added = {t["content"]: t["id"] for t in json.loads(tokenizer_json)["added_tokens"]}
-            eos_ids = {added[name] for name in eos_names if name in added} | _generation_eos(folder)
+            eos_ids = {added[name] for name in eos_names if name in added}
+            ended = _json(folder / "generation_config.json").get("eos_token_id")
+            eos_ids.update(ended if isinstance(ended, list) else [ended] if isinstance(ended, int) else [])
             return cls(source, tokenizer_json, named, eos_ids, day)
         except FileNotFoundError as error:
             raise BaseModelError(
@@ -147,10 +149,6 @@ class Template:
             ) from error
         return self._special.sub(lambda m: self._sealed[m.group()], text).replace(self._mark, "")
 
-    def plain_text(self, sealed: str) -> str:
-        """The text as the template would show it."""
-        return self._sealed_special.sub(lambda m: self._names[m.group()], sealed)
-
     def sealed_ids(self, sealed: str) -> list[int]:
         """Ids of sealed text: special tokens are the template's own, none comes from a message."""
         # `encode` holds the GIL to its end (2.9 s for 3.9 MB, tokenizers 0.23); the batch calls release it
@@ -169,17 +167,12 @@ class Template:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids; an id outside the tokenizer's vocabulary gives nothing."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
-        return text if skip_special else self.plain_text(text)
+        return text if skip_special else self._sealed_special.sub(lambda match: self._names[match.group()], text)
 
     def sealed_tokenizer(self) -> str:
         """tokenizer.json as it is used here, special tokens sealed: for libraries that read the vocabulary."""
         text: str = self._tokenizer.to_str()
         return text
-
-    def _named_id(self, key: str, default: int) -> int:
-        sealed = self._sealed.get(self._named.get(key, ""))
-        found: int | None = self._tokenizer.token_to_id(sealed) if sealed else None
-        return default if found is None else found
 
     def _end_of_turn(self) -> int:
         """The first special token behind an answer."""
@@ -324,11 +317,6 @@ def _named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:
         if isinstance(value, str):
             named[key] = value
     return named, [named["eos_token"]] if "eos_token" in named else []
-
-
-def _generation_eos(folder: Path) -> set[int]:
-    found = _json(folder / "generation_config.json").get("eos_token_id")
-    return set(found) if isinstance(found, list) else {found} if isinstance(found, int) else set()
 
 
 def _json(path: Path) -> dict[str, Any]:
