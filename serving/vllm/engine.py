@@ -30,10 +30,12 @@ from graftwork.serving.engine.request import (
     check_request,
 )
 from graftwork.serving.spec import EngineSpec
-from graftwork.serving.vllm.adapters import LoadedLora, Loras, check_adapter
 from graftwork.serving.vllm.translate import (
+    LoadedLora,
+    Loras,
     Translator,
     VllmOutput,
+    check_adapter,
     engine_arguments,
     grammar_arguments,
     sampling_arguments,
@@ -154,7 +156,7 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-engine", daemon=True)
         self._thread.start()
         try:
-            self._llm = self._on_loop(_made(make))
+            self._llm = self._on_loop(_call(make))
         except BaseException:  # Ctrl-C as well: it goes on, but the loop's thread ends here
             self._end_loop()
             raise
@@ -326,11 +328,11 @@ class VllmEngine:
                 self._loop.call_soon_threadsafe(self._remove, lora)
 
     def _remove(self, lora: LoadedLora) -> None:
-        task = self._loop.create_task(self._removed(lora))
+        task = self._loop.create_task(self._remove_from_vllm(lora))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _removed(self, lora: LoadedLora) -> None:
+    async def _remove_from_vllm(self, lora: LoadedLora) -> None:
         try:
             await self._llm.remove_lora(lora.number)
         except Exception:  # vLLM's worker sends its failure as a plain Exception; the id is never used again
@@ -352,7 +354,7 @@ class VllmEngine:
         self._loop.close()
 
 
-async def _made(make: Callable[[], AsyncLlm]) -> AsyncLlm:
+async def _call(make: Callable[[], AsyncLlm]) -> AsyncLlm:
     return make()
 
 
