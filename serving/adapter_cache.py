@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -249,7 +249,8 @@ class AdapterCache:
             old = self._refs.get(ref)
             if old is not None and old.version == manifest.version and manifest.version in self._budget.held:
                 return old.version, manifest.version
-            held = await self._ready(manifest)
+            while (held := self._budget.get(manifest.version)) is None:
+                await self._load(manifest)
             self._budget.pin(held)  # between load and flip nothing may push it out
             self._refs[ref] = manifest
             self._retire_unnamed(old)
@@ -323,11 +324,6 @@ class AdapterCache:
             task.add_done_callback(lambda done: _consume_result(self._resolving, ref, done))
         return await asyncio.shield(task)
 
-    async def _ready(self, manifest: AdapterManifest) -> CachedAdapter:
-        while (held := self._budget.get(manifest.version)) is None:
-            await self._load(manifest)
-        return held
-
     async def _load(self, manifest: AdapterManifest) -> None:
         task = self._loading.get(manifest.version)
         if task is None:
@@ -352,16 +348,14 @@ class AdapterCache:
             return
         read = None
         try:
-            read = await self._in_thread(self._reads, lambda place: self._read(manifest, place), folder)
+            digests = {name: entry.sha256 for name, entry in manifest.files.items()}
+            loop, load = asyncio.get_running_loop(), self._slots.load_adapter
+            read = await loop.run_in_executor(self._reads, load, manifest.version, folder, digests)
         except ArtifactError:
             await self._from_store(self._source.discard_damaged, manifest)
             raise
         finally:
             self._budget.insert(manifest.version, size, read)
-
-    def _read(self, manifest: AdapterManifest, folder: Path) -> int:
-        digests = {name: entry.sha256 for name, entry in manifest.files.items()}
-        return self._slots.load_adapter(manifest.version, folder, digests)
 
     def _retire_unnamed(self, manifest: AdapterManifest | None) -> None:
         """After a flip: the old version goes, unless another reference still leads to it."""
@@ -374,13 +368,10 @@ class AdapterCache:
         """A call that may wait for the store, for so long. The thread itself ends with its sockets' time limits."""
         try:
             async with asyncio.timeout(self._fetch_timeout_s):
-                return await self._in_thread(self._fetches, call, arg)
+                return await asyncio.get_running_loop().run_in_executor(self._fetches, call, arg)
         except TimeoutError:
             found = f"no answer within engine.fetch_timeout_s={self._fetch_timeout_s:g}"
             raise StorageError("the adapter store", found, "", "check the store, then try again") from None
-
-    async def _in_thread(self, threads: Executor, call: Callable[[ArgT], ResultT], arg: ArgT) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(threads, call, arg)
 
 
 def _consume_result(tasks: dict[str, asyncio.Task[ResultT]], key: str, task: asyncio.Task[ResultT]) -> None:

@@ -155,20 +155,17 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     preflight(spec)
     application = build(spec, http=http, owner=this_driver())
     with silence_serve_logs(), serve_running(spec, http=http):
-        yield _start(spec, application, http=http)
-
-
-def _start(spec: ServeSpec, application: serve.Application, *, http: bool) -> Endpoint:
-    claim(spec.name)
-    try:
-        serve.run(application, name=spec.name, route_prefix="/" if http else None)
-    except RuntimeError as error:
-        raise start_failure(spec.name, error) from error
-    handle = serve.get_deployment_handle(ENGINE, app_name=spec.name)
-    url = f"http://{_in_url(spec.host)}:{spec.port}" if http else None
-    endpoint = Endpoint(spec, url, base_name(spec.base.uri), handle)
-    _require_answer(endpoint)
-    return endpoint
+        claim(spec.name)
+        try:
+            serve.run(application, name=spec.name, route_prefix="/" if http else None)
+        except RuntimeError as error:
+            raise start_failure(spec.name, error) from error
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.host, spec.host)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{spec.port}" if http else None
+        handle = serve.get_deployment_handle(ENGINE, app_name=spec.name)
+        endpoint = Endpoint(spec, url, base_name(spec.base.uri), handle)
+        _require_answer(endpoint)
+        yield endpoint
 
 
 def check_spec(spec: ServeSpec) -> None:
@@ -243,11 +240,6 @@ def _require_answer(endpoint: Endpoint) -> None:
                 raise RunError(f"endpoint {endpoint.url}", f"GET /ready gave no 200 within {READY_TIMEOUT_S:.0f} s")
             time.sleep(0.05)
         client.chat(ChatCall(endpoint.base, question, max_tokens=1))
-
-
-def _in_url(host: str) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{reachable}]" if ":" in reachable else reachable
 
 
 T = TypeVar("T")

@@ -100,9 +100,15 @@ def as_api_errors() -> Iterator[None]:
         raise to_api_error(error) from error
 
 
+_API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
+"""The engine's names of parameters as the API has them, where they differ."""
+
+
 def to_api_error(error: GraftworkError) -> ApiError:
     """Return what the caller gets for an error: 4xx for the request's fault, 5xx for ours, which is logged."""
-    message = _sentences(error)
+    first = f"{error.subject}: {error.problem}" if error.problem else error.subject
+    hint = error.hint[:1].upper() + error.hint[1:]
+    message = ". ".join(part.rstrip(".") for part in (first, error.rule, hint) if part) + "."
     if isinstance(error, PromptTooLong):
         param = "max_tokens" if isinstance(error, AnswerTooLong) else "messages"
         return bad_request(message, param=param, code="context_length_exceeded")
@@ -112,7 +118,8 @@ def to_api_error(error: GraftworkError) -> ApiError:
         message = re.sub(r"^(?:[a-z0-9]+:/)?/\S*/(?=[^/\s]+/[^/\s]+)", "", message)
         return bad_request(message, param="model", code="adapter_not_servable")
     if isinstance(error, SamplingError):
-        return bad_request(message, param=_parameter(error), code="invalid_value")
+        name = re.split("[=:]", error.subject)[0]
+        return bad_request(message, param=_API_NAMES.get(name, name), code="invalid_value")
     if isinstance(error, GrammarError):
         param = "regex" if error.subject == "regex" else "response_format"
         return bad_request(message, param=param, code="invalid_grammar")
@@ -122,19 +129,6 @@ def to_api_error(error: GraftworkError) -> ApiError:
     if isinstance(error, StorageError):
         return ApiError(503, "The adapter store can't be read now. Try again.", code="storage_unavailable")
     return ApiError(500, "The endpoint failed on this request; its log says why.", code="internal_error")
-
-
-def _parameter(error: SamplingError) -> str:
-    """The engine's name of a parameter as the API has it."""
-    name = re.split("[=:]", error.subject)[0]
-    renamed = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
-    return renamed.get(name, name)
-
-
-def _sentences(error: GraftworkError) -> str:
-    first = f"{error.subject}: {error.problem}" if error.problem else error.subject
-    move = error.hint[:1].upper() + error.hint[1:]
-    return ". ".join(part.rstrip(".") for part in (first, error.rule, move) if part) + "."
 
 
 NAMED_HERE = {

@@ -82,9 +82,6 @@ NEUTRAL: dict[str, object] = {
 }
 """Parameters of the OpenAI API that this endpoint does not serve, each with the value that changes nothing."""
 
-NO_EFFECT = {"user", "safety_identifier", "metadata", "prompt_cache_key"}
-"""Labels for the provider's books; no answer depends on them, so they are accepted."""
-
 COMPLETION_TOKENS = 16
 """Of an answer on /v1/completions whose length is not asked for, as in the OpenAI API."""
 MAX_CHOICES = 128
@@ -184,6 +181,7 @@ class _Common(BaseModel):
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # labels for the provider's books: no answer depends on them
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
