@@ -51,7 +51,7 @@ class ByteBudget:
         self.max_bytes, self._bypass, self._on_dropped = max_bytes, bypass, on_dropped
         self.held: dict[str, CachedAdapter] = {}
         self.expected: Counter[str] = Counter()
-        """Who waits for a version and pins it once it is there."""
+        """Requests that wait for a version and pin it once it is loaded."""
         self._reserved = 0
         self._line: deque[str] = deque()  # versions that wait for room
         self._passed = 0  # requests that went by since the first of the line waits
@@ -316,7 +316,7 @@ class AdapterCache:
         return known if known is not None else await self._resolve_once(ref)
 
     async def _resolve_once(self, ref: str) -> AdapterManifest:
-        """What the store says of a reference, asked once however many wait: a stalled one takes one thread, not all."""
+        """Resolve a reference, once however many requests wait: a stalled store takes one thread, not all."""
         task = self._resolving.get(ref)
         if task is None:
             task = asyncio.create_task(self._from_store(self._source.resolve, ref))

@@ -33,7 +33,7 @@ def base_name(uri: str) -> str:
 
 
 class Catalog:
-    """What one endpoint answers to."""
+    """Model names of one endpoint, and the arm of each."""
 
     def __init__(self, spec: ServeSpec) -> None:
         self.base = base_name(spec.base.uri)
@@ -197,7 +197,7 @@ def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
 
 
 def find(arm: ArmSpec, messages: Sequence[Message]) -> tuple[Passage, ...]:
-    """What the arm's retriever finds for the last user turn, best first: k passages, or more that will be reranked."""
+    """Search for the last user turn with the arm's retriever, best first: k passages, or more that will be reranked."""
     if arm.retriever is None:
         return ()
     rerank = arm.retriever.rerank

@@ -90,7 +90,7 @@ class Client:
         yield growing.reply()
 
     def models(self) -> list[Json]:
-        """What may be asked, as GET /v1/models lists it."""
+        """Models of GET /v1/models."""
         return self._list("GET", "/v1/models")
 
     def adapters(self) -> list[Json]:
@@ -128,7 +128,7 @@ class Client:
         return self._list("POST", f"/v1/admin/experiments/{verb}", body)[0]
 
     def ready(self) -> bool:
-        """Whether the endpoint answers and an engine decodes."""
+        """Return True while the endpoint answers and an engine decodes."""
         try:
             return bool(self._json("GET", "/ready")["status"] == "ready")
         except (ApiError, ClusterError):

@@ -45,7 +45,7 @@ from graftwork.storage.store import Store
 ENGINE, INGRESS, EMBEDDER = "engine", "ingress", "embedder"
 READY_TIMEOUT_S = 60.0
 ROUTING_STATS_PERIOD_S = 1.0
-"""How often each replica says which adapters it holds."""
+"""Period in which each replica reports the adapters that it has loaded."""
 
 
 def build(spec: ServeSpec, *, http: bool = True, owner: str | None = None, follows: bool = False) -> serve.Application:
@@ -126,7 +126,7 @@ class Endpoint:
 
     @cached_property
     def _backend(self) -> ServeBackend:
-        """One for all questions: each has a router of its own, which asks Serve's controller for news all the time."""
+        """One for all questions: each has a router of its own, which polls Serve's controller."""
         return ServeBackend(self.handle, self.spec.request_timeout_s)
 
     def client(self) -> Client:

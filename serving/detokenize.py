@@ -20,7 +20,7 @@ from graftwork.serving.messages import AnswerDelta, ArmAnswer, ArmRequest, Spell
 _UNLIKELY = -9999.0
 """Stands for minus infinity, which JSON lacks; the OpenAI API's own stand-in."""
 HOLE = "\ufffd"
-"""What a decoder writes for bytes that are no character yet."""
+"""Replacement character that a decoder writes for bytes that are no character yet."""
 
 
 async def generate(

@@ -35,7 +35,7 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class SwapReport:
-    """What a burst with a swap in its middle saw."""
+    """Result of a burst with a swap in its middle."""
 
     adapter: str
     """`task@alias` that was moved."""

@@ -23,7 +23,7 @@ class ArmRequest:
     question: Question
     request_id: str
     sampling: SamplingParams = SamplingParams()
-    """How tokens are chosen. The replica replaces its `max_new_tokens` once the length of the prompt is known."""
+    """Parameters of sampling. The replica replaces its `max_new_tokens` once the length of the prompt is known."""
     max_new_tokens: int | None = None
     """Longest answer; None: the arm's limit, or what the prompt leaves of the sequence."""
     n: int = 1
@@ -90,7 +90,7 @@ class AnswerDelta:
     completion_tokens: int
     """Tokens of this answer so far."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens that `text` is made of, where the request asks for them."""
+    """Of the tokens that `text` is made of, where the request wants them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ _WINDOW = 2048
 
 
 class SeriesKey(NamedTuple):
-    """What a series is about. `adapter` and `version` are empty for the base."""
+    """Labels of a series. `adapter` and `version` are empty for the base."""
 
     arm: str
     adapter: str = ""

@@ -170,7 +170,7 @@ def render(replicas: Sequence[ReplicaSnapshot], own: Sequence[Metric] = ()) -> b
 
 
 class _Collected(Collector):
-    """Families as prometheus_client asks for them."""
+    """Collector that returns given families."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families

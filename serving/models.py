@@ -31,7 +31,7 @@ from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import Store, cache_root
 
 FRESH_S = 1.0
-"""How long a listing is served again."""
+"""Time for which a listing is served again."""
 SHARE = 20
 """And as many times as long as reading it took: a listing of many adapters then takes 5 % of a core at most."""
 COMPARED = 1000

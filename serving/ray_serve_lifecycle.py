@@ -106,7 +106,7 @@ def shut_down() -> None:
 
 
 def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
-    """Whether Serve runs on this Ray already. Raises ConfigError where it listens elsewhere than the spec says."""
+    """Return True where Serve runs on this Ray already. Raises ConfigError where it listens at another address."""
     try:
         controller()
     except ValueError:
@@ -173,7 +173,7 @@ def _bind_problem(host: str, port: int) -> str:
 
 @contextlib.contextmanager
 def silence_serve_logs() -> Iterator[None]:
-    """Serve tells each of its steps at INFO in the driver; warnings still come through."""
+    """Silence Serve's INFO lines in the driver; warnings still come through."""
     logger = logging.getLogger("ray.serve")
     before = logger.level
     logger.setLevel(logging.WARNING)

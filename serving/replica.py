@@ -244,7 +244,7 @@ class EngineReplica:
         return {RESIDENTS: sorted(by_version.union(*(r.refs for r in ready)))}
 
     async def ready(self) -> bool:
-        """Whether requests are answered here: the engine is warm (else Serve sends nothing) and decodes."""
+        """Return True while the engine decodes; Serve sends nothing before it is warm."""
         return self._engine.alive()
 
     async def check_health(self) -> None:

@@ -98,7 +98,7 @@ class Sizes:
         )
 
     def probed(self, arm: ArmSpec, spec: CompareSpec, probes: ProbeSpec) -> list[RequestLoad]:
-        """As `probes.ask` asks: with the gold passage, under the grammar, before the adapter, without context."""
+        """As in `probes.ask`: with the gold passage, under the grammar, before the adapter, without context."""
         count = min(len(self.rows), probes.max_failures)
         plain, new = self.prompt_tokens(arm.with_({"retriever": None})), self._new_tokens(arm)
         corpus = probes.corpus or next((one.retriever.corpus for one in spec.arms if one.retriever), None)

@@ -30,7 +30,7 @@ log = logging.getLogger("ray.serve")
 
 
 class EngineBackend(Protocol):
-    """What the ingress needs from the engine side. All raise ApiError."""
+    """The engine side, as the ingress calls it. All raise ApiError."""
 
     async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
         """See EngineReplica.choices."""
@@ -107,8 +107,8 @@ class ServeBackend:
             return found
 
     async def each(self, method: str, *args: Any) -> list[Any]:
-        """A replica that ended meanwhile is left out: the one in its place reads every alias anew. Else the first error
-        is raised."""
+        """Call every replica. One that ended meanwhile is left out: the one in its place reads every alias again. Else
+        the first error is raised."""
         async with _api_call(self._timeout_s):
             found = await self._control.broadcast(method, *args).results_async(return_exceptions=True)
             lost = [result for result in found if isinstance(result, RayActorError)]
@@ -175,7 +175,7 @@ class AdapterRouter(TwinSafeRouter):
         return [[by_name[name] for name in names] for names in ranks]
 
     def _load(self, replica: ReplicaID) -> int:
-        """Requests that the replica holds; 0 where nothing was heard of it for a while, which means it is idle."""
+        """Requests that the replica holds; 0 where it has not reported for a while, which means it is idle."""
         return self.replica_queue_len_cache.get(replica) or 0
 
 

@@ -21,7 +21,7 @@ Role = Literal["system", "user", "assistant"]
 
 
 class PromptSpec(Spec):
-    """What stands around the question: a system prompt and worked examples."""
+    """Text around the question: a system prompt and worked examples."""
 
     system: str | None = None
     """System turn; null leaves what the base's template does without one (SmolLM2 adds its own)."""

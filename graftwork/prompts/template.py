@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Turn = tuple[str, str]
 """(role, content)."""
 DEFAULT_DATE = date(2024, 7, 26)
-"""What a template writes as today's date unless a spec or a manifest names another: the fallback of Llama 3's own."""
+"""Today's date in a template unless a spec or a manifest names another: the fallback of Llama 3's own."""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Turns on which the prefix property is checked. Reasoning tags, because templates like to cut them from earlier turns.
@@ -75,7 +75,7 @@ class Template:
         self.special_ids = frozenset(self.specials.values())
         """Control tokens: no text of people is ever one."""
         self.opening_ids = _opening_ids(model.get("post_processor"), self.specials)
-        """What the tokenizer itself puts before every plain text: the beginning-of-text token, or nothing."""
+        """Ids that the tokenizer puts before every plain text: the beginning-of-text token, or none."""
         self.eos_names = [self._named["eos_token"]] if "eos_token" in self._named else []
         """The base's end token by name, where it has one."""
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1

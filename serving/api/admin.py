@@ -51,7 +51,7 @@ class PromoteRequest(AdapterRequest):
     """Body of POST /v1/admin/adapters/promote."""
 
     version: Annotated[str, Field(pattern=NAME_PATTERN)]
-    """What `adapter` (`task@alias`) shall mean from now on: a version, or another alias of the task."""
+    """The new target of `adapter` (`task@alias`): a version, or another alias of the task."""
 
 
 class Admin:

@@ -251,11 +251,11 @@ class Routes:
         return handle
 
     async def page(self) -> Response:
-        """GET /: the live page. It needs no token, for it holds nothing: it asks for one and calls /v1 with it."""
+        """GET /: the live page. It needs no token and shows no data: its script calls /v1 with the user's token."""
         return status.page()
 
     async def health(self) -> Response:
-        """GET /health: the endpoint's process lives. Needs no token and tells nothing else."""
+        """GET /health: the endpoint's process lives. Needs no token and shows nothing else."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:

@@ -49,7 +49,7 @@ class ApiError(GraftworkError):
         return "invalid_request_error" if self.status < 500 else "server_error"
 
     def headers(self) -> dict[str, str]:
-        """What goes into the response's head beside the status."""
+        """Headers of the response."""
         found = {"www-authenticate": "Bearer"} if self.status == 401 else {}
         if self.status in (408, 413):  # the rest of the body is not waited for
             found["connection"] = "close"
@@ -91,7 +91,7 @@ class AnswerTooLong(PromptTooLong):
 
 @contextlib.contextmanager
 def as_api_errors() -> Iterator[None]:
-    """What goes wrong in the block leaves as an ApiError: the request's fault 4xx, ours 5xx."""
+    """Turn errors of the block into ApiErrors, see `to_api_error`."""
     try:
         yield
     except ApiError:
@@ -141,7 +141,7 @@ NAMED_HERE = {
     "max_new_tokens": "max_tokens",
     "num_return_sequences": "n",
 }
-"""What other servers call a parameter, and its one name here."""
+"""Names of parameters on other servers, and the one name here."""
 
 
 def explain_body(error: pydantic.ValidationError, cls: type[BaseModel]) -> ApiError:

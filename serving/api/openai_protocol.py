@@ -1,7 +1,7 @@
 """Requests and answers in the shape of the OpenAI API; what can't be honoured is refused by name, never ignored.
 
 Shapes: https://platform.openai.com/docs/api-reference/chat. `temperature` defaults to 0 here, not 1: an arm's offline
-score is measured greedily, and the live endpoint answers the same way unless the caller asks otherwise.
+score is measured greedily, and the live endpoint answers the same way unless the request says otherwise.
 """
 
 import base64
@@ -110,7 +110,7 @@ class ChatMessage(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries beside the text."""
+    """Additions to the text of a stream."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
@@ -129,7 +129,7 @@ class _JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """What the answer must look like: any text, any JSON object, or JSON of a schema."""
+    """Form of the answer: any text, any JSON object, or JSON of a schema."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     type: Literal["text", "json_object", "json_schema"]
@@ -149,7 +149,7 @@ class ResponseFormat(BaseModel):
 
 
 class _Common(BaseModel):
-    """What both kinds of completion take."""
+    """Parameters of both kinds of completion."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     model: Annotated[str, Field(min_length=1, max_length=256)]

@@ -23,7 +23,7 @@ ADDRESSES = 4096
 Clock = Callable[[], float]
 ADMIN = "admin"
 ANYBODY = "anybody"
-"""Who asks where no token is wanted."""
+"""Name of the caller where no token is needed."""
 caller: ContextVar[str] = ContextVar("caller", default=ANYBODY)
 """Name of the key that the running HTTP request was made with."""
 

@@ -119,7 +119,7 @@ class Translation(Protocol):
         """`vllm.TokensPrompt`"""
 
     def sampling(self, arguments: dict[str, Any], grammar: dict[str, str] | None) -> Any:
-        """`vllm.SamplingParams` that tell deltas"""
+        """`vllm.SamplingParams` with deltas as output"""
 
     def lora(self, lora: LoadedLora) -> Any:
         """`vllm.lora.request.LoRARequest`"""
@@ -178,7 +178,7 @@ class VllmEngine:
             return found.size_bytes
 
     def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
-        """What vLLM would misread is told without loading anything."""
+        """Refuse an adapter that vLLM would misread, without loading anything."""
         return check_adapter(folder, digests, max_rank=self.spec.max_rank).size_bytes
 
     def retire_adapter(self, version: str) -> None:
@@ -244,11 +244,11 @@ class VllmEngine:
         self._end_loop()
 
     def alive(self) -> bool:
-        """Whether vLLM decodes; False before `start`, after `stop`, and once vLLM's engine has died."""
+        """Return True while vLLM decodes: False before `start`, after `stop`, and once vLLM's engine has died."""
         return self._started.is_set() and not self._stopping and not self._llm.errored
 
     def stats(self) -> EngineStats:
-        """Our own counts of requests and tokens; key-value memory and queue as vLLM last told them."""
+        """Our own counts of requests and tokens; key-value memory and queue as vLLM last reported them."""
         return self._tally.stats(len(self._live))
 
     # -- the engine's event loop --------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class VllmEngine:
             running.counted = True
 
     def _finish(self, running: _Running, last: TokenEvent) -> None:
-        """Gives back what the request holds, then tells its end."""
+        """Release what the request holds, then send its last event."""
         with self._lock:
             del self._live[running.request.request_id]
         if running.lora is not None:
@@ -310,7 +310,7 @@ class VllmEngine:
         if running is None or running.cancelled:
             return
         running.cancelled = True  # a second cancel would break off vLLM's own abort
-        if running.begun and running.task is not None:  # else `_run` sees the mark: a task that never ran tells nothing
+        if running.begun and running.task is not None:  # else `_run` sees the mark
             running.task.cancel()
 
     async def _add(self, lora: LoadedLora) -> None:
@@ -359,7 +359,7 @@ async def _call(make: Callable[[], AsyncLlm]) -> AsyncLlm:
 
 
 ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",  # vLLM would tell its makers about this machine
+    "VLLM_NO_USAGE_STATS": "1",  # vLLM would report this machine to its makers
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a replica has threads and may have touched CUDA
 }
 

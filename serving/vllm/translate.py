@@ -30,7 +30,7 @@ _REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abo
 
 
 class VllmLogprob(Protocol):
-    """The part of `vllm.logprobs.Logprob` that is told."""
+    """The part of `vllm.logprobs.Logprob` that is read."""
 
     @property
     def logprob(self) -> float: ...
@@ -62,7 +62,7 @@ class VllmOutput(Protocol):
 
 @dataclass
 class Translator:
-    """Events of one request. `top`: alternatives to be told at each token; `continuation`: tokens to be scored."""
+    """Events of one request. `top`: alternatives reported for each token; `continuation`: tokens to be scored."""
 
     request_id: str
     top: int
@@ -120,7 +120,7 @@ def sampling_arguments(request: GenerateRequest) -> dict[str, Any]:
 
     The base's own end tokens do not count: only the request's stop ids end an answer, as in our engine. With a grammar
     they do, because a finished grammar allows nothing else. A continuation is scored as the end of a prompt; vLLM makes
-    one token more, which nobody is told.
+    one token more, which is dropped.
     """
     if request.continuation:
         return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False}
@@ -172,7 +172,7 @@ def _differences(wanted: SamplingParams) -> Iterator[tuple[str, str]]:
 
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as `max_lora_rank`."""
+"""Values that vLLM takes as `max_lora_rank`."""
 BLOCK_TOKENS = 16
 """Tokens of one block of vLLM's key-value memory."""
 HOST_ADAPTERS = 100_000
@@ -319,7 +319,7 @@ class _LoraSlot:
 
 
 class Loras:
-    """The table. A `LoadedLora` that a method returns for removal is used by nobody any more: the caller tells vLLM."""
+    """The table. A `LoadedLora` that `retire` or `release` returns is unused: the caller removes it from vLLM."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
