@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from graftwork.artifacts import manifest, publish
 from graftwork.artifacts.manifest import AdapterManifest
@@ -43,7 +42,7 @@ class ModelList:
 
     def __init__(self, catalog: Catalog, backend: EngineBackend) -> None:
         self._catalog, self._backend = catalog, backend
-        self._found: dict[str, Any] = {"adapters": [], "ready_at": 0}
+        self._found: Json = {"adapters": [], "ready_at": 0}
         self._fresh_until, self._changes, self._reads = 0.0, 0, 0
         self._rendered: tuple[object, bytes] = (None, b"")
         self._reading = asyncio.Lock()

@@ -385,13 +385,13 @@ ERROR = {
         }
     },
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, Json] = {
     "default": {"description": "An error.", "content": {"application/json": {"schema": ERROR}}}
 }
 """For `responses=` of a route: every answer but 200."""
 
 
-def body_of(model: type[BaseModel]) -> dict[str, Any]:
+def body_of(model: type[BaseModel]) -> Json:
     """For `openapi_extra=` of a route whose body we parse ourselves."""
     schema = {"$ref": _REFS.format(model=model.__name__)}
     return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
@@ -401,7 +401,7 @@ def describe(app: FastAPI, bodies: list[type[BaseModel]]) -> None:
     """Have the app's description define these bodies, and what they hold, where `body_of` points."""
     plain = app.openapi
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> Json:
         whole = plain()
         schemas = whole.setdefault("components", {}).setdefault("schemas", {})
         for body in bodies:
