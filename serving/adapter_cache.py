@@ -52,9 +52,9 @@ class ByteBudget:
         self.held: dict[str, CachedAdapter] = {}
         self.expected: Counter[str] = Counter()
         """Requests that wait for a version and pin it once it is loaded."""
-        self._reserved = 0
+        self._reserved_bytes = 0
         self._line: deque[str] = deque()  # versions that wait for room
-        self._passed = 0  # requests that went by since the first of the line waits
+        self._bypass_count = 0  # requests that went by since the first of the line waits
         self._changed = asyncio.Event()
 
     def get(self, version: str) -> CachedAdapter | None:
@@ -69,8 +69,8 @@ class ByteBudget:
         """One request more."""
         held.pins += 1
         if self._line:
-            self._passed += 1
-            if self._passed >= self._bypass:
+            self._bypass_count += 1
+            if self._bypass_count >= self._bypass:
                 self._changed.set()
 
     def unpin(self, held: CachedAdapter) -> None:
@@ -103,17 +103,17 @@ class ByteBudget:
             if version in self.held:
                 self.held[version].draining = False
                 return False
-            self._reserved += size
+            self._reserved_bytes += size
             return True
         finally:
             if self._line[0] == version:
-                self._passed = 0
+                self._bypass_count = 0
             self._line.remove(version)
             self._changed.set()
 
     def insert(self, version: str, reserved: int, size: int | None) -> None:
         """The load that `reserve` made room for has ended; `size` None: it failed."""
-        self._reserved -= reserved
+        self._reserved_bytes -= reserved
         if size is not None:
             self.held[version] = CachedAdapter(version, size)
         self._changed.set()
@@ -124,7 +124,9 @@ class ByteBudget:
 
     def _fits(self, size: int) -> bool:
         """Make room for the first of the line: drop what nobody holds, or have enough of the others drain."""
-        while (lacking := self._reserved + sum(h.size_bytes for h in self.held.values()) + size - self.max_bytes) > 0:
+        while (
+            lacking := self._reserved_bytes + sum(h.size_bytes for h in self.held.values()) + size - self.max_bytes
+        ) > 0:
             unheld = [h for h in self.held.values() if not (h.pins or h.kept or self.expected[h.version])]
             if not unheld:
                 self._drain(lacking)
@@ -133,7 +135,7 @@ class ByteBudget:
         return True
 
     def _drain(self, lacking: int) -> None:
-        if self._passed < self._bypass:
+        if self._bypass_count < self._bypass:
             return
         busy = [held for held in self.held.values() if held.pins and not held.kept]
         for held in sorted(busy, key=lambda held: (not held.draining, held.pins, held.last_used)):

@@ -77,7 +77,7 @@ class Client:
     def stream(self, call: ChatCall) -> Iterator[str | ClientReply]:
         """Pieces of text as they come; the last item is the whole `ClientReply`."""
         with (
-            _reachable(self._url),
+            _connection_errors(self._url),
             self._http.stream("POST", "/v1/chat/completions", json=call.body(stream=True)) as response,
         ):
             if response.is_error:
@@ -155,7 +155,7 @@ class Client:
         return tree
 
     def _send(self, method: str, path: str, body: Json | None = None) -> httpx.Response:
-        with _reachable(self._url):
+        with _connection_errors(self._url):
             response = self._http.request(method, path, json=body)
         if response.is_error:
             raise _error(response)
@@ -174,7 +174,7 @@ class AsyncClient:
             return _whole_reply(await self._post("/v1/chat/completions", call.body(stream=False)))
         growing = _GrowingReply()
         body = call.body(stream=True)
-        with _reachable(self._url):
+        with _connection_errors(self._url):
             async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.is_error:
                     await response.aread()
@@ -189,7 +189,7 @@ class AsyncClient:
         return version
 
     async def _post(self, path: str, body: Json) -> Json:
-        with _reachable(self._url):
+        with _connection_errors(self._url):
             response = await self._http.post(path, json=body)
         if response.is_error:
             raise _error(response)
@@ -268,7 +268,7 @@ def _settings(url: str, token: str | None, timeout_s: float) -> Json:
 
 
 @contextlib.contextmanager
-def _reachable(url: str) -> Iterator[None]:
+def _connection_errors(url: str) -> Iterator[None]:
     try:
         yield
     except httpx.ConnectError as error:

@@ -46,11 +46,11 @@ class LiveConfig:
         """The spec as it is served now."""
         self.catalog, self.limits = Catalog(spec), RateLimits(spec.limits)
         self.experiments = Experiments(spec.root, self.catalog, backend)
-        self._wanted: Mapping[str, Any] | None = None
+        self._next_config: Mapping[str, Any] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._taken_at: float | None = None
-        self._taken = 0
-        self._refused: Json | None = None
+        self._changed_at: float | None = None
+        self._changes = 0
+        self._refusal: Json | None = None
 
     async def open(self, tree: Mapping[str, Any]) -> None:
         """The first config that Serve gives. An ingress in another one's place begins with what that one took last.
@@ -67,7 +67,7 @@ class LiveConfig:
 
     def update(self, tree: Mapping[str, Any]) -> None:
         """A changed config. Returns at once; of several that come meanwhile the last one counts."""
-        self._wanted = tree
+        self._next_config = tree
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._follow())
 
@@ -81,23 +81,23 @@ class LiveConfig:
         changing = self._task is not None and not self._task.done()
         return {
             "config": digest(live_of(self.spec)),
-            "taken_at": self._taken_at,
-            "taken": self._taken,
+            "taken_at": self._changed_at,
+            "taken": self._changes,
             "changing": changing,
-            "refused": self._refused,
+            "refused": self._refusal,
         }
 
     def families(self) -> list[Metric]:
         """Return the families of GET /metrics."""
         text = "1 while the newest live config is not the one that is served."
         return [
-            gauge("live_config_refused", text, {(): 1 if self._refused else 0}),
-            counter("live_config_changes", "Live configs taken.", {(): self._taken}),
+            gauge("live_config_refused", text, {(): 1 if self._refusal else 0}),
+            counter("live_config_changes", "Live configs taken.", {(): self._changes}),
         ]
 
     async def _follow(self) -> None:
-        while self._wanted is not None:
-            tree, self._wanted = self._wanted, None
+        while self._next_config is not None:
+            tree, self._next_config = self._next_config, None
             try:
                 await self._persist(tree)
             except ApiError as error:
@@ -110,14 +110,14 @@ class LiveConfig:
                 await self._take(tree)
             except ApiError as error:
                 waits = error.status >= 500
-                self._refused = {"config": digest(tree), "why": str(error), "code": error.code, "waits": waits}
+                self._refusal = {"config": digest(tree), "why": str(error), "code": error.code, "waits": waits}
                 if not waits:
                     raise
             else:
-                self._refused = None
+                self._refusal = None
                 return
             await asyncio.sleep(RETRY_S)
-            if self._wanted is not None:
+            if self._next_config is not None:
                 return
 
     async def _take(self, tree: Mapping[str, Any]) -> None:
@@ -140,7 +140,7 @@ class LiveConfig:
             raise
         with as_api_errors():
             await asyncio.to_thread(Store(spec.root).write_json, live_of(spec), FOLDER, spec.name, FILE)
-        self._taken, self._taken_at = self._taken + 1, time.time()
+        self._changes, self._changed_at = self._changes + 1, time.time()
 
     def _apply(self, spec: ServeSpec) -> None:
         """No `await` here: between two requests."""

@@ -95,7 +95,7 @@ class SeriesTable(dict[SeriesKey, RequestSeries]):
 
     def __init__(self, limit: int = MAX_SERIES) -> None:
         super().__init__()
-        self._limit, self._began = limit, 0
+        self._limit, self._request_count = limit, 0
         self._shared = {key: RequestSeries(key) for key in (OTHER, NOT_ADMITTED)}
         self._heat: Counter[SeriesKey] = Counter()
 
@@ -105,8 +105,8 @@ class SeriesTable(dict[SeriesKey, RequestSeries]):
     def begin(self, key: SeriesKey) -> None:
         """A request for `key`: it may earn the key a series of its own, in place of the one asked for least."""
         self._heat[key] += 1
-        self._began += 1
-        if self._began % _WINDOW == 0:
+        self._request_count += 1
+        if self._request_count % _WINDOW == 0:
             self._heat = Counter({known: heat // 2 for known, heat in self._heat.items() if heat > 1})
         if key in self:
             return

@@ -207,8 +207,8 @@ class RayExport:
         self._requests = metrics.Counter(PREFIX + "requests", "Requests ended.", (*KEY_LABELS, "outcome"))
         self._prompt = metrics.Counter(PREFIX + "prompt_tokens", "Prompt tokens of answered requests.", KEY_LABELS)
         self._completion = metrics.Counter(PREFIX + "completion_tokens", "Tokens generated.", KEY_LABELS)
-        self._others: dict[str, metrics.Gauge | metrics.Counter] = {}
-        self._exported: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+        self._state_metrics: dict[str, metrics.Gauge | metrics.Counter] = {}
+        self._counter_values: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
 
     def export_finished(self, requests: Iterable[FinishedRequest]) -> None:
         """Export requests that have ended."""
@@ -232,16 +232,16 @@ class RayExport:
                     self._metric(one, metrics.Gauge, labels).set(sample.value, dict(sample.labels))
                 elif one.type == "counter":
                     key = one.name, tuple(sample.labels.values())
-                    if (grown := sample.value - self._exported[key]) > 0:
+                    if (grown := sample.value - self._counter_values[key]) > 0:
                         self._metric(one, metrics.Counter, labels).inc(grown, dict(sample.labels))
-                        self._exported[key] += grown
+                        self._counter_values[key] += grown
 
     def _metric(
         self, one: Metric, kind: type[metrics.Gauge] | type[metrics.Counter], labels: tuple[str, ...]
     ) -> metrics.Gauge | metrics.Counter:
-        if one.name not in self._others:
-            self._others[one.name] = kind(one.name, description=one.documentation, tag_keys=labels)
-        return self._others[one.name]
+        if one.name not in self._state_metrics:
+            self._state_metrics[one.name] = kind(one.name, description=one.documentation, tag_keys=labels)
+        return self._state_metrics[one.name]
 
 
 SWAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -266,11 +266,11 @@ class ReplicaMetrics:
         self._swaps = Histogram(SWAP_S)
         self._process = psutil.Process()
         self.traffic = TrafficMetrics()
-        self._exporting: asyncio.Task[None] | None = None
+        self._export_task: asyncio.Task[None] | None = None
 
     def start_ray_export(self) -> None:
         """Export to Ray's metrics from now on, once a second."""
-        self._exporting = asyncio.create_task(self._export())
+        self._export_task = asyncio.create_task(self._export())
 
     @contextmanager
     def swap(self) -> Iterator[None]:

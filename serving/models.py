@@ -42,9 +42,9 @@ class ModelList:
 
     def __init__(self, catalog: Catalog, backend: EngineBackend) -> None:
         self._catalog, self._backend = catalog, backend
-        self._found: Json = {"adapters": [], "ready_at": 0}
+        self._listed_models: Json = {"adapters": [], "ready_at": 0}
         self._fresh_until, self._changes, self._reads = 0.0, 0, 0
-        self._rendered: tuple[object, bytes] = (None, b"")
+        self._response: tuple[object, bytes] = (None, b"")
         self._reading = asyncio.Lock()
 
     def forget(self) -> None:
@@ -55,14 +55,14 @@ class ModelList:
         """Body of GET /v1/models: base, arms, every adapter by alias and version, and the others. Raises ApiError."""
         await self._read()
         key = self._reads, self._catalog.changes, [card["id"] for card in others]
-        if self._rendered[0] != key:
-            self._rendered = (
+        if self._response[0] != key:
+            self._response = (
                 key,
                 json.dumps(
                     {"object": "list", "data": [*self._cards(), *others]}, ensure_ascii=False, separators=(",", ":")
                 ).encode(),
             )
-        return self._rendered[1]
+        return self._response[1]
 
     async def card(self, model: str) -> Json | None:
         """One of them, without a listing. Raises ApiError."""
@@ -85,13 +85,13 @@ class ModelList:
         async with self._reading:
             if time.monotonic() >= self._fresh_until:
                 changes, began = self._changes, time.monotonic()
-                self._found = await self._backend.call("models")
+                self._listed_models = await self._backend.call("models")
                 self._reads, ended = self._reads + 1, time.monotonic()
                 if changes == self._changes:
                     self._fresh_until = ended + max(FRESH_S, SHARE * (ended - began))
 
     def _cards(self) -> list[Json]:
-        return self._catalog.cards(self._found["adapters"], self._found["ready_at"])
+        return self._catalog.cards(self._listed_models["adapters"], self._listed_models["ready_at"])
 
 
 @dataclass(frozen=True)

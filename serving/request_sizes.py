@@ -75,7 +75,7 @@ class Sizes:
     prompts: Prompts
     max_seq_len: int
     _indices: dict[tuple[str, int], Retriever] = field(default_factory=dict)
-    _known: dict[str, float] = field(default_factory=dict)
+    _prompt_means: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, spec: CompareSpec | QuantizeSpec, root: str, prompts: Prompts) -> "Sizes":
@@ -132,15 +132,15 @@ class Sizes:
     def prompt_tokens(self, arm: ArmSpec) -> float:
         """Mean tokens of the arm's prompts: system turn, worked examples, passages, question."""
         key = arm.model_dump_json(exclude={"name", "max_new_tokens", "grammar"})
-        if key not in self._known:
+        if key not in self._prompt_means:
             prompt, room = self._prompt(arm), arm.retriever.context_tokens if arm.retriever else None
             lengths = []
             for row in self._sample():
                 context, _ = fit_passages(self._found(arm, row.question), self.template, prompt, room)
                 whole = render(row.question, self.template, prompt=prompt, context=context, generate=True)
                 lengths.append(len(whole.ids))
-            self._known[key] = mean(lengths)
-        return self._known[key]
+            self._prompt_means[key] = mean(lengths)
+        return self._prompt_means[key]
 
     def _found(self, arm: ArmSpec, question: Sequence[Message]) -> Sequence[Passage]:
         if arm.retriever is None:

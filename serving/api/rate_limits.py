@@ -96,14 +96,14 @@ class RateLimits:
     clock: Clock = time.monotonic
     _requests: dict[str, Bucket] = field(default_factory=dict)
     _tokens: dict[str, Bucket] = field(default_factory=dict)
-    _added: dict[str, int] = field(default_factory=dict)
+    _template_tokens: dict[str, int] = field(default_factory=dict)
     """Most tokens of a prompt beyond its text's bytes, by model."""
-    _wrong: OrderedDict[str, Bucket] = field(default_factory=OrderedDict)
+    _wrong_tokens: OrderedDict[str, Bucket] = field(default_factory=OrderedDict)
 
     def take(self, spec: LimitsSpec) -> None:
         """Other limits from now on. What a caller has used up stays used up."""
         self.spec = spec
-        for bucket in self._wrong.values():
+        for bucket in self._wrong_tokens.values():
             bucket.change(spec.wrong_tokens_per_min)
         for buckets, per_min in ((self._requests, spec.requests_per_min), (self._tokens, spec.tokens_per_min)):
             if per_min is None:
@@ -143,7 +143,7 @@ class RateLimits:
 
         Raises ApiError 429.
         """
-        added = self._added.get(size.model, size.room)
+        added = self._template_tokens.get(size.model, size.room)
         reservation = self.reserve(name, size.at_most(min(size.room, size.text_bytes + added)))
         prompt, given = 0, Counter[int]()
         try:
@@ -151,7 +151,9 @@ class RateLimits:
                 async for chunk in chunks:
                     if isinstance(chunk, StreamStart):
                         prompt = chunk.prompt_tokens
-                        self._added[size.model] = max(prompt - size.text_bytes, self._added.get(size.model, 0))
+                        self._template_tokens[size.model] = max(
+                            prompt - size.text_bytes, self._template_tokens.get(size.model, 0)
+                        )
                         reservation.resize(size.at_most(prompt))
                     else:
                         given[chunk.index] = chunk.completion_tokens
@@ -161,10 +163,10 @@ class RateLimits:
 
     def count_wrong_token(self, address: str) -> None:
         """Raises ApiError 429 for more from this address than a minute allows."""
-        bucket = self._bucket(self._wrong, address, self.spec.wrong_tokens_per_min)
-        self._wrong.move_to_end(address)
-        if len(self._wrong) > ADDRESSES:
-            self._wrong.popitem(last=False)
+        bucket = self._bucket(self._wrong_tokens, address, self.spec.wrong_tokens_per_min)
+        self._wrong_tokens.move_to_end(address)
+        if len(self._wrong_tokens) > ADDRESSES:
+            self._wrong_tokens.popitem(last=False)
         if (wait_s := bucket.wait_s(1)) > 0:
             seconds = math.ceil(wait_s)
             message = f"Too many wrong API keys from {address}. Try again in {seconds} s with a valid key."

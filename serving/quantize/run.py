@@ -229,7 +229,7 @@ def recommend(candidates: Sequence[Candidate], rule: Rule) -> Recommendation:
 def _judge(one: Candidate, reference: Candidate, rule: Rule) -> PrecisionVerdict:
     if one is reference:
         return PrecisionVerdict(one.precision, True, "the reference")
-    problems, ratio = _lost(one, rule), _ratio(one, reference)
+    problems, ratio = _score_problems(one, rule), _ratio(one, reference)
     if ratio < rule.min_speed:
         slow = f"{ratio:.2f}x the speed of {rule.reference} at batch {rule.batch}, {rule.min_speed:g}x is needed"
         problems.append(slow)
@@ -237,7 +237,7 @@ def _judge(one: Candidate, reference: Candidate, rule: Rule) -> PrecisionVerdict
     return PrecisionVerdict(one.precision, not problems, "; ".join(problems) or good)
 
 
-def _lost(one: Candidate, rule: Rule) -> list[str]:
+def _score_problems(one: Candidate, rule: Rule) -> list[str]:
     """The arm that fares worst, and how many more fail."""
     failing = {arm: d for arm, d in one.differences.items() if d.low <= -rule.margin}
     if not failing:
@@ -285,7 +285,7 @@ def judge(
 ) -> QuantizeReport:
     """The result, the same for the same measurements and seed. `text` says what perplexity was taken on."""
     digest = measured[0].base_digest
-    scored = _scored(measured, rows, schema, {"base": digest[:8], "tmpl": template_digest[:8]})
+    scored = _score_arms(measured, rows, schema, {"base": digest[:8], "tmpl": template_digest[:8]})
     rules = Rules(spec.alpha, spec.margin, spec.seed)
     differences = _differences(spec, scored, rules)
     rule = Rule(spec.reference, spec.metric, spec.margin, spec.min_speed, spec.speed.batches[-1])
@@ -316,7 +316,7 @@ def label(precision: str, arm: str) -> str:
     return f"{precision}/{arm}"
 
 
-def _scored(
+def _score_arms(
     measured: Sequence[PrecisionResult], rows: Sequence[DatasetRow], schema: AnswerSchema, recipe: dict[str, object]
 ) -> ScoredArms:
     gold = [GoldAnswer.from_row(row) for row in rows]

@@ -277,20 +277,20 @@ def _rank(config: Any, path: Path, max_rank: int) -> int:
     if not isinstance(config, dict):
         raise ArtifactError(str(path), type(config).__name__, "adapter_config.json holds one JSON object")
     if config.get("peft_type") != "LORA":
-        raise _refused(path, "peft_type", config.get("peft_type"), "vLLM serves LoRA adapters")
+        raise _refusal(path, "peft_type", config.get("peft_type"), "vLLM serves LoRA adapters")
     if config.get("init_lora_weights", True) not in _NEUTRAL_INIT:
-        raise _refused(path, "init_lora_weights", config["init_lora_weights"], "it changes the base weights")
+        raise _refusal(path, "init_lora_weights", config["init_lora_weights"], "it changes the base weights")
     for key, value in config.items():
         neutral = not value or (key, value) == ("bias", "none") or key == "init_lora_weights"
         if key not in _READ_BY_VLLM and key not in _WITHOUT_EFFECT and not neutral:
-            raise _refused(path, key, value, "vLLM does not honour it")
+            raise _refusal(path, key, value, "vLLM does not honour it")
     rank = config.get("r", 8)
     if not isinstance(rank, int) or rank < 1 or rank > max_rank:
-        raise _refused(path, "r", rank, f"ranks are from 1 to engine.max_rank={max_rank}")
+        raise _refusal(path, "r", rank, f"ranks are from 1 to engine.max_rank={max_rank}")
     return rank
 
 
-def _refused(path: Path, key: str, value: object, rule: str) -> ArtifactError:
+def _refusal(path: Path, key: str, value: object, rule: str) -> ArtifactError:
     return ArtifactError(str(path), f"{key}={value!r:.120}", rule, "serve it with engine.kind=graftwork")
 
 

@@ -178,7 +178,7 @@ def test_wrong_tokens_are_counted_by_address_and_forgotten_in_order() -> None:
     for number in range(ADDRESSES):
         limits.count_wrong_token(f"address {number}")
     limits.count_wrong_token("10.0.0.1")
-    assert len(limits._wrong) == ADDRESSES
+    assert len(limits._wrong_tokens) == ADDRESSES
 
 
 @pytest.mark.parametrize("many", [{"num_replicas": 4}, {"autoscaling": {"min_replicas": 2, "max_replicas": 8}}])
