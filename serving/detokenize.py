@@ -53,7 +53,7 @@ async def generate(
             for request in requests:
                 engine.submit(request, post)
                 running.add(request.request_id)
-        except BaseException:
+        except BaseException:  # whatever refuses a request: its adapter must not stay pinned
             if not running:
                 on_end()
             raise

@@ -205,7 +205,7 @@ class TrafficMetrics:
             raise
         except (GeneratorExit, asyncio.CancelledError):
             raise
-        except BaseException:
+        except BaseException:  # counted, then raised
             failure = "internal_error"
             raise
         finally:
