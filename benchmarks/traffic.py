@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from graftwork.serving.adapter_cache import AdapterCache
+from graftwork.serving.detokenize import generate
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.request import GenerateRequest, SamplingParams
-from graftwork.serving.generation import Generation
 from graftwork.serving.models import AdapterSource
 from graftwork.storage.store import Store
 
@@ -51,9 +51,10 @@ async def ask(
     ids = tuple((7 + number * 31 + place * 17) % 40_000 for place in range(prompt))
     version = pin.manifest.version if pin else None
     request = GenerateRequest(f"r{number}", ids, SamplingParams(new), adapter=version, arrived=began)
-    generation = Generation(engine, [request], on_end=lambda: residency.release(pin) if pin else None)
+    bursts = generate(engine, [request], on_end=lambda: residency.release(pin) if pin else None)
+    await anext(bursts)  # it is queued
     first: float | None = None
-    async for by_answer in generation.events():
+    async for by_answer in bursts:
         first = first or time.perf_counter()
         assert by_answer[0][-1].error is None, by_answer[0][-1].error
     assert first is not None, "a request that ends has had an event"

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -51,10 +51,10 @@ class ByteBudget:
         self.max_bytes, self._bypass, self._on_dropped = max_bytes, bypass, on_dropped
         self.held: dict[str, CachedAdapter] = {}
         self.expected: Counter[str] = Counter()
-        """Who waits for a version and pins it once it is there."""
-        self._reserved = 0
+        """Requests that wait for a version and pin it once it is loaded."""
+        self._reserved_bytes = 0
         self._line: deque[str] = deque()  # versions that wait for room
-        self._passed = 0  # requests that went by since the first of the line waits
+        self._bypass_count = 0  # requests that went by since the first of the line waits
         self._changed = asyncio.Event()
 
     def get(self, version: str) -> CachedAdapter | None:
@@ -69,8 +69,8 @@ class ByteBudget:
         """One request more."""
         held.pins += 1
         if self._line:
-            self._passed += 1
-            if self._passed >= self._bypass:
+            self._bypass_count += 1
+            if self._bypass_count >= self._bypass:
                 self._changed.set()
 
     def unpin(self, held: CachedAdapter) -> None:
@@ -103,17 +103,17 @@ class ByteBudget:
             if version in self.held:
                 self.held[version].draining = False
                 return False
-            self._reserved += size
+            self._reserved_bytes += size
             return True
         finally:
             if self._line[0] == version:
-                self._passed = 0
+                self._bypass_count = 0
             self._line.remove(version)
             self._changed.set()
 
     def insert(self, version: str, reserved: int, size: int | None) -> None:
         """The load that `reserve` made room for has ended; `size` None: it failed."""
-        self._reserved -= reserved
+        self._reserved_bytes -= reserved
         if size is not None:
             self.held[version] = CachedAdapter(version, size)
         self._changed.set()
@@ -124,7 +124,9 @@ class ByteBudget:
 
     def _fits(self, size: int) -> bool:
         """Make room for the first of the line: drop what nobody holds, or have enough of the others drain."""
-        while (lacking := self._reserved + sum(h.size_bytes for h in self.held.values()) + size - self.max_bytes) > 0:
+        while (
+            lacking := self._reserved_bytes + sum(h.size_bytes for h in self.held.values()) + size - self.max_bytes
+        ) > 0:
             unheld = [h for h in self.held.values() if not (h.pins or h.kept or self.expected[h.version])]
             if not unheld:
                 self._drain(lacking)
@@ -133,7 +135,7 @@ class ByteBudget:
         return True
 
     def _drain(self, lacking: int) -> None:
-        if self._passed < self._bypass:
+        if self._bypass_count < self._bypass:
             return
         busy = [held for held in self.held.values() if held.pins and not held.kept]
         for held in sorted(busy, key=lambda held: (not held.draining, held.pins, held.last_used)):
@@ -249,7 +251,8 @@ class AdapterCache:
             old = self._refs.get(ref)
             if old is not None and old.version == manifest.version and manifest.version in self._budget.held:
                 return old.version, manifest.version
-            held = await self._ready(manifest)
+            while (held := self._budget.get(manifest.version)) is None:
+                await self._load(manifest)
             self._budget.pin(held)  # between load and flip nothing may push it out
             self._refs[ref] = manifest
             self._retire_unnamed(old)
@@ -315,18 +318,13 @@ class AdapterCache:
         return known if known is not None else await self._resolve_once(ref)
 
     async def _resolve_once(self, ref: str) -> AdapterManifest:
-        """What the store says of a reference, asked once however many wait: a stalled one takes one thread, not all."""
+        """Resolve a reference, once however many requests wait: a stalled store takes one thread, not all."""
         task = self._resolving.get(ref)
         if task is None:
             task = asyncio.create_task(self._from_store(self._source.resolve, ref))
             self._resolving[ref] = task
             task.add_done_callback(lambda done: _consume_result(self._resolving, ref, done))
         return await asyncio.shield(task)
-
-    async def _ready(self, manifest: AdapterManifest) -> CachedAdapter:
-        while (held := self._budget.get(manifest.version)) is None:
-            await self._load(manifest)
-        return held
 
     async def _load(self, manifest: AdapterManifest) -> None:
         task = self._loading.get(manifest.version)
@@ -352,16 +350,14 @@ class AdapterCache:
             return
         read = None
         try:
-            read = await self._in_thread(self._reads, lambda place: self._read(manifest, place), folder)
+            digests = {name: entry.sha256 for name, entry in manifest.files.items()}
+            loop, load = asyncio.get_running_loop(), self._slots.load_adapter
+            read = await loop.run_in_executor(self._reads, load, manifest.version, folder, digests)
         except ArtifactError:
             await self._from_store(self._source.discard_damaged, manifest)
             raise
         finally:
             self._budget.insert(manifest.version, size, read)
-
-    def _read(self, manifest: AdapterManifest, folder: Path) -> int:
-        digests = {name: entry.sha256 for name, entry in manifest.files.items()}
-        return self._slots.load_adapter(manifest.version, folder, digests)
 
     def _retire_unnamed(self, manifest: AdapterManifest | None) -> None:
         """After a flip: the old version goes, unless another reference still leads to it."""
@@ -374,13 +370,10 @@ class AdapterCache:
         """A call that may wait for the store, for so long. The thread itself ends with its sockets' time limits."""
         try:
             async with asyncio.timeout(self._fetch_timeout_s):
-                return await self._in_thread(self._fetches, call, arg)
+                return await asyncio.get_running_loop().run_in_executor(self._fetches, call, arg)
         except TimeoutError:
             found = f"no answer within engine.fetch_timeout_s={self._fetch_timeout_s:g}"
             raise StorageError("the adapter store", found, "", "check the store, then try again") from None
-
-    async def _in_thread(self, threads: Executor, call: Callable[[ArgT], ResultT], arg: ArgT) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(threads, call, arg)
 
 
 def _consume_result(tasks: dict[str, asyncio.Task[ResultT]], key: str, task: asyncio.Task[ResultT]) -> None:

@@ -1,28 +1,100 @@
-"""Prompt of an arm: worked examples, retrieved passages, the conversation and the template become token ids.
+"""Arms by model name, and the prompt of an arm: its examples, passages, the conversation and template as token ids.
 
-Offline comparison, shadow and live traffic build their prompts here.
+A model name is the base, `BASE:task[@ref]` or `arm/NAME`; each means one arm record. Offline comparison, shadow and
+live traffic build their prompts here.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
+from pathlib import PurePosixPath
 
 from graftwork.datasets.rows import resolve_prompt
 from graftwork.errors import DataError
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
+from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, fit_passages, render
 from graftwork.prompts.template import Template
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
+from graftwork.serving.api.errors import AnswerTooLong, ApiError, PromptTooLong, unknown_model
+from graftwork.serving.api.openai_protocol import Json, model_card
 from graftwork.serving.messages import Question
-from graftwork.serving.spec import ArmSpec
+from graftwork.serving.spec import ArmSpec, ServeSpec
+from graftwork.storage.store import ALIAS_PATTERN
+
+_ADAPTER_ARM = ArmSpec(name="adapter", max_new_tokens=None)
+DEFAULT_ALIAS = "latest"
+"""`BASE:task` means `BASE:task@latest`."""
 
 
-class PromptTooLong(DataError):
-    """The prompt leaves no room for an answer in the longest sequence. Nothing is ever cut."""
+def base_name(uri: str) -> str:
+    """The base's model name: the last part of its URI, e.g. `SmolLM2.Q4_1` for `pypi://pkg/SmolLM2.Q4_1.gguf`."""
+    return PurePosixPath(uri.rstrip("/")).name.removesuffix(".gguf")
 
 
-class AnswerTooLong(PromptTooLong):
-    """The prompt fits, but not together with the longest answer that was asked for."""
+class Catalog:
+    """Model names of one endpoint, and the arm of each."""
+
+    def __init__(self, spec: ServeSpec) -> None:
+        self.base = base_name(spec.base.uri)
+        self._embedder = spec.embedder.model_name if spec.embedder else None
+        self.changes = 0
+        self.take(spec)
+
+    def take(self, spec: ServeSpec) -> None:
+        """Answer to these arms from now on."""
+        self.changes += 1
+        self._named_arms = {f"arm/{arm.name}": arm for arm in spec.arms}
+        self._arms = {self.base: ArmSpec(name="base", max_new_tokens=None), **self._named_arms}
+
+    def arm(self, model: str) -> ArmSpec:
+        """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""
+        arm = self._arms.get(model)
+        if arm is not None:
+            return arm
+        if not model.startswith(f"{self.base}:"):
+            raise self._unknown(model)
+        return _ADAPTER_ARM.model_copy(update={"adapter": self.ref(model)})  # `ref` has checked the one new value
+
+    def ref(self, name: str) -> str:
+        """`task@ref` from `task`, `task@ref` or either with `BASE:` before it. Raises ApiError 404 for no such form."""
+        task = name.removeprefix(f"{self.base}:")
+        ref = task if "@" in task else f"{task}@{DEFAULT_ALIAS}"
+        if not re.fullmatch(ALIAS_PATTERN, ref):
+            raise self._unknown(name)
+        return ref
+
+    def require_embedder(self, model: str) -> None:
+        """Raises ApiError 404 for any model but the endpoint's embedder."""
+        if self._embedder is None:
+            raise unknown_model(model, "This endpoint has no embedder: its spec names one as `embedder:`.")
+        if model != self._embedder:
+            raise unknown_model(model, f"The embedder here: {self._embedder}.")
+
+    def cards(self, adapters: list[Json], created: int) -> list[Json]:
+        """GET /v1/models: the base, the arms, each adapter by alias and version (`EngineReplica.models`).
+
+        `created` is for base and arms.
+        """
+        cards = [model_card(self.base, created)]
+        cards += [model_card(self._embedder, created, kind="embedder")] if self._embedder else []
+        cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._named_arms.items()]
+        for adapter in adapters:
+            task, version, aliases = adapter["task"], adapter["version"], adapter["aliases"]
+            names = [f"{self.base}:{task}"] if DEFAULT_ALIAS in aliases else []
+            names += [f"{self.base}:{task}@{ref}" for ref in [*aliases, version]]
+            stamp = int(datetime.fromisoformat(adapter["created_at"]).timestamp())
+            cards += [model_card(name, stamp, adapter=task, adapter_version=version) for name in names]
+        return cards
+
+    def forms(self) -> str:
+        """The names that models have here, as a sentence."""
+        return (
+            f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._named_arms])}."
+        )
+
+    def _unknown(self, model: str) -> ApiError:
+        return unknown_model(model, f"{self.forms()} GET /v1/models lists them all.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +124,7 @@ def messages_of(turns: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
 
 def build_prompt(
     arm: ArmSpec,
-    messages: Sequence[Message],
+    question: Question,
     template: Template,
     *,
     max_seq_len: int,
@@ -61,37 +133,38 @@ def build_prompt(
     max_prompt_tokens: int | None = None,
     passages: Sequence[Passage] | None = None,
 ) -> ArmPrompt:
-    """The prompt of one arm: worked examples, retrieved passages, the conversation, the template.
+    """Return the prompt of one arm: worked examples, retrieved passages, the conversation, the template.
 
-    trained: the prompt that the arm's adapter was trained with; used where the arm names none. A system turn of the
-    conversation stands in its place. max_new_tokens: overrides the arm's.
-    passages: what was found, best first; None: it is looked for here.
+    question: a text is continued as it stands, without arm and template. trained: the prompt that the arm's adapter was
+    trained with; used where the arm names none. A system turn of the conversation stands in its place.
+    max_new_tokens: overrides the arm's. passages: found ones, best first; None: they are looked for here.
     Raises PromptTooLong; DataError for a conversation that the arm or the template cannot take, or unreadable arm data.
     """
-    prompt = _prompt_of(arm, messages, trained)
-    found = find(arm, messages) if passages is None else passages
-    room = arm.retriever.context_tokens if arm.retriever else None
-    context, left_out = chat.fit_passages(found, template, prompt, room)
-    rendered = chat.render(messages, template, prompt=prompt, context=context, generate=True)
-    limit = max_new_tokens or arm.max_new_tokens or max_seq_len - len(rendered.ids)
-    _check_length(len(rendered.ids), limit, max_seq_len, max_prompt_tokens)
-    ids, left_out_ids = (tuple(passage.id for passage in some) for some in (context, left_out))
-    return ArmPrompt(rendered.ids, rendered.stop_ids, ids, limit, left_out_ids, prompt.citations)
-
-
-def raw_prompt(
-    text: str,
-    template: Template,
-    *,
-    max_seq_len: int,
-    max_new_tokens: int | None,
-    max_prompt_tokens: int | None = None,
-) -> ArmPrompt:
-    """Plain text to be continued, without a chat template. Raises PromptTooLong."""
-    ids = tuple(template.encode(text))
-    limit = max_new_tokens or max_seq_len - len(ids)
-    _check_length(len(ids), limit, max_seq_len, max_prompt_tokens)
-    return ArmPrompt(ids, template.stop_ids, (), limit)
+    context: Sequence[Passage] = ()
+    left_out: Sequence[Passage] = ()
+    if isinstance(question, str):
+        prompt, longest = _resolved(_NO_PROMPT), max_new_tokens
+        ids, stop_ids = tuple(template.encode(question)), template.stop_ids
+    else:
+        if arm.prompt and arm.prompt.system is not None and any(turn.role == "system" for turn in question):
+            raise DataError(
+                f"arm {arm.name!r}: a system message",
+                "the arm has its own system prompt",
+                "an arm is one fixed prompt",
+                "leave the system message out",
+            )
+        prompt, longest = _resolved(arm.prompt or trained or _NO_PROMPT), max_new_tokens or arm.max_new_tokens
+        if arm.retriever:
+            found = find(arm, question) if passages is None else passages
+            context, left_out = fit_passages(found, template, prompt, arm.retriever.context_tokens)
+        rendered = render(question, template, prompt=prompt, context=context, generate=True)
+        ids, stop_ids = rendered.ids, rendered.stop_ids
+    longest = longest or max_seq_len - len(ids)
+    most = max_seq_len if max_prompt_tokens is None else max_prompt_tokens
+    if len(ids) >= max_seq_len or len(ids) + longest > max_seq_len or len(ids) > most:
+        raise _too_long(len(ids), longest, max_seq_len, most)
+    retrieved, without = (tuple(passage.id for passage in some) for some in (context, left_out))
+    return ArmPrompt(ids, stop_ids, retrieved, longest, without, prompt.citations)
 
 
 def size_of(question: Question) -> int:
@@ -124,7 +197,7 @@ def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
 
 
 def find(arm: ArmSpec, messages: Sequence[Message]) -> tuple[Passage, ...]:
-    """What the arm's retriever finds for the last user turn, best first: k passages, or more that will be reranked."""
+    """Search for the last user turn with the arm's retriever, best first: k passages, or more that will be reranked."""
     if arm.retriever is None:
         return ()
     rerank = arm.retriever.rerank
@@ -142,42 +215,28 @@ def query_of(arm: ArmSpec, messages: Sequence[Message]) -> str:
     return question
 
 
-def _prompt_of(arm: ArmSpec, messages: Sequence[Message], trained: PromptSpec | None) -> Prompt:
-    if arm.prompt is None:
-        return _resolved(trained or _NO_PROMPT)
-    prompt = _resolved(arm.prompt)
-    if prompt.system is not None and any(turn.role == "system" for turn in messages):
-        raise DataError(
-            f"arm {arm.name!r}: a system message",
-            "the arm has its own system prompt",
-            "an arm is one fixed prompt",
-            "leave the system message out",
-        )
-    return prompt
-
-
-def _check_length(prompt: int, answer: int, max_seq_len: int, max_prompt_tokens: int | None) -> None:
+def _too_long(prompt: int, answer: int, max_seq_len: int, max_prompt_tokens: int) -> PromptTooLong:
+    rule = f"engine.max_seq_len={max_seq_len}; a prompt is never cut"
     if prompt >= max_seq_len:
-        raise PromptTooLong(
+        return PromptTooLong(
             f"a prompt of {prompt} tokens",
             "it leaves no room for an answer",
-            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
+            rule,
             "shorten the conversation, or raise engine.max_seq_len",
         )
     if prompt + answer > max_seq_len:
-        raise AnswerTooLong(
+        return AnswerTooLong(
             f"a prompt of {prompt} tokens with up to {answer} new ones",
             f"{prompt + answer} tokens",
-            f"engine.max_seq_len={max_seq_len}; a prompt is never cut",
+            rule,
             f"ask for at most {max_seq_len - prompt} new tokens, shorten the conversation, or raise engine.max_seq_len",
         )
-    if max_prompt_tokens is not None and prompt > max_prompt_tokens:
-        raise PromptTooLong(
-            "a prompt",
-            f"{prompt} tokens",
-            f"limits.max_prompt_tokens={max_prompt_tokens}",
-            "shorten the conversation",
-        )
+    return PromptTooLong(
+        "a prompt",
+        f"{prompt} tokens",
+        f"limits.max_prompt_tokens={max_prompt_tokens}",
+        "shorten the conversation",
+    )
 
 
 _NO_PROMPT = PromptSpec()

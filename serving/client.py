@@ -12,6 +12,7 @@ import httpx
 from graftwork.errors import ClusterError
 from graftwork.prompts.render import Message
 from graftwork.serving.api.errors import ApiError
+from graftwork.serving.api.openai_protocol import Json
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -27,9 +28,9 @@ class ChatCall:
     seed: int | None = None
     stop: tuple[str, ...] = ()
 
-    def body(self, *, stream: bool) -> dict[str, Any]:
+    def body(self, *, stream: bool) -> Json:
         """JSON of the request."""
-        body: dict[str, Any] = {
+        body: Json = {
             "model": self.model,
             "messages": [{"role": m.role, "content": m.content} for m in self.messages],
             "max_tokens": self.max_tokens,
@@ -71,13 +72,12 @@ class Client:
 
     def chat(self, call: ChatCall) -> ClientReply:
         """The whole answer."""
-        tree = self._json("POST", "/v1/chat/completions", call.body(stream=False))
-        return _reply(tree["choices"][0]["message"]["content"], tree["choices"][0]["finish_reason"], tree)
+        return _whole_reply(self._json("POST", "/v1/chat/completions", call.body(stream=False)))
 
     def stream(self, call: ChatCall) -> Iterator[str | ClientReply]:
         """Pieces of text as they come; the last item is the whole `ClientReply`."""
         with (
-            _reachable(self._url),
+            _connection_errors(self._url),
             self._http.stream("POST", "/v1/chat/completions", json=call.body(stream=True)) as response,
         ):
             if response.is_error:
@@ -89,57 +89,46 @@ class Client:
                     yield piece
         yield growing.reply()
 
-    def models(self) -> list[dict[str, Any]]:
-        """What may be asked, as GET /v1/models lists it."""
-        found: list[dict[str, Any]] = self._json("GET", "/v1/models")["data"]
-        return found
+    def models(self) -> list[Json]:
+        """Models of GET /v1/models."""
+        return self._list("GET", "/v1/models")
 
-    def adapters(self) -> list[dict[str, Any]]:
+    def adapters(self) -> list[Json]:
         """Adapter versions in the engine, with state and running requests."""
-        found: list[dict[str, Any]] = self._json("GET", "/v1/adapters")["data"]
-        return found
+        return self._list("GET", "/v1/adapters")
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Json:
         """`replicas`: each engine replica with its counters; `engine`: their sum."""
-        found: dict[str, Any] = self._json("GET", "/v1/stats")
-        return found
+        return self._json("GET", "/v1/stats")
 
     def metrics(self) -> str:
         """GET /metrics: Prometheus text."""
-        with _reachable(self._url):
-            response = self._http.get("/metrics")
-        if response.is_error:
-            raise _error(response)
-        return response.text
+        return self._send("GET", "/metrics").text
 
     def refresh(self, ref: str) -> str:
         """Have every replica read `task@alias` again; returns the version that new requests get from now on."""
         version: str = self.admin("refresh", adapter=ref)[0]["new"]
         return version
 
-    def admin(self, verb: str, **body: str | None) -> list[dict[str, Any]]:
+    def admin(self, verb: str, **body: str | None) -> list[Json]:
         """An admin verb: register (uri, alias), promote (adapter, version), else (adapter). Needs the admin's token."""
         given = {key: value for key, value in body.items() if value is not None}
-        found: list[dict[str, Any]] = self._json("POST", f"/v1/admin/adapters/{verb}", given)["data"]
-        return found
+        return self._list("POST", f"/v1/admin/adapters/{verb}", given)
 
-    def registered(self) -> list[dict[str, Any]]:
+    def registered(self) -> list[Json]:
         """Every version of the store for this base, with its tier, state and bytes. Needs the admin's token."""
-        found: list[dict[str, Any]] = self._json("GET", "/v1/admin/adapters")["data"]
-        return found
+        return self._list("GET", "/v1/admin/adapters")
 
-    def experiments(self) -> list[dict[str, Any]]:
+    def experiments(self) -> list[Json]:
         """Every experiment with what it is doing now. Needs the admin's token."""
-        found: list[dict[str, Any]] = self._json("GET", "/v1/admin/experiments")["data"]
-        return found
+        return self._list("GET", "/v1/admin/experiments")
 
-    def experiment(self, verb: str, **body: Any) -> dict[str, Any]:
+    def experiment(self, verb: str, **body: Any) -> Json:
         """start (spec), ramp (name, weights), stop, kill, resume (name); returns what it is doing then."""
-        found: dict[str, Any] = self._json("POST", f"/v1/admin/experiments/{verb}", body)["data"][0]
-        return found
+        return self._list("POST", f"/v1/admin/experiments/{verb}", body)[0]
 
     def ready(self) -> bool:
-        """Whether the endpoint answers and an engine decodes."""
+        """Return True while the endpoint answers and an engine decodes."""
         try:
             return bool(self._json("GET", "/ready")["status"] == "ready")
         except (ApiError, ClusterError):
@@ -157,12 +146,20 @@ class Client:
     ) -> None:
         self.close()
 
-    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        with _reachable(self._url):
+    def _list(self, method: str, path: str, body: Json | None = None) -> list[Json]:
+        data: list[Json] = self._json(method, path, body)["data"]
+        return data
+
+    def _json(self, method: str, path: str, body: Json | None = None) -> Json:
+        tree: Json = self._send(method, path, body).json()
+        return tree
+
+    def _send(self, method: str, path: str, body: Json | None = None) -> httpx.Response:
+        with _connection_errors(self._url):
             response = self._http.request(method, path, json=body)
         if response.is_error:
             raise _error(response)
-        return response.json()
+        return response
 
 
 class AsyncClient:
@@ -174,15 +171,10 @@ class AsyncClient:
     async def chat(self, call: ChatCall, *, stream: bool = False) -> ClientReply:
         """The whole answer, by one response or read off a stream."""
         if not stream:
-            with _reachable(self._url):
-                response = await self._http.post("/v1/chat/completions", json=call.body(stream=False))
-            if response.is_error:
-                raise _error(response)
-            tree = response.json()
-            return _reply(tree["choices"][0]["message"]["content"], tree["choices"][0]["finish_reason"], tree)
+            return _whole_reply(await self._post("/v1/chat/completions", call.body(stream=False)))
         growing = _GrowingReply()
         body = call.body(stream=True)
-        with _reachable(self._url):
+        with _connection_errors(self._url):
             async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.is_error:
                     await response.aread()
@@ -193,12 +185,16 @@ class AsyncClient:
 
     async def refresh(self, ref: str) -> str:
         """As `Client.refresh`."""
-        with _reachable(self._url):
-            response = await self._http.post("/v1/admin/adapters/refresh", json={"adapter": ref})
+        version: str = (await self._post("/v1/admin/adapters/refresh", {"adapter": ref}))["data"][0]["new"]
+        return version
+
+    async def _post(self, path: str, body: Json) -> Json:
+        with _connection_errors(self._url):
+            response = await self._http.post(path, json=body)
         if response.is_error:
             raise _error(response)
-        version: str = response.json()["data"][0]["new"]
-        return version
+        tree: Json = response.json()
+        return tree
 
     async def __aenter__(self) -> Self:
         return self
@@ -213,7 +209,7 @@ class _GrowingReply:
     """Puts a stream's events together."""
 
     def __init__(self) -> None:
-        self._text, self._finish_reason, self._tree, self._done = "", "", dict[str, Any](), False
+        self._text, self._finish_reason, self._tree, self._done = "", "", Json(), False
 
     def push(self, line: str) -> str:
         """The text of one line of the stream. Raises ApiError where the stream carries an error."""
@@ -240,7 +236,12 @@ class _GrowingReply:
         return _reply(self._text, self._finish_reason, self._tree)
 
 
-def _reply(text: str, finish_reason: str, tree: dict[str, Any]) -> ClientReply:
+def _whole_reply(tree: Json) -> ClientReply:
+    (choice,) = tree["choices"]
+    return _reply(choice["message"]["content"], choice["finish_reason"], tree)
+
+
+def _reply(text: str, finish_reason: str, tree: Json) -> ClientReply:
     came, usage = tree["graftwork"], tree["usage"]
     return ClientReply(
         text,
@@ -258,7 +259,7 @@ def _reply(text: str, finish_reason: str, tree: dict[str, Any]) -> ClientReply:
     )
 
 
-def _settings(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
+def _settings(url: str, token: str | None, timeout_s: float) -> Json:
     headers = {"authorization": f"Bearer {token}"} if token else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
@@ -267,7 +268,7 @@ def _settings(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _reachable(url: str) -> Iterator[None]:
+def _connection_errors(url: str) -> Iterator[None]:
     try:
         yield
     except httpx.ConnectError as error:
@@ -288,5 +289,5 @@ def _error(response: httpx.Response) -> ApiError:
     return _api_error(response.status_code, found)
 
 
-def _api_error(status: int, found: dict[str, Any]) -> ApiError:
+def _api_error(status: int, found: Json) -> ApiError:
     return ApiError(status, str(found.get("message")), code=found.get("code"), param=found.get("param"))

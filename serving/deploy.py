@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from graftwork.base import load as base_model
+from graftwork.base import load
 from graftwork.base.support import check_serving
 from graftwork.cluster.kuberay.objects import INGRESS_PER_ENGINE
 from graftwork.config import validate
@@ -30,22 +30,22 @@ from graftwork.retrieval.embedder import Embedded, Embedder, EmbedderSpec, TextT
 from graftwork.serving.api.app import Ingress
 from graftwork.serving.api.auth import keys_of, own_token
 from graftwork.serving.api.errors import bad_request
-from graftwork.serving.api.openai_responses import Json
-from graftwork.serving.arms import warm
+from graftwork.serving.api.openai_protocol import Json
+from graftwork.serving.arms import base_name, warm
 from graftwork.serving.client import AsyncClient, ChatCall, Client
 from graftwork.serving.engine.grammar import check, read_grammar
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood
-from graftwork.serving.models import AdapterSource, base_name
+from graftwork.serving.models import AdapterSource
 from graftwork.serving.ray_serve_lifecycle import claim, serve_running, silence_serve_logs, start_failure, this_driver
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.router import ServeBackend
-from graftwork.serving.spec import ArmSpec, EngineSpec, ServeSpec
+from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import Store
 
 ENGINE, INGRESS, EMBEDDER = "engine", "ingress", "embedder"
 READY_TIMEOUT_S = 60.0
 ROUTING_STATS_PERIOD_S = 1.0
-"""How often each replica says which adapters it holds."""
+"""Period in which each replica reports the adapters that it has loaded."""
 
 
 def build(spec: ServeSpec, *, http: bool = True, owner: str | None = None, follows: bool = False) -> serve.Application:
@@ -56,13 +56,21 @@ def build(spec: ServeSpec, *, http: bool = True, owner: str | None = None, follo
     """
     roots = [Store(root).uri for root in spec.adapter_roots]
     dump = {**spec.model_dump(mode="json"), "root": Store(spec.root).uri, "adapter_roots": roots}
+    scale: Json = {"num_replicas": spec.num_replicas}
+    if spec.autoscaling is not None:
+        scale = {"num_replicas": "auto", "autoscaling_config": spec.autoscaling.model_dump()}
     engine = serve.deployment(
         EngineReplica,
         name=ENGINE,
-        **_replicas(spec),
+        **scale,
         max_ongoing_requests=spec.max_ongoing_requests,
         ray_actor_options={"num_cpus": spec.num_cpus, "num_gpus": spec.gpus},
-        request_router_config=_routing(spec.engine),
+        request_router_config=RequestRouterConfig(
+            request_router_class="graftwork.serving.router:AdapterRouter",
+            # an eighth of a batch more costs the others little: a decode step mostly reads weights (docs/log.md)
+            request_router_kwargs={"free_load": max(1, spec.engine.max_batch // 8)},
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+        ),
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=spec.graceful_shutdown_timeout_s,
@@ -95,21 +103,6 @@ def _embedder(spec: EmbedderSpec) -> serve.Application:
     ).bind(spec.model_dump(mode="json"))
 
 
-def _replicas(spec: ServeSpec) -> dict[str, Any]:
-    if spec.autoscaling is None:
-        return {"num_replicas": spec.num_replicas}
-    return {"num_replicas": "auto", "autoscaling_config": spec.autoscaling.model_dump()}
-
-
-def _routing(engine: EngineSpec) -> RequestRouterConfig:
-    """An eighth of a batch more costs the others little, for a decode step mostly reads weights (docs/log.md)."""
-    return RequestRouterConfig(
-        request_router_class="graftwork.serving.router:AdapterRouter",
-        request_router_kwargs={"free_load": max(1, engine.max_batch // 8)},
-        request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
-    )
-
-
 @dataclass(frozen=True)
 class Endpoint:
     """A deployed endpoint. `url` is None where it was deployed without HTTP."""
@@ -133,18 +126,22 @@ class Endpoint:
 
     @cached_property
     def _backend(self) -> ServeBackend:
-        """One for all questions: each has a router of its own, which asks Serve's controller for news all the time."""
+        """One for all questions: each has a router of its own, which polls Serve's controller."""
         return ServeBackend(self.handle, self.spec.request_timeout_s)
 
     def client(self) -> Client:
         """A client of this endpoint with its token. Close it."""
-        assert self.url is not None, "deployed without HTTP"
-        return Client(self.url, _token(self.spec), self.spec.request_timeout_s)
+        return Client(*self._address())
 
     def async_client(self) -> AsyncClient:
         """As `client`, for many questions at once."""
+        return AsyncClient(*self._address())
+
+    def _address(self) -> tuple[str, str | None, float]:
+        """URL, the admin's token or the first user's, time limit."""
         assert self.url is not None, "deployed without HTTP"
-        return AsyncClient(self.url, _token(self.spec), self.spec.request_timeout_s)
+        admin = own_token(self.spec.admin_token_env, "admin_token_env")
+        return self.url, admin or own_token(self.spec.token_env, "token_env"), self.spec.request_timeout_s
 
 
 @contextlib.contextmanager
@@ -158,25 +155,22 @@ def deploy(spec: ServeSpec, *, http: bool = True) -> Iterator[Endpoint]:
     preflight(spec)
     application = build(spec, http=http, owner=this_driver())
     with silence_serve_logs(), serve_running(spec, http=http):
-        yield _start(spec, application, http=http)
-
-
-def _start(spec: ServeSpec, application: serve.Application, *, http: bool) -> Endpoint:
-    claim(spec.name)
-    try:
-        serve.run(application, name=spec.name, route_prefix="/" if http else None)
-    except RuntimeError as error:
-        raise start_failure(spec.name, error) from error
-    handle = serve.get_deployment_handle(ENGINE, app_name=spec.name)
-    url = f"http://{_in_url(spec.host)}:{spec.port}" if http else None
-    endpoint = Endpoint(spec, url, base_name(spec.base.uri), handle)
-    _require_answer(endpoint)
-    return endpoint
+        claim(spec.name)
+        try:
+            serve.run(application, name=spec.name, route_prefix="/" if http else None)
+        except RuntimeError as error:
+            raise start_failure(spec.name, error) from error
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.host, spec.host)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{spec.port}" if http else None
+        handle = serve.get_deployment_handle(ENGINE, app_name=spec.name)
+        endpoint = Endpoint(spec, url, base_name(spec.base.uri), handle)
+        _require_answer(endpoint)
+        yield endpoint
 
 
 def check_spec(spec: ServeSpec) -> None:
     """Check base, adapters, arms and embedder as far as no Ray is needed. Raises UserError."""
-    base = base_model.resolve(spec.base)
+    base = load.resolve(spec.base)
     check_serving(spec)
     longest = base.config.get("max_position_embeddings", spec.engine.max_seq_len)
     if spec.engine.max_seq_len > longest:
@@ -232,11 +226,6 @@ def require_resources(num_cpus: float, num_gpus: float, replicas: int = 1) -> No
             )
 
 
-def _token(spec: ServeSpec) -> str | None:
-    """The owner's own token: the admin's, else the first user's."""
-    return own_token(spec.admin_token_env, "admin_token_env") or own_token(spec.token_env, "token_env")
-
-
 def _require_answer(endpoint: Endpoint) -> None:
     """One token from the base, over the way that callers take. Raises RunError when none comes."""
     question = (Message("user", "Hello"),)
@@ -251,11 +240,6 @@ def _require_answer(endpoint: Endpoint) -> None:
                 raise RunError(f"endpoint {endpoint.url}", f"GET /ready gave no 200 within {READY_TIMEOUT_S:.0f} s")
             time.sleep(0.05)
         client.chat(ChatCall(endpoint.base, question, max_tokens=1))
-
-
-def _in_url(host: str) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{reachable}]" if ":" in reachable else reachable
 
 
 T = TypeVar("T")

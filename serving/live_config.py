@@ -24,11 +24,11 @@ from graftwork.cluster.kuberay.objects import LIVE
 from graftwork.config import canonical_json, validate
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.service import Experiments
-from graftwork.serving.api.auth import RateLimits
 from graftwork.serving.api.errors import ApiError, as_api_errors
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json
+from graftwork.serving.api.rate_limits import RateLimits
+from graftwork.serving.arms import Catalog
 from graftwork.serving.metrics_export import counter, gauge
-from graftwork.serving.models import Catalog
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ServeSpec
 from graftwork.storage.store import Store
@@ -46,11 +46,11 @@ class LiveConfig:
         """The spec as it is served now."""
         self.catalog, self.limits = Catalog(spec), RateLimits(spec.limits)
         self.experiments = Experiments(spec.root, self.catalog, backend)
-        self._wanted: Mapping[str, Any] | None = None
+        self._next_config: Mapping[str, Any] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._taken_at: float | None = None
-        self._taken = 0
-        self._refused: Json | None = None
+        self._changed_at: float | None = None
+        self._changes = 0
+        self._refusal: Json | None = None
 
     async def open(self, tree: Mapping[str, Any]) -> None:
         """The first config that Serve gives. An ingress in another one's place begins with what that one took last.
@@ -67,7 +67,7 @@ class LiveConfig:
 
     def update(self, tree: Mapping[str, Any]) -> None:
         """A changed config. Returns at once; of several that come meanwhile the last one counts."""
-        self._wanted = tree
+        self._next_config = tree
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._follow())
 
@@ -81,23 +81,23 @@ class LiveConfig:
         changing = self._task is not None and not self._task.done()
         return {
             "config": digest(live_of(self.spec)),
-            "taken_at": self._taken_at,
-            "taken": self._taken,
+            "taken_at": self._changed_at,
+            "taken": self._changes,
             "changing": changing,
-            "refused": self._refused,
+            "refused": self._refusal,
         }
 
     def families(self) -> list[Metric]:
         """Return the families of GET /metrics."""
         text = "1 while the newest live config is not the one that is served."
         return [
-            gauge("live_config_refused", text, {(): 1 if self._refused else 0}),
-            counter("live_config_changes", "Live configs taken.", {(): self._taken}),
+            gauge("live_config_refused", text, {(): 1 if self._refusal else 0}),
+            counter("live_config_changes", "Live configs taken.", {(): self._changes}),
         ]
 
     async def _follow(self) -> None:
-        while self._wanted is not None:
-            tree, self._wanted = self._wanted, None
+        while self._next_config is not None:
+            tree, self._next_config = self._next_config, None
             try:
                 await self._persist(tree)
             except ApiError as error:
@@ -110,19 +110,23 @@ class LiveConfig:
                 await self._take(tree)
             except ApiError as error:
                 waits = error.status >= 500
-                self._refused = {"config": digest(tree), "why": str(error), "code": error.code, "waits": waits}
+                self._refusal = {"config": digest(tree), "why": str(error), "code": error.code, "waits": waits}
                 if not waits:
                     raise
             else:
-                self._refused = None
+                self._refusal = None
                 return
             await asyncio.sleep(RETRY_S)
-            if self._wanted is not None:
+            if self._next_config is not None:
                 return
 
     async def _take(self, tree: Mapping[str, Any]) -> None:
         """Raises ApiError; then everything is as it was."""
-        before, spec = self.spec, self._checked(tree)
+        before = self.spec
+        try:
+            spec = with_live(before, tree)
+        except ConfigError as error:
+            raise ApiError(400, error.text(), code="invalid_config") from None
         await self.experiments.check(spec.experiments, Catalog(spec))
         arms = [arm.model_dump(mode="json") for arm in spec.arms]
         await self._backend.each("prepare", arms, list(spec.adapters))
@@ -135,20 +139,14 @@ class LiveConfig:
             self._apply(before)
             raise
         with as_api_errors():
-            await asyncio.to_thread(write_live_record, spec)
-        self._taken, self._taken_at = self._taken + 1, time.time()
+            await asyncio.to_thread(Store(spec.root).write_json, live_of(spec), FOLDER, spec.name, FILE)
+        self._changes, self._changed_at = self._changes + 1, time.time()
 
     def _apply(self, spec: ServeSpec) -> None:
         """No `await` here: between two requests."""
         self.spec = spec
         self.catalog.take(spec)
         self.limits.take(spec.limits)
-
-    def _checked(self, tree: Mapping[str, Any]) -> ServeSpec:
-        try:
-            return with_live(self.spec, tree)
-        except ConfigError as error:
-            raise ApiError(400, error.text(), code="invalid_config") from None
 
 
 FOLDER, FILE = "serving", "live.json"
@@ -190,8 +188,3 @@ def read_live_record(spec: ServeSpec) -> ServeSpec | None:
         return with_live(spec, Store(spec.root).read_json(FOLDER, spec.name, FILE))
     except ConfigError:
         return None
-
-
-def write_live_record(spec: ServeSpec) -> None:
-    """Write it down. Raises StorageError."""
-    Store(spec.root).write_json(live_of(spec), FOLDER, spec.name, FILE)

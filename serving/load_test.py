@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from graftwork.artifacts import publish as artifact
+from graftwork.artifacts import publish
 from graftwork.artifacts.manifest import aliases
 from graftwork.errors import GraftworkError
 from graftwork.metrics import Distribution, distribution
@@ -35,7 +35,7 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class SwapReport:
-    """What a burst with a swap in its middle saw."""
+    """Result of a burst with a swap in its middle."""
 
     adapter: str
     """`task@alias` that was moved."""
@@ -79,7 +79,11 @@ async def burst(
     async def worker() -> None:
         for number, call in queue:
             start = time.perf_counter() - began
-            reply, error = await _send_one(client, call, stream=number % 2 == 1)
+            reply = error = None
+            try:
+                reply = await client.chat(call, stream=number % 2 == 1)
+            except GraftworkError as failure:
+                error = str(failure)
             sent.append(Sent(call, start, time.perf_counter() - began, reply, error))
             on_answer(len(sent))
 
@@ -113,7 +117,7 @@ async def swap_under_load(
         running = asyncio.create_task(burst(client, calls[:during], concurrency=concurrency, on_answer=count))
         await at_half.wait()
         start = time.perf_counter()
-        await asyncio.to_thread(artifact.promote, store, task, alias, new_version)
+        await asyncio.to_thread(publish.promote, store, task, alias, new_version)
         await client.refresh(ref)
         swapped = time.perf_counter()
         sent = await running
@@ -121,13 +125,6 @@ async def swap_under_load(
     wall_s = time.perf_counter() - began
     names = {f"{endpoint.base}:{ref}"} | ({f"{endpoint.base}:{task}"} if alias == "latest" else set())
     return _report(ref, old, new_version, sent, names, swapped - began, (swapped - start) * 1000, wall_s)
-
-
-async def _send_one(client: AsyncClient, call: ChatCall, *, stream: bool) -> tuple[ClientReply | None, str | None]:
-    try:
-        return await client.chat(call, stream=stream), None
-    except GraftworkError as error:
-        return None, str(error)
 
 
 def _report(

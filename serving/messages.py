@@ -7,7 +7,6 @@ the HTTP body was parsed; neither is validated again here.
 from dataclasses import dataclass, replace
 
 from graftwork.prompts.render import Message
-from graftwork.serving.detokenize import TokenLogprob
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.request import SamplingParams
 from graftwork.serving.spec import ArmSpec
@@ -24,7 +23,7 @@ class ArmRequest:
     question: Question
     request_id: str
     sampling: SamplingParams = SamplingParams()
-    """How tokens are chosen. The replica replaces its `max_new_tokens` once the length of the prompt is known."""
+    """Parameters of sampling. The replica replaces its `max_new_tokens` once the length of the prompt is known."""
     max_new_tokens: int | None = None
     """Longest answer; None: the arm's limit, or what the prompt leaves of the sequence."""
     n: int = 1
@@ -50,6 +49,30 @@ class ArmRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Spelled:
+    """A token as bytes, and its log probability."""
+
+    bytes: tuple[int, ...]
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        r"""The token as text; bytes that are no character alone as `\xe2`."""
+        return bytes(self.bytes).decode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token of the answer."""
+
+    token: Spelled
+    top: tuple[Spelled, ...]
+    """The most probable tokens at its place, best first."""
+    offset: int
+    """Characters of the answer before it."""
+
+
+@dataclass(frozen=True, slots=True)
 class StreamStart:
     """First chunk of a stream: the request is admitted."""
 
@@ -67,7 +90,7 @@ class AnswerDelta:
     completion_tokens: int
     """Tokens of this answer so far."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens that `text` is made of, where the request asks for them."""
+    """Of the tokens that `text` is made of, where the request wants them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Requests of one engine replica, counted per arm and adapter version: time to first token, gaps, outcomes.
+"""Requests counted while they are served: per arm and adapter version in a replica, per route in the ingress.
 
 Plain numbers on the replica's event loop, without locks; a burst of tokens that arrived together costs one look at the
 clock. Histograms are cumulative from the start. The number of series is bounded: the busiest adapters have their own,
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.messages import ArmAnswer
 
@@ -28,7 +30,7 @@ _WINDOW = 2048
 
 
 class SeriesKey(NamedTuple):
-    """What a series is about. `adapter` and `version` are empty for the base."""
+    """Labels of a series. `adapter` and `version` are empty for the base."""
 
     arm: str
     adapter: str = ""
@@ -85,37 +87,39 @@ class RequestSeries:
         self.outcomes += other.outcomes
 
 
-class SeriesTable:
-    """At most `limit` keys of their own, those with the most recent requests; counts are never lost."""
+class SeriesTable(dict[SeriesKey, RequestSeries]):
+    """Series by key. At most `limit` keys have their own, those with the most recent requests; the others share OTHER.
+
+    No count is lost. Look a series up for each count: its key may lose it.
+    """
 
     def __init__(self, limit: int = MAX_SERIES) -> None:
-        self._limit, self._began = limit, 0
-        self._own: dict[SeriesKey, RequestSeries] = {}
+        super().__init__()
+        self._limit, self._request_count = limit, 0
         self._shared = {key: RequestSeries(key) for key in (OTHER, NOT_ADMITTED)}
         self._heat: Counter[SeriesKey] = Counter()
+
+    def __missing__(self, key: SeriesKey) -> RequestSeries:
+        return self._shared.get(key) or self._shared[OTHER]
 
     def begin(self, key: SeriesKey) -> None:
         """A request for `key`: it may earn the key a series of its own, in place of the one asked for least."""
         self._heat[key] += 1
-        self._began += 1
-        if self._began % _WINDOW == 0:
+        self._request_count += 1
+        if self._request_count % _WINDOW == 0:
             self._heat = Counter({known: heat // 2 for known, heat in self._heat.items() if heat > 1})
-        if key in self._own:
+        if key in self:
             return
-        if len(self._own) >= self._limit:
-            coldest = min(self._own, key=self._heat.__getitem__)
+        if len(self) >= self._limit:
+            coldest = min(self, key=self._heat.__getitem__)
             if self._heat[key] < 2 * self._heat[coldest] + 2:  # twice as hot, so that two don't take turns
                 return
-            self._shared[OTHER].add(self._own.pop(coldest))
-        self._own[key] = RequestSeries(key)
+            self._shared[OTHER].add(self.pop(coldest))
+        self[key] = RequestSeries(key)
 
-    def at(self, key: SeriesKey) -> RequestSeries:
-        """Where to count for `key` now; don't keep it."""
-        return self._own.get(key) or self._shared.get(key) or self._shared[OTHER]
-
-    def items(self) -> list[tuple[SeriesKey, RequestSeries]]:
+    def counted(self) -> list[tuple[SeriesKey, RequestSeries]]:
         """Every series; the shared ones only where they have counted something."""
-        return [*self._own.items(), *((key, shared) for key, shared in self._shared.items() if shared.outcomes)]
+        return [*self.items(), *((key, shared) for key, shared in self._shared.items() if shared.outcomes)]
 
 
 RECENT = 1024
@@ -137,58 +141,47 @@ class FinishedRequest:
     completion_tokens: int
 
 
+@dataclass(slots=True)
 class RequestMetrics:
     """One request under way: one answer, or several to one prompt."""
 
-    def __init__(self, traffic: "TrafficMetrics") -> None:
-        self._traffic, self._began = traffic, time.perf_counter()
-        self._key = NOT_ADMITTED
-        self._ttft_s: float | None = None
-        self._last: dict[int, float] = {}
-        self._tokens, self._gaps, self._gaps_s = 0, 0, 0.0
-        self.answer: ArmAnswer | None = None
-        """The latest whole answer."""
+    traffic: "TrafficMetrics"
+    began: float
+    key: SeriesKey = NOT_ADMITTED
+    ttft_s: float | None = None
+    last: dict[int, float] = field(default_factory=dict)
+    """Arrival of the latest tokens, by answer."""
+    tokens: int = 0
+    gaps: int = 0
+    gaps_s: float = 0.0
+    answer: ArmAnswer | None = None
+    """The latest whole answer."""
 
     def admitted(self, arm: str, task: str | None, version: str | None) -> None:
         """Its arm and adapter version are known and exist."""
-        self._key = SeriesKey(arm, task or "", (version or "")[:12])
-        self._traffic.table.begin(self._key)
+        self.key = SeriesKey(arm, task or "", (version or "")[:12])
+        self.traffic.table.begin(self.key)
 
     def burst(self, tokens: int, answer: int = 0) -> None:
         """So many tokens of one answer have arrived together; none where the engine ended it without one."""
         if tokens == 0:
             return
         now = time.perf_counter()
-        series = self._traffic.table.at(self._key)
-        if self._ttft_s is None:
-            self._ttft_s = now - self._began
-            series.ttft.observe(self._ttft_s)
-            self._traffic.recent.append((now, self._key, self._ttft_s))
-        if answer in self._last:
-            waited = now - self._last[answer]
+        series = self.traffic.table[self.key]
+        if self.ttft_s is None:
+            self.ttft_s = now - self.began
+            series.ttft.observe(self.ttft_s)
+            self.traffic.recent.append((now, self.key, self.ttft_s))
+        if answer in self.last:
+            waited = now - self.last[answer]
             series.token_gap.observe(waited / tokens, tokens)
-            self._gaps, self._gaps_s = self._gaps + tokens, self._gaps_s + waited
+            self.gaps, self.gaps_s = self.gaps + tokens, self.gaps_s + waited
         else:
             series.token_gap.observe(0.0, tokens - 1)  # what came with the first token kept nobody waiting
-            self._gaps += tokens - 1
+            self.gaps += tokens - 1
         series.completion_tokens += tokens
-        self._tokens += tokens
-        self._last[answer] = now
-
-    def end(self, outcome: str) -> FinishedRequest:
-        """Count it."""
-        series = self._traffic.table.at(self._key)
-        latency = time.perf_counter() - self._began
-        mean = self._gaps_s / self._gaps if self._gaps else None
-        prompt = self.answer.prompt_tokens if self.answer else 0
-        series.outcomes[outcome] += 1
-        series.latency.observe(latency)
-        series.prompt_tokens += prompt
-        series.cached_tokens += self.answer.cached_tokens if self.answer else 0
-        series.passages_left_out += len(self.answer.left_out_ids) if self.answer else 0
-        if mean is not None:
-            series.token_mean.observe(mean)
-        return FinishedRequest(series.key, outcome, self._ttft_s, latency, mean, prompt, self._tokens)
+        self.tokens += tokens
+        self.last[answer] = now
 
 
 class TrafficMetrics:
@@ -204,7 +197,7 @@ class TrafficMetrics:
     @contextmanager
     def request(self) -> Iterator[RequestMetrics]:
         """Watch one request; how the block is left is how it ended."""
-        watch, failure = RequestMetrics(self), None
+        watch, failure = RequestMetrics(self, time.perf_counter()), None
         try:
             yield watch
         except ApiError as error:
@@ -212,14 +205,50 @@ class TrafficMetrics:
             raise
         except (GeneratorExit, asyncio.CancelledError):
             raise
-        except BaseException:
+        except BaseException:  # counted, then raised
             failure = "internal_error"
             raise
         finally:
-            reason = watch.answer.finish_reason if watch.answer else "cancelled"
-            self.ended.append(watch.end(failure or reason))
+            series, answer = self.table[watch.key], watch.answer
+            outcome = failure or (answer.finish_reason if answer else "cancelled")
+            latency = time.perf_counter() - watch.began
+            mean = watch.gaps_s / watch.gaps if watch.gaps else None
+            prompt = answer.prompt_tokens if answer else 0
+            series.outcomes[outcome] += 1
+            series.latency.observe(latency)
+            if mean is not None:
+                series.token_mean.observe(mean)
+            if answer:
+                series.prompt_tokens += prompt
+                series.cached_tokens += answer.cached_tokens
+                series.passages_left_out += len(answer.left_out_ids)
+            self.ended.append(FinishedRequest(series.key, outcome, watch.ttft_s, latency, mean, prompt, watch.tokens))
 
     def first_tokens(self) -> list[tuple[SeriesKey, float]]:
         """(key, TTFT in s) of the last minute, at most RECENT of them."""
         oldest = time.perf_counter() - RECENT_S
         return [(key, ttft_s) for when, key, ttft_s in self.recent if when >= oldest]
+
+
+_UNMATCHED = "unmatched"
+_METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
+"""Routes and methods that do not exist share one label each: callers must not invent series."""
+
+
+class CountedHttp:
+    """ASGI middleware. A stream counts when its head is sent; it adds one dictionary write to a request."""
+
+    def __init__(self, app: ASGIApp, counts: Counter[tuple[str, str, str]]) -> None:
+        self._app, self._counts = app, counts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", _UNMATCHED)
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                self._counts[route, method, str(message["status"])] += 1
+            await send(message)
+
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)

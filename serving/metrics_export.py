@@ -20,9 +20,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from ray.util import metrics
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json
 from graftwork.serving.engine.request import STEP_S, EngineStats
 from graftwork.serving.metrics import (
     LATENCY_S,
@@ -171,37 +170,13 @@ def render(replicas: Sequence[ReplicaSnapshot], own: Sequence[Metric] = ()) -> b
 
 
 class _Collected(Collector):
-    """Families as prometheus_client asks for them."""
+    """Collector that returns given families."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
     def collect(self) -> Iterable[Metric]:
         return self._families
-
-
-_ELSEWHERE = "unmatched"
-_METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
-"""Routes and methods that do not exist share one label each: callers must not invent series."""
-
-
-class CountedHttp:
-    """ASGI middleware. A stream counts when its head is sent; it adds one dictionary write to a request."""
-
-    def __init__(self, app: ASGIApp, counts: Counter[tuple[str, str, str]]) -> None:
-        self._app, self._counts = app, counts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on."""
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", _ELSEWHERE)
-                method = scope["method"] if scope["method"] in _METHODS else "other"
-                self._counts[route, method, str(message["status"])] += 1
-            await send(message)
-
-        await self._app(scope, receive, counted if scope["type"] == "http" else send)
 
 
 def http_families(counts: Counter[tuple[str, str, str]]) -> list[Metric]:
@@ -232,8 +207,8 @@ class RayExport:
         self._requests = metrics.Counter(PREFIX + "requests", "Requests ended.", (*KEY_LABELS, "outcome"))
         self._prompt = metrics.Counter(PREFIX + "prompt_tokens", "Prompt tokens of answered requests.", KEY_LABELS)
         self._completion = metrics.Counter(PREFIX + "completion_tokens", "Tokens generated.", KEY_LABELS)
-        self._others: dict[str, metrics.Gauge | metrics.Counter] = {}
-        self._exported: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+        self._state_metrics: dict[str, metrics.Gauge | metrics.Counter] = {}
+        self._counter_values: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
 
     def export_finished(self, requests: Iterable[FinishedRequest]) -> None:
         """Export requests that have ended."""
@@ -257,16 +232,16 @@ class RayExport:
                     self._metric(one, metrics.Gauge, labels).set(sample.value, dict(sample.labels))
                 elif one.type == "counter":
                     key = one.name, tuple(sample.labels.values())
-                    if (grown := sample.value - self._exported[key]) > 0:
+                    if (grown := sample.value - self._counter_values[key]) > 0:
                         self._metric(one, metrics.Counter, labels).inc(grown, dict(sample.labels))
-                        self._exported[key] += grown
+                        self._counter_values[key] += grown
 
     def _metric(
         self, one: Metric, kind: type[metrics.Gauge] | type[metrics.Counter], labels: tuple[str, ...]
     ) -> metrics.Gauge | metrics.Counter:
-        if one.name not in self._others:
-            self._others[one.name] = kind(one.name, description=one.documentation, tag_keys=labels)
-        return self._others[one.name]
+        if one.name not in self._state_metrics:
+            self._state_metrics[one.name] = kind(one.name, description=one.documentation, tag_keys=labels)
+        return self._state_metrics[one.name]
 
 
 SWAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -291,11 +266,11 @@ class ReplicaMetrics:
         self._swaps = Histogram(SWAP_S)
         self._process = psutil.Process()
         self.traffic = TrafficMetrics()
-        self._exporting: asyncio.Task[None] | None = None
+        self._export_task: asyncio.Task[None] | None = None
 
     def start_ray_export(self) -> None:
         """Export to Ray's metrics from now on, once a second."""
-        self._exporting = asyncio.create_task(self._export())
+        self._export_task = asyncio.create_task(self._export())
 
     @contextmanager
     def swap(self) -> Iterator[None]:
@@ -313,7 +288,7 @@ class ReplicaMetrics:
             reason=self._reason,
             engine=self._stats(),
             adapters=self._adapters(),
-            series=self.traffic.table.items(),
+            series=self.traffic.table.counted(),
             first_tokens=self.traffic.first_tokens(),
             swaps=self._swaps,
             rss_bytes=self._process.memory_info().rss,

@@ -1,120 +1,36 @@
-"""Models of an endpoint: names, listing, the published adapters of its base, and what the owner does with them.
+"""Models of an endpoint: their listing, the published adapters of its base, and what the owner does with them.
 
-A model name is the base, `BASE:task[@ref]` or `arm/NAME`; each means one arm record. `Catalog` and `ModelList` run in
-the ingress, `AdapterSource` and `Registry` in each replica. The methods of `Registry` take and return JSON bodies of
-the admin API, for they are called through a handle, and raise ApiError.
+`ModelList` runs in the ingress, `AdapterSource` and `Registry` in each replica. The methods of `Registry` take and
+return JSON bodies of the admin API, for they are called through a handle.
 """
 
 import asyncio
 import json
-import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from difflib import get_close_matches
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path
 
-from graftwork.artifacts import publish
-from graftwork.artifacts import publish as artifact
-from graftwork.artifacts.manifest import AdapterManifest, before, read_alias, roll_back, version_key
+from graftwork.artifacts import manifest, publish
+from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.registry import Listing, resolve
 from graftwork.errors import ArtifactError, DataError, StorageError
 from graftwork.prompts.render import PromptSpec
 from graftwork.serving.adapter_cache import AdapterCache
-from graftwork.serving.api.errors import ApiError, as_api_errors, unknown_model
-from graftwork.serving.api.openai_responses import Json, model_card
-from graftwork.serving.arms import warm
+from graftwork.serving.api.errors import ApiError, unknown_model
+from graftwork.serving.api.openai_protocol import Json
+from graftwork.serving.arms import Catalog, warm
+from graftwork.serving.engine import Engine
 from graftwork.serving.router import EngineBackend
-from graftwork.serving.spec import ArmSpec, ServeSpec
-from graftwork.storage.store import ALIAS_PATTERN, Store, cache_root
-
-_ADAPTER_ARM = ArmSpec(name="adapter", max_new_tokens=None)
-DEFAULT_ALIAS = "latest"
-"""`BASE:task` means `BASE:task@latest`."""
-
-
-def base_name(uri: str) -> str:
-    """The base's model name: the last part of its URI, e.g. `SmolLM2.Q4_1` for `pypi://pkg/SmolLM2.Q4_1.gguf`."""
-    return PurePosixPath(uri.rstrip("/")).name.removesuffix(".gguf")
-
-
-class Catalog:
-    """What one endpoint answers to."""
-
-    def __init__(self, spec: ServeSpec) -> None:
-        self.base = base_name(spec.base.uri)
-        self._embedder = spec.embedder.model_name if spec.embedder else None
-        self.changes = 0
-        self.take(spec)
-
-    def take(self, spec: ServeSpec) -> None:
-        """Answer to these arms from now on."""
-        self.changes += 1
-        self._named_arms = {f"arm/{arm.name}": arm for arm in spec.arms}
-        self._arms = {self.base: ArmSpec(name="base", max_new_tokens=None), **self._named_arms}
-
-    def arm(self, model: str) -> ArmSpec:
-        """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""
-        arm = self._arms.get(model)
-        if arm is not None:
-            return arm
-        if not model.startswith(f"{self.base}:"):
-            raise self._unknown(model)
-        return _ADAPTER_ARM.model_copy(update={"adapter": self.ref(model)})  # `ref` has checked the one new value
-
-    def ref(self, name: str) -> str:
-        """`task@ref` from `task`, `task@ref` or either with `BASE:` before it. Raises ApiError 404 for no such form."""
-        task = name.removeprefix(f"{self.base}:")
-        ref = task if "@" in task else f"{task}@{DEFAULT_ALIAS}"
-        if not re.fullmatch(ALIAS_PATTERN, ref):
-            raise self._unknown(name)
-        return ref
-
-    def require_embedder(self, model: str) -> None:
-        """Raises ApiError 404 for any model but the endpoint's embedder."""
-        if self._embedder is None:
-            raise unknown_model(model, "This endpoint has no embedder: its spec names one as `embedder:`.")
-        if model != self._embedder:
-            raise unknown_model(model, f"The embedder here: {self._embedder}.")
-
-    def cards(self, adapters: list[Json], created: int) -> list[Json]:
-        """GET /v1/models: the base, the arms, each adapter by alias and version (`EngineReplica.models`).
-
-        `created` is for base and arms.
-        """
-        cards = [model_card(self.base, created)]
-        cards += [model_card(self._embedder, created, kind="embedder")] if self._embedder else []
-        cards += [model_card(name, created, adapter=arm.adapter) for name, arm in self._named_arms.items()]
-        for adapter in adapters:
-            task, version, aliases = adapter["task"], adapter["version"], adapter["aliases"]
-            names = [f"{self.base}:{task}"] if DEFAULT_ALIAS in aliases else []
-            names += [f"{self.base}:{task}@{ref}" for ref in [*aliases, version]]
-            stamp = seconds(adapter["created_at"])
-            cards += [model_card(name, stamp, adapter=task, adapter_version=version) for name in names]
-        return cards
-
-    def forms(self) -> str:
-        """The names that models have here, as a sentence."""
-        return (
-            f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._named_arms])}."
-        )
-
-    def _unknown(self, model: str) -> ApiError:
-        return unknown_model(model, f"{self.forms()} GET /v1/models lists them all.")
-
-
-def seconds(created_at: str) -> int:
-    """Unix seconds of an ISO 8601 time."""
-    return int(datetime.fromisoformat(created_at).timestamp())
-
+from graftwork.serving.spec import ServeSpec
+from graftwork.storage.store import Store, cache_root
 
 FRESH_S = 1.0
-"""How long a listing is served again."""
+"""Time for which a listing is served again."""
 SHARE = 20
 """And as many times as long as reading it took: a listing of many adapters then takes 5 % of a core at most."""
 COMPARED = 1000
@@ -126,9 +42,9 @@ class ModelList:
 
     def __init__(self, catalog: Catalog, backend: EngineBackend) -> None:
         self._catalog, self._backend = catalog, backend
-        self._found: dict[str, Any] = {"adapters": [], "ready_at": 0}
+        self._listed_models: Json = {"adapters": [], "ready_at": 0}
         self._fresh_until, self._changes, self._reads = 0.0, 0, 0
-        self._rendered: tuple[object, bytes] = (None, b"")
+        self._response: tuple[object, bytes] = (None, b"")
         self._reading = asyncio.Lock()
 
     def forget(self) -> None:
@@ -139,9 +55,14 @@ class ModelList:
         """Body of GET /v1/models: base, arms, every adapter by alias and version, and the others. Raises ApiError."""
         await self._read()
         key = self._reads, self._catalog.changes, [card["id"] for card in others]
-        if self._rendered[0] != key:
-            self._rendered = key, _compact({"object": "list", "data": [*self._cards(), *others]})
-        return self._rendered[1]
+        if self._response[0] != key:
+            self._response = (
+                key,
+                json.dumps(
+                    {"object": "list", "data": [*self._cards(), *others]}, ensure_ascii=False, separators=(",", ":")
+                ).encode(),
+            )
+        return self._response[1]
 
     async def card(self, model: str) -> Json | None:
         """One of them, without a listing. Raises ApiError."""
@@ -164,17 +85,13 @@ class ModelList:
         async with self._reading:
             if time.monotonic() >= self._fresh_until:
                 changes, began = self._changes, time.monotonic()
-                self._found = await self._backend.call("models")
+                self._listed_models = await self._backend.call("models")
                 self._reads, ended = self._reads + 1, time.monotonic()
                 if changes == self._changes:
                     self._fresh_until = ended + max(FRESH_S, SHARE * (ended - began))
 
     def _cards(self) -> list[Json]:
-        return self._catalog.cards(self._found["adapters"], self._found["ready_at"])
-
-
-def _compact(body: Json) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        return self._catalog.cards(self._listed_models["adapters"], self._listed_models["ready_at"])
 
 
 @dataclass(frozen=True)
@@ -193,23 +110,21 @@ class AdapterSource:
 
     def resolve(self, ref: str) -> AdapterManifest:
         """The manifest that `task@alias` or `task@version` means now. Raises ArtifactError, of which UnknownAdapter."""
-        manifest = resolve(self.store, ref)
-        artifact.require_base(manifest, self.base_digest)
-        return manifest
+        found = resolve(self.store, ref)
+        publish.require_base(found, self.base_digest)
+        return found
 
-    def fetch(self, manifest: AdapterManifest) -> Path:
+    def fetch(self, found: AdapterManifest) -> Path:
         """Its files in a folder here, of the right sizes; the worked examples of its training prompt are read too."""
         try:
-            warm(trained_prompt(manifest), None)
+            warm(trained_prompt(found), None)
         except (DataError, StorageError) as error:
-            raise ArtifactError(
-                f"adapter {manifest.task}@{manifest.version}: its training prompt", error.text()
-            ) from error
-        return publish.bring(self.store, manifest)
+            raise ArtifactError(f"adapter {found.task}@{found.version}: its training prompt", error.text()) from error
+        return publish.bring(self.store, found)
 
-    def discard_damaged(self, manifest: AdapterManifest) -> None:
+    def discard_damaged(self, found: AdapterManifest) -> None:
         """Forget a copy that isn't as published, so that the next request brings it again."""
-        publish.discard_damaged(self.store, manifest)
+        publish.discard_damaged(self.store, found)
 
     def list_published(self) -> list[tuple[AdapterManifest, list[str]]]:
         """Every version for this base with the aliases that point at it, as the store is now."""
@@ -237,12 +152,11 @@ def as_served(found: Published, followed: Mapping[str, str]) -> Published:
     """Return `AdapterSource.list_published` with each alias at the version that requests get: one that was moved in the
     store is followed only after a swap. followed: `AdapterCache.resolved_refs`."""
     names: dict[tuple[str, str], list[str]] = {(m.task, m.version): [] for m, _ in found}
-    for manifest, aliases in found:
+    for one, aliases in found:
         for alias in aliases:
-            version = followed.get(f"{manifest.task}@{alias}", manifest.version)
-            here = (manifest.task, version if (manifest.task, version) in names else manifest.version)
-            names[here].append(alias)
-    return [(manifest, sorted(names[manifest.task, manifest.version])) for manifest, _ in found]
+            version = followed.get(f"{one.task}@{alias}", one.version)
+            names[one.task, version if (one.task, version) in names else one.version].append(alias)
+    return [(one, sorted(names[one.task, one.version])) for one, _ in found]
 
 
 def trained_prompt(manifest: AdapterManifest) -> PromptSpec:
@@ -254,71 +168,62 @@ VERBS = ("register", "load", "pin", "unpin", "unload", "promote", "before", "rol
 """Methods that the ingress may name."""
 
 
-class Checks(Protocol):
-    """The part of the engine that knows what it can serve."""
-
-    def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
-        """Raises ArtifactError for an adapter that it can't serve exactly; the bytes that it would take."""
-
-
 class Registry:
-    """Adapters of one store in one replica."""
+    """Adapters of one store in one replica. All methods raise UserError."""
 
-    def __init__(self, spec: ServeSpec, source: AdapterSource, residency: AdapterCache, engine: Checks) -> None:
-        self._source, self._adapter_cache, self._engine = source, residency, engine
+    def __init__(self, spec: ServeSpec, source: AdapterSource, adapter_cache: AdapterCache, engine: Engine) -> None:
+        self._source, self._store, self._adapter_cache, self._engine = source, source.store, adapter_cache, engine
         self._roots = spec.adapter_roots or (source.store.uri,)
         self._max_bytes = spec.engine.host_cache_bytes
 
-    async def register(self, uri: str, alias: str | None) -> Json:
-        """Take the version at `uri` into the store, where this engine can serve it, and let `alias` point at it."""
-        with as_api_errors():
-            manifest = await asyncio.to_thread(self._take, uri)
-            if alias is not None:
-                await asyncio.to_thread(artifact.promote, self._source.store, manifest.task, alias, manifest.version)
-        return {"adapter": manifest.ref, "task": manifest.task, "version": manifest.version, "alias": alias}
+    async def register(self, uri: str) -> Json:
+        """Take the version at `uri` into the store, where this engine can serve it."""
+        taken = await asyncio.to_thread(
+            publish.take,
+            self._store,
+            uri,
+            self._roots,
+            base_digest=self._source.base_digest,
+            max_bytes=self._max_bytes,
+            check=self._check,
+        )
+        return {"adapter": taken.ref, "task": taken.task, "version": taken.version, "alias": None}
 
     async def load(self, ref: str) -> Json:
         """Bring the version into host memory."""
-        with as_api_errors():
-            pin = await self._adapter_cache.pin(ref)
-            self._adapter_cache.release(pin)
+        pin = await self._adapter_cache.pin(ref)
+        self._adapter_cache.release(pin)
         return {"adapter": ref, "version": pin.manifest.version}
 
     async def pin(self, ref: str) -> Json:
-        """Load it and keep it there."""
-        with as_api_errors():
-            return {"adapter": ref, "version": await self._adapter_cache.keep(ref)}
+        """Load the version, and never drop it to make room."""
+        return {"adapter": ref, "version": await self._adapter_cache.keep(ref)}
 
     async def unpin(self, ref: str) -> Json:
         """It may go again when its room is needed."""
-        with as_api_errors():
-            return {"adapter": ref, "version": await self._adapter_cache.unkeep(ref)}
+        return {"adapter": ref, "version": await self._adapter_cache.unkeep(ref)}
 
     async def unload(self, ref: str) -> Json:
         """It leaves the engine, now or with its last request; it stays registered, and loads again when asked for."""
-        with as_api_errors():
-            return {"adapter": ref, "version": await self._adapter_cache.unload(ref)}
+        return {"adapter": ref, "version": await self._adapter_cache.unload(ref)}
 
     async def promote(self, ref: str, version: str) -> Json:
         """Let the alias `ref` point at a version (or at where another alias points), in the store."""
-        task, alias = _task_and_alias(ref)
-        with as_api_errors():
-            found = await asyncio.to_thread(self._source.resolve, f"{task}@{version}")
-            old = await asyncio.to_thread(read_alias, self._source.store, task, alias)
-            await asyncio.to_thread(artifact.promote, self._source.store, task, alias, found.version)
+        task, _, alias = ref.partition("@")
+        found = await asyncio.to_thread(self._source.resolve, f"{task}@{version}")
+        old = await asyncio.to_thread(manifest.read_alias, self._store, task, alias)
+        await asyncio.to_thread(publish.promote, self._store, task, alias, found.version)
         return {"adapter": ref, "old": old and old.version, "new": found.version}
 
     async def before(self, ref: str) -> Json:
         """The version that the alias pointed at before."""
-        task, alias = _task_and_alias(ref)
-        with as_api_errors():
-            return {"version": await asyncio.to_thread(before, self._source.store, task, alias)}
+        task, _, alias = ref.partition("@")
+        return {"version": await asyncio.to_thread(manifest.before, self._store, task, alias)}
 
     async def roll_back(self, ref: str) -> Json:
         """Let the alias point at the version before, in the store."""
-        task, alias = _task_and_alias(ref)
-        with as_api_errors():
-            old, new = await asyncio.to_thread(roll_back, self._source.store, task, alias)
+        task, _, alias = ref.partition("@")
+        old, new = await asyncio.to_thread(manifest.roll_back, self._store, task, alias)
         return {"adapter": ref, "old": old, "new": new}
 
     async def registered(self) -> list[Json]:
@@ -326,44 +231,28 @@ class Registry:
 
         aliases: those that mean it here; in_store: those that mean it in the store, and will here after a swap.
         """
-        with as_api_errors():
-            found = await asyncio.to_thread(self._source.list_published)
+        found = await asyncio.to_thread(self._source.list_published)
         served = as_served(found, self._adapter_cache.resolved_refs())
+        here = [self._store.local_dir(*manifest.version_key(one.task, one.version)).is_dir() for one, _ in found]
         return [
             {
-                "task": manifest.task,
-                "version": manifest.version,
+                "task": one.task,
+                "version": one.version,
                 "aliases": aliases,
                 "in_store": sorted(set(there) - set(aliases)),
-                "file_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
-                "created_at": manifest.created_at,
-                "tier": "disk" if self._is_here(manifest) else "store",
+                "file_bytes": sum(entry.size_bytes for entry in one.files.values()),
+                "created_at": one.created_at,
+                "tier": "disk"
+                if self._store.local_dir(*manifest.version_key(one.task, one.version)).is_dir()
+                else "store",
             }
-            for (manifest, there), (_, aliases) in zip(found, served, strict=True)
+            for (one, there), (_, aliases), is_here in zip(found, served, here, strict=True)
         ]
 
-    def _take(self, uri: str) -> AdapterManifest:
-        return publish.take(
-            self._source.store,
-            uri,
-            self._roots,
-            base_digest=self._source.base_digest,
-            max_bytes=self._max_bytes,
-            check=self._check,
-        )
-
-    def _check(self, manifest: AdapterManifest, files: Mapping[str, bytes]) -> None:
+    def _check(self, _manifest: AdapterManifest, files: Mapping[str, bytes]) -> None:
         """The engine's own reading: ranks, shapes, keys that it can't honour. Nothing of it stays."""
         cache_root().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="register-", dir=cache_root()) as folder:
             for name, data in files.items():
                 (Path(folder) / name).write_bytes(data)
             self._engine.check_adapter(Path(folder))
-
-    def _is_here(self, manifest: AdapterManifest) -> bool:
-        return self._source.store.local_dir(*version_key(manifest.task, manifest.version)).is_dir()
-
-
-def _task_and_alias(ref: str) -> tuple[str, str]:
-    task, _, alias = ref.partition("@")
-    return task, alias

@@ -21,8 +21,8 @@ from graftwork.retrieval.embedder import EmbedderShape
 from graftwork.serving.spec import EngineSpec
 
 SERVING_PROCESS_BYTES = 640 * MIB
-"""Peak of an engine replica beside what it holds, with up to 256 MiB of heap that it keeps between steps: 1,548 MiB
-measured with SmolLM2-135M dequantised and 8,192 tokens of keys and values."""
+"""Peak of an engine replica without weights, keys, values and adapters; up to 256 MiB of it are heap that stays
+between steps: 1,548 MiB measured with SmolLM2-135M dequantised and 8,192 tokens of keys and values."""
 
 
 def predict_serving(
@@ -77,7 +77,7 @@ def predict_embedding(shape: EmbedderShape) -> MemoryPlan:
     per_token = 6 * shape.hidden + 3 * shape.intermediate  # input, q, k, v, attention, output; the MLP, GELU, its input
     step = shape.batch_tokens * per_token * FP32
     weights = shape.values * FP32
-    pages = 0 if shape.file_bytes >= weights else shape.file_bytes  # of a file of halves, beside the weights made of it
+    pages = 0 if shape.file_bytes >= weights else shape.file_bytes  # of a file of halves, in addition to its weights
     return MemoryPlan((("process", SERVING_PROCESS_BYTES), ("embedder weights", weights), ("step", max(step, pages))))
 
 
@@ -90,9 +90,9 @@ GPU_PROMPTS = 0.40
 GPU_READS = 0.50
 """Of its bandwidth, in reading the weights once a decoding step."""
 GPU_LAYER_S = 1e-4
-"""One block of one decoding step beside its products."""
+"""One block of one decoding step without its products."""
 LAYER_S = 1.7e-3
-"""One block of one decoding step beside its products: Python, attention, the engine (one row: 81 ms a step)."""
+"""One block of one decoding step without its products: Python, attention, the engine (one row: 81 ms a step)."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def plan_serving(
     `adapters`: ranks of the versions loaded. `dequantised`: nf4 kept as plain values. `embedder`: of its own process.
     `query_embedders`: those that arms with vectors load into each replica.
     """
-    beside = embedder.peak_bytes if embedder else 0
+    embedder_bytes = embedder.peak_bytes if embedder else 0
 
     def memory_with(kv_tokens: int) -> MemoryPlan:
         fewer = engine.model_copy(update={"kv_tokens": kv_tokens})
@@ -146,11 +146,11 @@ def plan_serving(
             kv_value_bytes=None if machine.gpu else FP32,
             cuda=machine.gpu is not None,
         )
-        beside = sum(one.peak_bytes - one.part("process") for one in query_embedders)
-        return replace(plan, parts=(*plan.parts, ("query embedders", beside))) if beside else plan
+        more = sum(one.peak_bytes - one.part("process") for one in query_embedders)
+        return replace(plan, parts=(*plan.parts, ("query embedders", more))) if more else plan
 
     def needed(plan: MemoryPlan) -> int:
-        return plan.peak_bytes if machine.gpu else replicas * plan.peak_bytes + beside
+        return plan.peak_bytes if machine.gpu else replicas * plan.peak_bytes + embedder_bytes
 
     memory = memory_with(engine.kv_tokens)
     halves = (engine.kv_tokens // 2**power for power in range(1, 6))
@@ -160,13 +160,13 @@ def plan_serving(
         stage=stage,
         processes=replicas + (embedder is not None),
         peak_bytes_per_process=memory.peak_bytes,
-        total_bytes=replicas * memory.peak_bytes + beside,
+        total_bytes=replicas * memory.peak_bytes + embedder_bytes,
         seconds=START_S + answer_s,
         verdict=verdict_of(needed(memory), machine, ways_out),
         parts=memory.parts,
         assumptions=(
             *((answers.describe(),) if answers else ()),
-            *((f"the embedder takes {beside // MIB} MiB in a process of its own",) if embedder else ()),
+            *((f"the embedder takes {embedder_bytes // MIB} MiB in a process of its own",) if embedder else ()),
             *memory.assumptions,
             machine.describe(),
         ),

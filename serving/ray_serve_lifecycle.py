@@ -38,12 +38,6 @@ def claim(app: str) -> None:
     table_put(_SPACE, app, this_driver())
 
 
-def is_orphan(app: str) -> bool:
-    """Whether an application was deployed by a driver that is gone."""
-    owner = table_get(_SPACE, app)
-    return owner is not None and job_has_ended(owner)
-
-
 async def end_with(owner: str, app: str) -> None:
     """Delete the application once its owner has ended, and Serve with it where nothing else is served."""
     while not await asyncio.to_thread(job_has_ended, owner):
@@ -112,12 +106,13 @@ def shut_down() -> None:
 
 
 def _existing_http(spec: ServeSpec, *, http: bool) -> bool:
-    """Whether Serve runs on this Ray already. Raises ConfigError where it listens elsewhere than the spec says."""
+    """Return True where Serve runs on this Ray already. Raises ConfigError where it listens at another address."""
     try:
         controller()
     except ValueError:
         return False
-    if spec.name in serve.status().applications and is_orphan(spec.name):
+    owner = table_get(_SPACE, spec.name)
+    if spec.name in serve.status().applications and owner is not None and job_has_ended(owner):
         serve.delete(spec.name)
     if spec.name in serve.status().applications:
         raise ConfigError(
@@ -168,9 +163,8 @@ def _bind_problem(host: str, port: int) -> str:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as the server: a closed connection is no obstacle
+            # as the server: a closed connection is no obstacle
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
         return error.strerror or str(error)
@@ -179,7 +173,7 @@ def _bind_problem(host: str, port: int) -> str:
 
 @contextlib.contextmanager
 def silence_serve_logs() -> Iterator[None]:
-    """Serve tells each of its steps at INFO in the driver; warnings still come through."""
+    """Silence Serve's INFO lines in the driver; warnings still come through."""
     logger = logging.getLogger("ray.serve")
     before = logger.level
     logger.setLevel(logging.WARNING)

@@ -4,40 +4,31 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, closing
+from contextlib import ExitStack, aclosing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from graftwork.base import load as base_model
+from graftwork.base import load
 from graftwork.errors import GraftworkError, RunError, StorageError
 from graftwork.prompts.render import Passage
+from graftwork.prompts.template import Template
 from graftwork.serving.adapter_cache import AdapterCache, Pin
-from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request
-from graftwork.serving.api.openai_responses import Json
-from graftwork.serving.arms import (
-    ArmPrompt,
-    build_prompt,
-    find,
-    query_of,
-    raw_prompt,
-    require_bytes,
-    size_of,
-    warm,
-)
-from graftwork.serving.detokenize import LogprobStream
+from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request, to_api_error
+from graftwork.serving.api.openai_protocol import Json
+from graftwork.serving.arms import ArmPrompt, build_prompt, find, query_of, require_bytes, size_of, warm
+from graftwork.serving.detokenize import LogprobStream, StreamedAnswer, TextStream, engine_failure, generate
 from graftwork.serving.engine import open_engine
 from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read_grammar
 from graftwork.serving.engine.request import GenerateRequest
 from graftwork.serving.engine.sequence import choice_seed
-from graftwork.serving.generation import Generation, StreamedAnswer, collect_likelihoods, continuation_ids
 from graftwork.serving.live_config import read_live_record
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood, Question, StreamChunk, StreamStart
 from graftwork.serving.metrics_export import ReplicaMetrics, ReplicaSnapshot
@@ -48,7 +39,6 @@ from graftwork.serving.router import RESIDENTS
 from graftwork.serving.spec import ArmSpec, ServeSpec
 from graftwork.storage.store import Store
 
-T = TypeVar("T")
 log = logging.getLogger("ray.serve")
 PROMPT_THREADS = 2
 
@@ -73,13 +63,13 @@ class EngineReplica:
     ) -> None:
         """owner, follows: see `graftwork.serving.deploy.build`."""
         self._spec, self._name = ServeSpec.model_validate(spec), _replica_name()
-        self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
-        base = await self._in_thread(partial(base_model.resolve, self._spec.base))
+        self._loop, self._threads = asyncio.get_running_loop(), ThreadPoolExecutor(PROMPT_THREADS, "prompt")
+        base = await self._loop.run_in_executor(self._threads, load.resolve, self._spec.base)
         self._base_digest = base.digest
         self._source = AdapterSource(Store(self._spec.root), base.digest)
-        self._template = await self._in_thread(partial(base_model.template, base))
-        opening = partial(open_engine, self._spec, base, self._template)
-        self._engine, self._reason = await self._in_thread(opening)
+        self._template = await self._loop.run_in_executor(self._threads, load.template, base)
+        opened = self._loop.run_in_executor(self._threads, open_engine, self._spec, base, self._template)
+        self._engine, self._reason = await opened
         self._vocabulary = Vocabulary(self._template, int(base.config.get("vocab_size", 0)))
         self._grammars = Grammars(self._vocabulary)
         limits = self._spec.engine
@@ -93,7 +83,7 @@ class EngineReplica:
         self._engine.start()
         await self._warm_up(self._spec)
         if follows:
-            await self._warm_up_kept()
+            await self._warm_up_live_config()
         self._owner = asyncio.create_task(end_with(owner, self._spec.name)) if owner else None
         self._ready_at = int(time.time())
 
@@ -113,43 +103,42 @@ class EngineReplica:
         """
         arrived = time.perf_counter()
         with self._metrics.traffic.request() as watch:
-            with as_api_errors():
+            try:
                 admitted = await self._admit(request)
-                stop_ids = frozenset(request.stop_ids)
-                if not request.ignore_eos:
-                    stop_ids |= admitted.prompt.stop_ids
-                generation = self._submit(request, admitted, stop_ids, arrived)
-            pin, prompt = admitted.pin, admitted.prompt
-            task, cold = (pin.manifest.task, pin.cold) if pin else (None, False)
-            watch.admitted(request.arm.name, task, admitted.version)
-            with closing(generation):
-                start = StreamStart(self._base_digest, admitted.version, len(prompt.ids))
-                yield start
-                growing = [
+                queued = self._generate_requests(request, admitted, arrived)
+                bursts = generate(self._engine, queued, admitted.hold.close)
+                await anext(bursts)
+            except ApiError:
+                raise
+            except GraftworkError as error:
+                raise to_api_error(error) from error
+            prompt, version, stop_ids = admitted.prompt, admitted.version, queued[0].stop_ids
+            task, cold = (admitted.pin.manifest.task, admitted.pin.cold) if admitted.pin else (None, False)
+            watch.admitted(request.arm.name, task, version)
+            async with aclosing(bursts):
+                yield (start := StreamStart(self._base_digest, version, len(prompt.ids)))
+                with_logprobs, decode = request.sampling.logprobs is not None, self._template.decode
+                answers = [
                     StreamedAnswer(
                         index,
-                        self._template.decode,
-                        request.sampling.stop,
-                        stop_ids,
                         prompt,
+                        stop_ids,
                         arrived,
-                        LogprobStream(self._vocabulary.spell, self._template.special_ids)
-                        if request.sampling.logprobs is not None
-                        else None,
+                        TextStream(decode, request.sampling.stop),
+                        LogprobStream(self._vocabulary.spell, self._template.special_ids) if with_logprobs else None,
                     )
                     for index in range(request.n)
                 ]
-                async for events in generation.events():
+                async for events in bursts:
                     for index, arrivals in events.items():
-                        answer = growing[index]
+                        answer = answers[index]
                         watch.burst(sum(event.token_id >= 0 for event in arrivals), index)
                         delta = answer.add(arrivals)
                         if delta.text or delta.logprobs or not answer.finish_reason:
                             yield delta
                         if answer.finish_reason:
-                            whole = answer.answer(request, task, start, cold=cold)
-                            watch.answer = whole
-                            yield whole
+                            watch.answer = answer.answer(request, task, start, cold=cold)
+                            yield watch.answer
 
     async def likelihood(
         self, arm: ArmSpec, question: Question, continuations: Sequence[str], request_id: str
@@ -160,8 +149,9 @@ class EngineReplica:
         grammar and decoding play no part. Raises ApiError. Cancelling the call ends its requests in the engine.
         """
         arrived = time.perf_counter()
+        found: dict[int, Likelihood] = {}
         with as_api_errors():
-            scored = await self._in_thread(partial(continuation_ids, continuations, self._template))
+            scored = await self._loop.run_in_executor(self._threads, _continuation_ids, continuations, self._template)
             request = ArmRequest(arm, question, request_id, max_new_tokens=max(map(len, scored)))
             admitted = await self._admit(request, grammar=False)
             requests = [
@@ -174,9 +164,13 @@ class EngineReplica:
                 )
                 for index, ids in enumerate(scored)
             ]
-            generation = Generation(self._engine, requests, on_end=admitted.hold.close)
-        with closing(generation):
-            return await collect_likelihoods(generation, [len(ids) for ids in scored])
+            async with aclosing(generate(self._engine, requests, admitted.hold.close)) as bursts:
+                async for events in bursts:
+                    for index, [event] in events.items():
+                        if event.logprob is None:
+                            raise engine_failure(event)
+                        found[index] = Likelihood(event.logprob, len(scored[index]))
+        return [found[index] for index in range(len(scored))]
 
     async def refresh(self, ref: str) -> Json:
         """Read `task@alias` again: new requests get the version it points at. Loads it first; running requests stay.
@@ -203,7 +197,8 @@ class EngineReplica:
     async def registry(self, verb: str, *args: Any) -> Any:
         """A method of `Registry` by name. Raises ApiError."""
         assert verb in VERBS, f"no verb {verb!r}"
-        return await getattr(self._registry, verb)(*args)
+        with as_api_errors():
+            return await getattr(self._registry, verb)(*args)
 
     async def models(self, ref: str | None = None) -> Json:
         """The store's adapters made for this base: names and age. When this replica became ready (s).
@@ -213,11 +208,13 @@ class EngineReplica:
         with as_api_errors():
             followed = self._adapter_cache.resolved_refs()
             if ref is None:
-                found = as_served(await self._in_thread(self._source.list_published), followed)
+                listed = await self._loop.run_in_executor(self._threads, self._source.list_published)
+                found = as_served(listed, followed)
+            elif ref:
+                describe = self._source.describe_version
+                found = await self._loop.run_in_executor(self._threads, describe, ref, followed.get(ref))
             else:
-                found = (
-                    await self._in_thread(partial(self._source.describe_version, ref, followed.get(ref))) if ref else []
-                )
+                found = []
         adapters = [
             {"task": manifest.task, "version": manifest.version, "aliases": aliases, "created_at": manifest.created_at}
             for manifest, aliases in found
@@ -247,7 +244,7 @@ class EngineReplica:
         return {RESIDENTS: sorted(by_version.union(*(r.refs for r in ready)))}
 
     async def ready(self) -> bool:
-        """Whether requests are answered here: the engine is warm (else Serve sends nothing) and decodes."""
+        """Return True while the engine decodes; Serve sends nothing before it is warm."""
         return self._engine.alive()
 
     async def check_health(self) -> None:
@@ -261,22 +258,36 @@ class EngineReplica:
         self._adapter_cache.close()
 
     async def _admit(self, request: ArmRequest, *, grammar: bool = True) -> _Admitted:
-        arm = request.arm
-        require_bytes(size_of(request.question), self._template.longest_token_bytes, self._engine.room(None))
+        arm, question = request.arm, request.question
+        require_bytes(size_of(question), self._template.longest_token_bytes, self._engine.room(None))
         with ExitStack() as hold:
             pin = await self._adapter_cache.pin(arm.adapter) if arm.adapter else None
             if pin is not None:
                 hold.callback(self._adapter_cache.release, pin)
-            passages = await self._passages(arm, request.question) if arm.retriever else ()
-            prompt = await self._in_thread(partial(self._prompt, request, pin, passages))
+            version = pin.manifest.version if pin else None
+            passages = await self._passages(arm, question) if arm.retriever else ()
+            building = partial(
+                build_prompt,
+                arm,
+                question,
+                self._template.on(pin.manifest.template_date) if pin else self._template,
+                max_seq_len=self._engine.room(version),
+                trained=trained_prompt(pin.manifest) if pin else None,
+                max_new_tokens=request.max_new_tokens,
+                max_prompt_tokens=request.max_prompt_tokens,
+                passages=passages,
+            )
+            prompt = await self._loop.run_in_executor(self._threads, building)
             compiled = None
             if grammar and (request.grammar or arm.grammar or request.sampling.logprobs is not None):
-                compiled = await self._in_thread(partial(self._grammar, arm, request))
-            return _Admitted(prompt, compiled, pin, pin.manifest.version if pin else None, hold.pop_all())
+                compiled = await self._loop.run_in_executor(self._threads, self._grammar, arm, request)
+            return _Admitted(prompt, compiled, pin, version, hold.pop_all())
 
-    def _submit(self, request: ArmRequest, admitted: _Admitted, stop_ids: frozenset[int], arrived: float) -> Generation:
+    def _generate_requests(self, request: ArmRequest, admitted: _Admitted, arrived: float) -> list[GenerateRequest]:
+        """Return one engine request for each answer."""
         sampling = replace(request.sampling, max_new_tokens=admitted.prompt.max_new_tokens)
-        requests = [
+        stop_ids = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else admitted.prompt.stop_ids)
+        return [
             GenerateRequest(
                 request.request_id if request.n == 1 else f"{request.request_id}/{index}",
                 admitted.prompt.ids,
@@ -290,7 +301,6 @@ class EngineReplica:
             )
             for index in range(request.n)
         ]
-        return Generation(self._engine, requests, on_end=admitted.hold.close)
 
     def _grammar(self, arm: ArmSpec, request: ArmRequest | None = None) -> Grammar | None:
         """Compile the grammar of the request or its arm; build the vocabulary's table where it will be needed."""
@@ -311,50 +321,36 @@ class EngineReplica:
         """
         if arm.retriever is None or isinstance(question, str):
             return ()
-        found = await self._in_thread(partial(find, arm, question))
+        found = await self._loop.run_in_executor(self._threads, find, arm, question)
         if arm.retriever.rerank is None:
             return found
         return await rerank(query_of(arm, question), found, self.likelihood, arm.retriever.k)
 
-    def _prompt(self, request: ArmRequest, pin: Pin | None, passages: Sequence[Passage]) -> ArmPrompt:
-        limit = self._engine.room(pin.manifest.version if pin else None)
-        if isinstance(request.question, str):
-            return raw_prompt(
-                request.question,
-                self._template,
-                max_seq_len=limit,
-                max_new_tokens=request.max_new_tokens,
-                max_prompt_tokens=request.max_prompt_tokens,
-            )
-        return build_prompt(
-            request.arm,
-            request.question,
-            self._template.on(pin.manifest.template_date) if pin else self._template,
-            max_seq_len=limit,
-            trained=trained_prompt(pin.manifest) if pin else None,
-            max_new_tokens=request.max_new_tokens,
-            max_prompt_tokens=request.max_prompt_tokens,
-            passages=passages,
-        )
-
     async def _warm_up(self, spec: ServeSpec) -> None:
         for arm in spec.arms:
-            await self._in_thread(partial(warm, arm.prompt, arm.retriever))
-            await self._in_thread(partial(self._grammar, arm))
+            await self._loop.run_in_executor(self._threads, warm, arm.prompt, arm.retriever)
+            await self._loop.run_in_executor(self._threads, self._grammar, arm)
         for ref in dict.fromkeys([*spec.adapters, *(arm.adapter for arm in spec.arms if arm.adapter)]):
             self._adapter_cache.release(await self._adapter_cache.pin(ref))
 
-    async def _warm_up_kept(self) -> None:
-        """As the engines beside it are. What can't be loaded now is tried again by the first request for it."""
+    async def _warm_up_live_config(self) -> None:
+        """Warm up as the other engines are. What can't be loaded now is tried again by the first request for it."""
         try:
-            spec = await self._in_thread(partial(read_live_record, self._spec))
+            spec = await self._loop.run_in_executor(self._threads, read_live_record, self._spec)
             if spec is not None:
                 await self._warm_up(spec)
         except GraftworkError as error:
             log.warning("this engine starts without all that the others hold: %s", error)
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+def _continuation_ids(texts: Sequence[str], template: Template) -> list[tuple[int, ...]]:
+    """Return the ids of each text as it stands right behind a prompt, without special tokens. Raises ApiError."""
+    if not texts:
+        raise bad_request("continuations is empty: there is nothing to be scored.", param="continuations")
+    for number, text in enumerate(texts):
+        if not text:
+            raise bad_request(f"continuation {number} is empty: it has no token.", param="continuations")
+    return [tuple(template.continuation_ids(text)) for text in texts]
 
 
 def _replica_name() -> str:

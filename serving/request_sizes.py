@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graftwork.artifacts import registry
-from graftwork.base import load as base_model
+from graftwork.base import load
 from graftwork.datasets.rows import DatasetRow, read_rows, resolve_prompt
 from graftwork.errors import UserError
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
+from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, fit_passages, render
 from graftwork.prompts.template import Template
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
 from graftwork.serving.evaluation.failures.probe import right_answer
@@ -76,11 +75,11 @@ class Sizes:
     prompts: Prompts
     max_seq_len: int
     _indices: dict[tuple[str, int], Retriever] = field(default_factory=dict)
-    _known: dict[str, float] = field(default_factory=dict)
+    _prompt_means: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, spec: CompareSpec | QuantizeSpec, root: str, prompts: Prompts) -> "Sizes":
-        template = base_model.template(base_model.resolve(spec.base))
+        template = load.template(load.resolve(spec.base))
         rows = read_rows(spec.eval, limit=spec.limit, need="eval")
         return cls(root, template, rows, prompts, spec.engine.max_seq_len)
 
@@ -99,7 +98,7 @@ class Sizes:
         )
 
     def probed(self, arm: ArmSpec, spec: CompareSpec, probes: ProbeSpec) -> list[RequestLoad]:
-        """As `probes.ask` asks: with the gold passage, under the grammar, before the adapter, without context."""
+        """As in `probes.ask`: with the gold passage, under the grammar, before the adapter, without context."""
         count = min(len(self.rows), probes.max_failures)
         plain, new = self.prompt_tokens(arm.with_({"retriever": None})), self._new_tokens(arm)
         corpus = probes.corpus or next((one.retriever.corpus for one in spec.arms if one.retriever), None)
@@ -133,15 +132,15 @@ class Sizes:
     def prompt_tokens(self, arm: ArmSpec) -> float:
         """Mean tokens of the arm's prompts: system turn, worked examples, passages, question."""
         key = arm.model_dump_json(exclude={"name", "max_new_tokens", "grammar"})
-        if key not in self._known:
+        if key not in self._prompt_means:
             prompt, room = self._prompt(arm), arm.retriever.context_tokens if arm.retriever else None
             lengths = []
             for row in self._sample():
-                context, _ = chat.fit_passages(self._found(arm, row.question), self.template, prompt, room)
-                whole = chat.render(row.question, self.template, prompt=prompt, context=context, generate=True)
+                context, _ = fit_passages(self._found(arm, row.question), self.template, prompt, room)
+                whole = render(row.question, self.template, prompt=prompt, context=context, generate=True)
                 lengths.append(len(whole.ids))
-            self._known[key] = mean(lengths)
-        return self._known[key]
+            self._prompt_means[key] = mean(lengths)
+        return self._prompt_means[key]
 
     def _found(self, arm: ArmSpec, question: Sequence[Message]) -> Sequence[Passage]:
         if arm.retriever is None:

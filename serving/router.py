@@ -11,7 +11,8 @@ import hashlib
 import logging
 import math
 import random
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -29,7 +30,7 @@ log = logging.getLogger("ray.serve")
 
 
 class EngineBackend(Protocol):
-    """What the ingress needs from the engine side. All raise ApiError."""
+    """The engine side, as the ingress calls it. All raise ApiError."""
 
     async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
         """See EngineReplica.choices."""
@@ -63,33 +64,30 @@ class ServeBackend:
 
     async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
         """All answers of a request. Cancelling the call cancels the request in the engine."""
-        with _as_api_errors():
-            async with asyncio.timeout(self._timeout_s):
-                call = self._handle.options(method_name="choices", multiplexed_model_id=request.arm.adapter or "")
-                answers: list[ArmAnswer] = await call.remote(request)
-                return answers
+        async with _api_call(self._timeout_s):
+            call = self._handle.options(method_name="choices", multiplexed_model_id=request.arm.adapter or "")
+            answers: list[ArmAnswer] = await call.remote(request)
+            return answers
 
     async def likelihood(
         self, arm: ArmSpec, question: Question, continuations: Sequence[str], request_id: str
     ) -> list[Likelihood]:
         """See EngineReplica.likelihood."""
-        with _as_api_errors():
-            async with asyncio.timeout(self._timeout_s):
-                call = self._handle.options(method_name="likelihood", multiplexed_model_id=arm.adapter or "")
-                found: list[Likelihood] = await call.remote(arm, question, continuations, request_id)
-                return found
+        async with _api_call(self._timeout_s):
+            call = self._handle.options(method_name="likelihood", multiplexed_model_id=arm.adapter or "")
+            found: list[Likelihood] = await call.remote(arm, question, continuations, request_id)
+            return found
 
     async def stream(self, request: ArmRequest) -> AsyncGenerator[StreamChunk]:
         """Chunks as the replica yields them."""
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        deadline = time.monotonic() + self._timeout_s
         model = request.arm.adapter or ""
         call = self._handle.options(method_name="stream", stream=True, multiplexed_model_id=model)
         chunks = call.remote(request)
         try:
             while True:
-                with _as_api_errors():
-                    async with asyncio.timeout_at(deadline):  # around one wait: a timeout must not span a yield
-                        chunk = await anext(chunks, None)
+                async with _api_call(deadline - time.monotonic()):  # one wait: a timeout must not span a yield
+                    chunk = await anext(chunks, None)
                 if chunk is None:
                     return
                 yield chunk
@@ -98,24 +96,21 @@ class ServeBackend:
 
     async def call(self, method: str, *args: Any) -> Any:
         """A method on one replica."""
-        with _as_api_errors():
-            async with asyncio.timeout(self._timeout_s):
-                return await getattr(self._handle, method).remote(*args)
+        async with _api_call(self._timeout_s):
+            return await getattr(self._handle, method).remote(*args)
 
     async def embed(self, texts: list[str]) -> Embedded:
         """Vectors of the endpoint's embedder."""
         assert self._embedder is not None, "the ingress has refused it"
-        with _as_api_errors():
-            async with asyncio.timeout(self._timeout_s):
-                found: Embedded = await self._embedder.embed.remote(texts)
-                return found
+        async with _api_call(self._timeout_s):
+            found: Embedded = await self._embedder.embed.remote(texts)
+            return found
 
     async def each(self, method: str, *args: Any) -> list[Any]:
-        """A replica that ended meanwhile is left out: the one in its place reads every alias anew. Else the first error
-        is raised."""
-        with _as_api_errors():
-            async with asyncio.timeout(self._timeout_s):
-                found = await self._control.broadcast(method, *args).results_async(return_exceptions=True)
+        """Call every replica. One that ended meanwhile is left out: the one in its place reads every alias again. Else
+        the first error is raised."""
+        async with _api_call(self._timeout_s):
+            found = await self._control.broadcast(method, *args).results_async(return_exceptions=True)
             lost = [result for result in found if isinstance(result, RayActorError)]
             failed = [result for result in found if isinstance(result, BaseException) and result not in lost]
             if failed or len(lost) == len(found):
@@ -123,10 +118,12 @@ class ServeBackend:
             return [result for result in found if result not in lost]
 
 
-@contextlib.contextmanager
-def _as_api_errors() -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def _api_call(timeout_s: float) -> AsyncIterator[None]:
+    """Limit the time of the block; Ray's failures leave as ApiErrors."""
     try:
-        yield
+        async with asyncio.timeout(timeout_s):
+            yield
     except TimeoutError:
         raise ApiError(504, "The request took longer than this endpoint allows.", code="request_timeout") from None
     except RayActorError as error:
@@ -173,12 +170,12 @@ class AdapterRouter(TwinSafeRouter):
         if not adapter:
             return [random.sample(candidate_replicas, len(candidate_replicas))]
         loads = {name: self._load(replica.replica_id) for name, replica in by_name.items()}
-        residents = [name for name, replica in by_name.items() if adapter in _residents(replica.routing_stats)]
+        residents = [name for name, replica in by_name.items() if adapter in replica.routing_stats.get(RESIDENTS, ())]
         ranks = rank(adapter, loads, residents, free_load=self._free_load)
         return [[by_name[name] for name in names] for names in ranks]
 
     def _load(self, replica: ReplicaID) -> int:
-        """Requests that the replica holds; 0 where nothing was heard of it for a while, which means it is idle."""
+        """Requests that the replica holds; 0 where it has not reported for a while, which means it is idle."""
         return self.replica_queue_len_cache.get(replica) or 0
 
 
@@ -210,8 +207,3 @@ def rendezvous(key: str, names: Iterable[str]) -> list[str]:
     return sorted(
         names, key=lambda name: hashlib.blake2b(f"{key}\0{name}".encode(), digest_size=8).digest(), reverse=True
     )
-
-
-def _residents(stats: Mapping[str, Any]) -> Sequence[str]:
-    found: Sequence[str] = stats.get(RESIDENTS, ())
-    return found

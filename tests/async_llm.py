@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graftwork.serving.vllm.adapters import LoadedLora
+from graftwork.serving.vllm.translate import LoadedLora
 from tests.engines import load_model
 
 BLOCK = 16

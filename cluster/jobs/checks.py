@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import graftwork
 from graftwork.cluster.jobs.models import Findings, Job, refuse, warn
 from graftwork.cluster.spec import ClusterSpec
-from graftwork.planning.plan import HEADROOM
+from graftwork.planning.memory import HEADROOM
 
 _NAME = re.compile(
     r"(^|[_.-])(secret|token|password|passwd|passphrase|credentials?|api[_-]?key|access[_-]?key([_-]?id)?"

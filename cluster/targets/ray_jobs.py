@@ -39,7 +39,7 @@ from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets.ray_jobs_api import ENDED, JobsApi, RayNode, exit_code
 from graftwork.errors import ClusterError, Interrupted
 from graftwork.planning.hardware import gpu_called
-from graftwork.planning.plan import HEADROOM
+from graftwork.planning.memory import HEADROOM
 from graftwork.storage.store import Store
 
 ENTRYPOINT = "python -c 'from graftwork.cli import main; main()'"

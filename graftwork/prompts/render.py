@@ -5,7 +5,7 @@ comes from people or passages can never become a control token.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -21,7 +21,7 @@ Role = Literal["system", "user", "assistant"]
 
 
 class PromptSpec(Spec):
-    """What stands around the question: a system prompt and worked examples."""
+    """Text around the question: a system prompt and worked examples."""
 
     system: str | None = None
     """System turn; null leaves what the base's template does without one (SmolLM2 adds its own)."""
@@ -76,7 +76,6 @@ class Rendered:
     ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     stop_ids: frozenset[int]
-    text: str
 
 
 _NO_PROMPT = Prompt()
@@ -90,12 +89,12 @@ def render(
     context: Sequence[Passage] = (),
     generate: bool,
 ) -> Rendered:
-    """The conversation as ids: a prompt that asks for an answer (`generate`), or a row to train on.
+    """Return the conversation as ids: a prompt that asks for an answer (`generate`), or a row to train on.
 
-    The ids of a prompt are a prefix of the ids of every conversation that it grows into. A row's loss falls on each
-    answer in `messages` (worked examples excluded) from behind the generation prompt up to and including the token
-    that ends the turn; only on the last answer where the template lacks the prefix property. A system turn in
-    `messages` wins over the prompt's. Raises DataError (turns out of order), BaseModelError (untrainable template).
+    The ids of a prompt are a prefix of the ids of every conversation that it grows into: text is tokenised in segments
+    that end where answers begin. Where tokenising the whole merges nothing across a cut, the ids equal transformers'.
+    A system turn in `messages` wins over the prompt's. Raises DataError (turns out of order), BaseModelError
+    (untrainable template).
     """
     turns, first_own = _assemble(messages, prompt, context)
     if turns[-1][0] != ("user" if generate else "assistant"):
@@ -104,22 +103,20 @@ def render(
             f"conversation of {len(messages)} turns", f"it ends with {turns[-1][0]}", f"the last is {wanted}"
         )
     text = template.sealed_text(turns, generate=generate)
-    ids, starts = _segmented_ids(text, turns, template)
-    mask = [False] * len(ids)
-    if not generate:
-        last = len(turns) - 1
-        if last not in starts:
-            raise BaseModelError(
-                "chat template of the base",
-                "its generation prompt is not how it writes an answer",
-                "an answer is learned right behind the prompt that asks for it",
-                "train on another base, or mend its chat_template.jinja",
-            )
-        for turn in starts if template.has_prefix_property else [last]:
-            if turn >= first_own:
-                end = _end_of_turn(ids, starts[turn], template.stop_ids)
-                mask[starts[turn] : end] = [True] * (end - starts[turn])
-    return Rendered(tuple(ids), tuple(mask), template.stop_ids, template.plain_text(text))
+    ids: list[int] = []
+    done = ""
+    starts: dict[int, int] = {}
+    for turn in [*(turn for turn, (role, _) in enumerate(turns) if role == "assistant"), None]:
+        upto = text if turn is None else template.sealed_text(turns[:turn], generate=True)
+        if not text.startswith(upto):
+            continue
+        whole = template.sealed_ids(upto)
+        ids = whole if whole[: len(ids)] == ids else ids + template.continuation_ids(upto[len(done) :])
+        done = upto
+        if turn is not None:
+            starts[turn] = len(ids)
+    mask = (False,) * len(ids) if generate else _loss_mask(ids, starts, len(turns) - 1, first_own, template)
+    return Rendered(tuple(ids), mask, template.stop_ids)
 
 
 def training_rows(messages: Sequence[Message], template: Template) -> list[tuple[Message, ...]]:
@@ -133,16 +130,14 @@ def one_turn_rows(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
 
 
 def format_user_turn(question: str, context: Sequence[Passage], header: str, citations: bool = False) -> str:
-    """The last user turn: passages one a line, an empty line, the question. The one form, for training and serving."""
-    if not context:
-        return question
+    """Return a user turn with its passages: one a line, an empty line, the question."""
     return _context_block(context, header, citations) + "\n\n" + question
 
 
 def fit_passages(
     context: Sequence[Passage], template: Template, prompt: Prompt, max_tokens: int | None
 ) -> tuple[tuple[Passage, ...], tuple[Passage, ...]]:
-    """(passages that come to the model, passages left out): the best first as far as the room goes, each one whole.
+    """Return (passages that fit, passages left out): the best first as far as the room goes, each one whole.
 
     The room is what the lines of the passages take, the header with them. A long passage that does not fit makes
     room for a shorter one behind it.
@@ -185,35 +180,34 @@ def _assemble(messages: Sequence[Message], prompt: Prompt, context: Sequence[Pas
     asked = max((i for i, m in enumerate(own) if m.role == "user"), default=None)
     if asked is None:
         raise DataError("conversation", "it has no user turn", "a conversation has at least one user turn")
-    own[asked] = Message("user", format_user_turn(own[asked].content, context, prompt.context_header, prompt.citations))
+    if context:
+        text = format_user_turn(own[asked].content, context, prompt.context_header, prompt.citations)
+        own[asked] = Message("user", text)
     opening: list[Turn] = [] if system is None else [("system", system)]
     opening += [(m.role, m.content) for shot in prompt.shots for m in shot]
     return opening + [(m.role, m.content) for m in own], len(opening)
 
 
-def _segmented_ids(text: str, turns: Sequence[Turn], template: Template) -> tuple[list[int], dict[int, int]]:
-    """Ids of sealed text cut where answers begin, and per answered turn the index of its first token.
+def _loss_mask(
+    ids: Sequence[int], starts: Mapping[int, int], last: int, first_own: int, template: Template
+) -> tuple[bool, ...]:
+    """Mark each own answer from behind the generation prompt up to and including the token that ends its turn.
 
-    Where tokenizing the whole merges nothing across a cut, the result is that of the whole: equal to transformers.
+    Only the last answer counts where the template lacks the prefix property. starts: first token by answered turn.
     """
-    ids: list[int] = []
-    done = ""
-    starts: dict[int, int] = {}
-    for turn, (role, _) in enumerate(turns):
-        if role != "assistant":
-            continue
-        asked = template.sealed_text(turns[:turn], generate=True)
-        if text.startswith(asked):
-            ids, done = _extend(ids, done, asked, template), asked
-            starts[turn] = len(ids)
-    return _extend(ids, done, text, template), starts
-
-
-def _extend(ids: list[int], done: str, text: str, template: Template) -> list[int]:
-    whole = template.sealed_ids(text)
-    if whole[: len(ids)] == ids:
-        return whole
-    return ids + template.continuation_ids(text[len(done) :])
+    if last not in starts:
+        raise BaseModelError(
+            "chat template of the base",
+            "its generation prompt is not how it writes an answer",
+            "an answer is learned right behind the prompt that asks for it",
+            "train on another base, or fix its chat_template.jinja",
+        )
+    mask = [False] * len(ids)
+    for turn in starts if template.has_prefix_property else [last]:
+        if turn >= first_own:
+            end = _end_of_turn(ids, starts[turn], template.stop_ids)
+            mask[starts[turn] : end] = [True] * (end - starts[turn])
+    return tuple(mask)
 
 
 def _end_of_turn(ids: Sequence[int], start: int, stop_ids: frozenset[int]) -> int:
@@ -225,5 +219,5 @@ def _end_of_turn(ids: Sequence[int], start: int, stop_ids: frozenset[int]) -> in
         "chat template of the base",
         "an answer in the middle of a conversation has no end token",
         "every answer ends with a stop token",
-        "mend its chat_template.jinja",
+        "fix its chat_template.jinja",
     )

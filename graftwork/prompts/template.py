@@ -13,6 +13,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Turn = tuple[str, str]
 """(role, content)."""
 DEFAULT_DATE = date(2024, 7, 26)
-"""What a template writes as today's date unless a spec or a manifest names another: the fallback of Llama 3's own."""
+"""Today's date in a template unless a spec or a manifest names another: the fallback of Llama 3's own."""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Turns on which the prefix property is checked. Reasoning tags, because templates like to cut them from earlier turns.
@@ -74,7 +75,7 @@ class Template:
         self.special_ids = frozenset(self.specials.values())
         """Control tokens: no text of people is ever one."""
         self.opening_ids = _opening_ids(model.get("post_processor"), self.specials)
-        """What the tokenizer itself puts before every plain text: the beginning-of-text token, or nothing."""
+        """Ids that the tokenizer puts before every plain text: the beginning-of-text token, or none."""
         self.eos_names = [self._named["eos_token"]] if "eos_token" in self._named else []
         """The base's end token by name, where it has one."""
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -84,7 +85,7 @@ class Template:
         end_id = self._end_of_turn()
         self.stop_ids = frozenset({end_id, *eos_ids})
         """Tokens that end an answer."""
-        self.pad_id = self._named_id("pad_token", end_id)
+        self.pad_id: int = self.specials.get(self._named.get("pad_token", ""), end_id)
         """Filler of a batch; never looked at."""
         self.has_prefix_property = self._has_prefix_property()
         """Each prompt is a text prefix of the conversation that it grows into. If not, train one turn a row."""
@@ -97,7 +98,9 @@ class Template:
             named, eos_names = _named_tokens(folder)
             source = _template_source(folder)
             added = {t["content"]: t["id"] for t in json.loads(tokenizer_json)["added_tokens"]}
-            eos_ids = {added[name] for name in eos_names if name in added} | _generation_eos(folder)
+            eos_ids = {added[name] for name in eos_names if name in added}
+            ended = _json(folder / "generation_config.json").get("eos_token_id")
+            eos_ids.update(ended if isinstance(ended, list) else [ended] if isinstance(ended, int) else [])
             return cls(source, tokenizer_json, named, eos_ids, day)
         except FileNotFoundError as error:
             raise BaseModelError(
@@ -125,7 +128,9 @@ class Template:
         """The template's text with special tokens sealed. Raises DataError where the template refuses the turns."""
         import jinja2
 
-        messages = [{"role": role, "content": self._shield(content)} for role, content in turns]
+        # a mark behind the first character of each special token in a message breaks it, overlapping ones too
+        shield = partial(self._special_start.sub, lambda match: match.group(1) + self._mark)
+        messages = [{"role": role, "content": shield(content)} for role, content in turns]
         try:
             text = self._jinja.render(
                 messages=messages,
@@ -143,10 +148,6 @@ class Template:
                 "the template of the base decides which turns may follow each other",
             ) from error
         return self._special.sub(lambda m: self._sealed[m.group()], text).replace(self._mark, "")
-
-    def plain_text(self, sealed: str) -> str:
-        """The text as the template would show it."""
-        return self._sealed_special.sub(lambda m: self._names[m.group()], sealed)
 
     def sealed_ids(self, sealed: str) -> list[int]:
         """Ids of sealed text: special tokens are the template's own, none comes from a message."""
@@ -166,21 +167,12 @@ class Template:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids; an id outside the tokenizer's vocabulary gives nothing."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
-        return text if skip_special else self.plain_text(text)
+        return text if skip_special else self._sealed_special.sub(lambda match: self._names[match.group()], text)
 
     def sealed_tokenizer(self) -> str:
         """tokenizer.json as it is used here, special tokens sealed: for libraries that read the vocabulary."""
         text: str = self._tokenizer.to_str()
         return text
-
-    def _shield(self, content: str) -> str:
-        """Break special tokens in a message by a mark after their first character; overlaps are caught too."""
-        return self._special_start.sub(lambda m: m.group(1) + self._mark, content)
-
-    def _named_id(self, key: str, default: int) -> int:
-        sealed = self._sealed.get(self._named.get(key, ""))
-        found: int | None = self._tokenizer.token_to_id(sealed) if sealed else None
-        return default if found is None else found
 
     def _end_of_turn(self) -> int:
         """The first special token behind an answer."""
@@ -325,11 +317,6 @@ def _named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:
         if isinstance(value, str):
             named[key] = value
     return named, [named["eos_token"]] if "eos_token" in named else []
-
-
-def _generation_eos(folder: Path) -> set[int]:
-    found = _json(folder / "generation_config.json").get("eos_token_id")
-    return set(found) if isinstance(found, list) else {found} if isinstance(found, int) else set()
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from graftwork import config
 from graftwork.errors import ConfigError
 from graftwork.serving.ab_test.spec import ExperimentSpec
 from graftwork.serving.api.auth import own_token
+from graftwork.serving.arms import base_name
 from graftwork.serving.client import Client
-from graftwork.serving.models import base_name
 from graftwork.storage.store import Store
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import TuneReport

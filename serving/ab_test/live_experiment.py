@@ -35,7 +35,7 @@ from graftwork.serving.ab_test.monitor import Monitor, MonitorState
 from graftwork.serving.ab_test.shadow import Copy, ShadowQueue
 from graftwork.serving.ab_test.spec import weights_detail
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Question, StreamChunk
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec

@@ -41,9 +41,6 @@ class RampRequest(NameRequest):
     """Of every arm; they sum to 1."""
 
 
-EXPERIMENT_BODIES: list[type[BaseModel]] = [StartRequest, NameRequest, RampRequest, FeedbackRequest]
-
-
 class ExperimentRoutes:
     """One method a route."""
 

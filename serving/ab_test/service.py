@@ -24,9 +24,9 @@ from graftwork.serving.ab_test.live_experiment import (
 from graftwork.serving.ab_test.log import rules_of, scorers_of
 from graftwork.serving.ab_test.spec import ExperimentSpec, identity_of, require_weights, weights_detail
 from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request, unknown_model
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json
+from graftwork.serving.arms import Catalog
 from graftwork.serving.metrics_export import counter, gauge
-from graftwork.serving.models import Catalog
 from graftwork.serving.router import EngineBackend
 from graftwork.serving.spec import ArmSpec
 from graftwork.storage.store import Store

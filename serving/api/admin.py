@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.serving.api.auth import read_body
 from graftwork.serving.api.errors import bad_request
-from graftwork.serving.api.openai_protocol import parse
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json, parse
 from graftwork.serving.live_config import LiveConfig
 from graftwork.serving.router import EngineBackend
 from graftwork.storage.store import NAME_PATTERN
@@ -52,10 +51,7 @@ class PromoteRequest(AdapterRequest):
     """Body of POST /v1/admin/adapters/promote."""
 
     version: Annotated[str, Field(pattern=NAME_PATTERN)]
-    """What `adapter` (`task@alias`) shall mean from now on: a version, or another alias of the task."""
-
-
-ADMIN_BODIES: list[type[BaseModel]] = [RegisterRequest, AdapterRequest, PromoteRequest]
+    """The new target of `adapter` (`task@alias`): a version, or another alias of the task."""
 
 
 class Admin:
@@ -77,7 +73,7 @@ class Admin:
     async def register(self, request: Request) -> Response:
         """POST .../register: take a version into the store. An alias given with it moves as by `promote`."""
         body = parse(RegisterRequest, await read_body(request))
-        made = await self._backend.call("registry", "register", body.uri, None)
+        made = await self._backend.call("registry", "register", body.uri)
         if body.alias is None:
             return _list_response([made])
         return await self._move(f"{made['task']}@{body.alias}", made["version"], "promote", made["version"])

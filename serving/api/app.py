@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from operator import attrgetter
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, params
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
@@ -22,34 +22,34 @@ from starlette.middleware.cors import CORSMiddleware
 
 import graftwork
 from graftwork.serving.ab_test.live_experiment import LiveRequest
-from graftwork.serving.ab_test.routes import EXPERIMENT_BODIES, EXPERIMENTS, ExperimentRoutes
+from graftwork.serving.ab_test.routes import EXPERIMENTS, ExperimentRoutes
 from graftwork.serving.ab_test.service import PREFIX as EXPERIMENT
 from graftwork.serving.ab_test.service import SESSION_HEADER, experiment_families
 from graftwork.serving.api import status
-from graftwork.serving.api.admin import ADMIN, ADMIN_BODIES, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Handler, Route
-from graftwork.serving.api.auth import (
-    ANYBODY,
-    HostAndOrigin,
-    Keys,
-    RequestSize,
-    admin_check,
-    caller,
-    read_body,
-    user_check,
-)
+from graftwork.serving.api.admin import ADMIN, ADMIN_CONFIG, ADMIN_PREFIX, Admin, Handler, Route
+from graftwork.serving.api.auth import HostAndOrigin, Keys, admin_check, read_body, user_check
 from graftwork.serving.api.errors import ApiError, as_api_errors, bad_request
 from graftwork.serving.api.openai_protocol import (
+    DONE,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    Envelope,
+    Json,
+    Kind,
+    arm_request,
     embedding_response,
+    identity,
+    model_card,
     parse,
+    sse,
 )
-from graftwork.serving.api.openai_responses import DONE, Envelope, Json, Kind, identity, model_card, sse
+from graftwork.serving.api.rate_limits import ANYBODY, RequestSize, caller
 from graftwork.serving.arms import require_bytes, size_of
 from graftwork.serving.live_config import LiveConfig
-from graftwork.serving.messages import AnswerDelta, ArmAnswer, Question, StreamChunk, StreamStart
-from graftwork.serving.metrics_export import CONTENT_TYPE, CountedHttp, ReplicaSnapshot, http_families, render
+from graftwork.serving.messages import AnswerDelta, ArmAnswer, StreamChunk, StreamStart
+from graftwork.serving.metrics import CountedHttp
+from graftwork.serving.metrics_export import CONTENT_TYPE, ReplicaSnapshot, http_families, render
 from graftwork.serving.models import ModelList
 from graftwork.serving.router import EngineBackend, ServeBackend
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -57,7 +57,6 @@ from graftwork.serving.spec import ArmSpec, ServeSpec
 READY_TIMEOUT_S = 5.0
 LARGE_PROMPT_BYTES = 65_536
 """Of a longer prompt the ingress looks whether it can fit, before a replica gets it."""
-Source = EngineBackend | LiveRequest
 
 
 class Ingress:
@@ -82,21 +81,15 @@ class Ingress:
 
 def make_app(live: LiveConfig, backend: EngineBackend, keys: Keys) -> FastAPI:
     """The app. `keys`: digests of the bearer tokens that /v1 wants; without any it is open (loopback only)."""
-    handlers: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
-        ApiError: _on_api_error,
-        HTTPException: _on_http_error,
-        Exception: _on_bug,
-    }
-    admin, limits, experiments = Admin(live, backend), live.limits, live.experiments
-    surface, experimenting = Routes(live, backend), ExperimentRoutes(experiments)
+    routes = Routes(live, backend)
     app = FastAPI(
         title="graftwork",
         version=graftwork.__version__,
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        exception_handlers=handlers,
-        lifespan=_with(live),
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
+        lifespan=_lifespan(live),
     )
     if origins := live.spec.allowed_origins:
         app.add_middleware(
@@ -107,47 +100,51 @@ def make_app(live: LiveConfig, backend: EngineBackend, keys: Keys) -> FastAPI:
             expose_headers=["*"],
         )
     app.add_middleware(HostAndOrigin, spec=live.spec)
-    app.add_middleware(CountedHttp, counts=surface.responses)
-    guarded, owned = [Depends(user_check(keys, limits))], [Depends(admin_check(keys, limits))]
+    app.add_middleware(CountedHttp, counts=routes.responses)
+    guarded, owned = [Depends(user_check(keys, live.limits))], [Depends(admin_check(keys, live.limits))]
+    _add_routes(app, routes, Admin(live, backend), ExperimentRoutes(live.experiments), guarded, owned)
+    return app
+
+
+def _add_routes(
+    app: FastAPI,
+    routes: "Routes",
+    admin: Admin,
+    experiments: ExperimentRoutes,
+    guarded: list[params.Depends],
+    owned: list[params.Depends],
+) -> None:
+    """Add every route: those of users behind `guarded`, those of the owner behind `owned`, probes and page open."""
     posts: list[Route] = [
-        ("/v1/chat/completions", surface.chat, ChatRequest),
-        ("/v1/completions", surface.completions, CompletionRequest),
-        ("/v1/embeddings", surface.embeddings, EmbeddingRequest),
+        ("/v1/chat/completions", routes.chat, ChatRequest),
+        ("/v1/completions", routes.completions, CompletionRequest),
+        ("/v1/embeddings", routes.embeddings, EmbeddingRequest),
         *admin.routes(),
-        *experimenting.routes(),
+        *experiments.routes(),
+    ]
+    gets: list[tuple[str, Callable[..., Coroutine[Any, Any, Response]], list[params.Depends]]] = [
+        *((ADMIN_PREFIX, admin.listing, owned), (ADMIN_CONFIG, admin.config, owned)),
+        *((EXPERIMENTS, experiments.listing, owned), ("/v1/models", routes.models, guarded)),
+        *(("/v1/models/{model:path}", routes.model, guarded), ("/v1/adapters", routes.adapters, guarded)),
+        *(("/v1/stats", routes.stats, guarded), ("/v1/live", routes.live, guarded)),
+        *(("/metrics", routes.metrics, guarded), ("/", routes.page, [])),
+        *(("/health", routes.health, []), ("/ready", routes.ready, [])),
     ]
     for path, post, body in posts:
-        if path.startswith(ADMIN):
-            post = surface.changing(post)
+        changes = path.startswith(ADMIN)
         app.add_api_route(
             path,
-            post,
+            routes.changing(post) if changes else post,
             methods=["POST"],
-            dependencies=owned if path.startswith(ADMIN) else guarded,
+            dependencies=owned if changes else guarded,
             response_model=None,
             responses=ERRORS,
             openapi_extra=body_of(body),
         )
-    for path, listing in (
-        (ADMIN_PREFIX, admin.listing),
-        (ADMIN_CONFIG, admin.config),
-        (EXPERIMENTS, experimenting.listing),
-    ):
-        app.add_api_route(path, listing, methods=["GET"], dependencies=owned, response_model=None, responses=ERRORS)
-    for path, get in (
-        ("/v1/models", surface.models),
-        ("/v1/models/{model:path}", surface.model),
-        ("/v1/adapters", surface.adapters),
-        ("/v1/stats", surface.stats),
-        ("/v1/live", surface.live),
-        ("/metrics", surface.metrics),
-    ):
-        app.add_api_route(path, get, methods=["GET"], dependencies=guarded, response_model=None, responses=ERRORS)
-    for path, probe in (("/", surface.page), ("/health", surface.health), ("/ready", surface.ready)):
-        app.add_api_route(path, probe, methods=["GET"], response_model=None, responses=ERRORS)
+    for path, get, guard in gets:
+        app.add_api_route(path, get, methods=["GET"], dependencies=guard, response_model=None, responses=ERRORS)
     app.add_api_route("/openapi.json", _description, methods=["GET"], dependencies=guarded, include_in_schema=False)
-    describe(app, [ChatRequest, CompletionRequest, EmbeddingRequest, *ADMIN_BODIES, *EXPERIMENT_BODIES])
-    return app
+    describe(app, list(dict.fromkeys(body for _, _, body in posts)))
 
 
 async def _description(request: Request) -> Response:
@@ -155,8 +152,8 @@ async def _description(request: Request) -> Response:
     return JSONResponse(request.app.openapi())
 
 
-def _with(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """The app's lifespan: experiments that run are gone on with, and their rows are written before the end."""
+def _lifespan(live: LiveConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Return the app's lifespan: experiments that run go on, and their rows are written before the end."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -182,23 +179,17 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = parse(ChatRequest, await read_body(request))
-        messages = tuple(turn.message() for turn in body.messages)
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        body, request_id = parse(ChatRequest, await read_body(request)), f"chatcmpl-{uuid.uuid4().hex}"
         if not body.model.startswith(EXPERIMENT):
-            arm = await self._arm(body.model)
-            return await self._complete("chat", body, arm, messages, request_id, self._backend)
-        live = await self._experiments.request(body.model, body.user, request.headers.get(SESSION_HEADER), request_id)
-        return await self._complete("chat", body, live.arm, messages, request_id, live)
+            return await self._complete("chat", body, request_id)
+        session = request.headers.get(SESSION_HEADER)
+        live = await self._experiments.request(body.model, body.user, session, request_id)
+        return await self._complete("chat", body, request_id, live)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions: the text is continued as it stands."""
         body = parse(CompletionRequest, await read_body(request))
-        arm = await self._arm(body.model)
-        if arm.prompt is not None or arm.retriever is not None:
-            raise bad_request("An arm has its own prompt: ask it at /v1/chat/completions.", param="model")
-        request_id = f"cmpl-{uuid.uuid4().hex}"
-        return await self._complete("text", body, arm, body.prompt, request_id, self._backend)
+        return await self._complete("text", body, f"cmpl-{uuid.uuid4().hex}")
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: vectors of the endpoint's embedder."""
@@ -260,11 +251,11 @@ class Routes:
         return handle
 
     async def page(self) -> Response:
-        """GET /: the live page. It needs no token, for it holds nothing: it asks for one and calls /v1 with it."""
+        """GET /: the live page. It needs no token and shows no data: its script calls /v1 with the user's token."""
         return status.page()
 
     async def health(self) -> Response:
-        """GET /health: the endpoint's process lives. Needs no token and tells nothing else."""
+        """GET /health: the endpoint's process lives. Needs no token and shows nothing else."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
@@ -279,43 +270,36 @@ class Routes:
         return JSONResponse({"status": "ready", "replicas": sum(replicas)})
 
     async def _complete(
-        self,
-        kind: Kind,
-        body: ChatRequest | CompletionRequest,
-        arm: ArmSpec,
-        question: Question,
-        request_id: str,
-        source: Source,
+        self, kind: Kind, body: ChatRequest | CompletionRequest, request_id: str, live: LiveRequest | None = None
     ) -> Response:
-        allowed, room, name = self._limits.spec, self._live.spec.engine.max_seq_len, caller.get()
-        if body.n > allowed.max_n:
-            raise bad_request(f"n={body.n}: at most {allowed.max_n} answers are given.", param="n")
-        request = body.request(
-            arm,
-            question,
-            request_id,
-            max_prompt_tokens=allowed.max_prompt_tokens,
-            cache_salt="" if name == ANYBODY else name,
-        )
-        headers = {"x-request-id": request_id}
-        if isinstance(source, LiveRequest):
-            headers["x-graftwork-experiment"] = source.experiment
+        """Answer a request of either kind; of an experiment, through its `live` request."""
+        limits, room, name = self._limits.spec, self._live.spec.engine.max_seq_len, caller.get()
+        try:
+            arm = live.arm if live else self._catalog.arm(body.model)
+        except ApiError:
+            raise await self._models.unknown(body.model, [card["id"] for card in self._experiment_cards()]) from None
+        salt, max_prompt = "" if name == ANYBODY else name, limits.max_prompt_tokens
+        request = arm_request(body, arm, request_id, max_prompt_tokens=max_prompt, cache_salt=salt)
+        if body.n > limits.max_n:
+            raise bad_request(f"n={body.n}: at most {limits.max_n} answers are given.", param="n")
         longest = request.max_new_tokens or arm.max_new_tokens or room
-        size = RequestSize(body.model, size_of(question), body.n, longest, room)
-        if size.text_bytes > LARGE_PROMPT_BYTES and source is self._backend:
+        size = RequestSize(body.model, size_of(request.question), body.n, longest, room)
+        if size.text_bytes > LARGE_PROMPT_BYTES and live is None:
             await self._require_bytes(size.text_bytes, room)
-        if not body.stream and allowed.tokens_per_min is None:
+        source = live or self._backend
+        headers = {"x-request-id": request_id} | ({"x-graftwork-experiment": live.experiment} if live else {})
+        if body.stream:
+            chunks = self._limits.metered(name, source.stream(request), size)
+            return await _stream(kind, body, arm, request_id, chunks, headers)
+        if limits.tokens_per_min is None:
             answers = await source.choices(request)
         else:  # a stream costs more CPU, but of one that the caller leaves the tokens are known
-            chunks = self._limits.metered(name, source.stream(request), size)
-            if body.stream:
-                return await _stream(kind, body, arm, request_id, chunks, headers)
-            async with aclosing(chunks):
+            async with aclosing(self._limits.metered(name, source.stream(request), size)) as chunks:
                 answers = [chunk async for chunk in chunks if isinstance(chunk, ArmAnswer)]
             answers.sort(key=attrgetter("index"))
-        base_digest = answers[0].base_digest
-        envelope = Envelope.open(kind, request_id, body.model, base_digest)
-        headers |= identity(arm.name, base_digest, answers[0].adapter_version)
+        first = answers[0]
+        headers |= identity(arm.name, first.base_digest, first.adapter_version)
+        envelope = Envelope(kind, request_id, body.model, first.base_digest)
         return JSONResponse(envelope.build_response(answers), headers=headers)
 
     async def _require_bytes(self, size: int, room: int) -> None:
@@ -324,12 +308,6 @@ class Routes:
             self._longest_token_bytes = int(await self._backend.call("longest_token_bytes"))
         with as_api_errors():
             require_bytes(size, self._longest_token_bytes, room)
-
-    async def _arm(self, model: str) -> ArmSpec:
-        try:
-            return self._catalog.arm(model)
-        except ApiError:
-            raise await self._models.unknown(model, [card["id"] for card in self._experiment_cards()]) from None
 
     def _experiment_cards(self) -> list[Json]:
         running = {
@@ -348,7 +326,7 @@ async def _stream(
 ) -> Response:
     start = await anext(chunks)  # raises what refuses the request, while the status can still be set
     assert isinstance(start, StreamStart), "a stream begins with its start"
-    envelope = Envelope.open(kind, request_id, body.model, start.base_digest, stream=True)
+    envelope = Envelope(kind, request_id, body.model, start.base_digest)
     headers |= identity(arm.name, start.base_digest, start.adapter_version) | {"cache-control": "no-cache"}
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     events = _events(envelope, chunks, choices=body.n, with_usage=with_usage)
@@ -407,13 +385,13 @@ ERROR = {
         }
     },
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, Json] = {
     "default": {"description": "An error.", "content": {"application/json": {"schema": ERROR}}}
 }
 """For `responses=` of a route: every answer but 200."""
 
 
-def body_of(model: type[BaseModel]) -> dict[str, Any]:
+def body_of(model: type[BaseModel]) -> Json:
     """For `openapi_extra=` of a route whose body we parse ourselves."""
     schema = {"$ref": _REFS.format(model=model.__name__)}
     return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
@@ -423,7 +401,7 @@ def describe(app: FastAPI, bodies: list[type[BaseModel]]) -> None:
     """Have the app's description define these bodies, and what they hold, where `body_of` points."""
     plain = app.openapi
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> Json:
         whole = plain()
         schemas = whole.setdefault("components", {}).setdefault("schemas", {})
         for body in bodies:

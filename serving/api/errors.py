@@ -1,14 +1,17 @@
 """Errors in the shape of the OpenAI API: a status, a message, a type, the parameter and a code."""
 
 import contextlib
+import difflib
 import logging
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import pydantic
+from pydantic import BaseModel
+
 from graftwork.artifacts.registry import UnknownAdapter
 from graftwork.errors import ArtifactError, DataError, GraftworkError, StorageError
-from graftwork.serving.arms import AnswerTooLong, PromptTooLong
 from graftwork.serving.engine.grammar import GrammarError
 from graftwork.serving.engine.request import SamplingError
 
@@ -46,7 +49,7 @@ class ApiError(GraftworkError):
         return "invalid_request_error" if self.status < 500 else "server_error"
 
     def headers(self) -> dict[str, str]:
-        """What goes into the response's head beside the status."""
+        """Headers of the response."""
         found = {"www-authenticate": "Bearer"} if self.status == 401 else {}
         if self.status in (408, 413):  # the rest of the body is not waited for
             found["connection"] = "close"
@@ -78,19 +81,34 @@ def engine_lost(detail: str) -> ApiError:
     )
 
 
+class PromptTooLong(DataError):
+    """The prompt leaves no room for an answer in the longest sequence. Nothing is ever cut."""
+
+
+class AnswerTooLong(PromptTooLong):
+    """The prompt fits, but not together with the longest answer that was asked for."""
+
+
 @contextlib.contextmanager
 def as_api_errors() -> Iterator[None]:
-    """What goes wrong in the block leaves as an ApiError: the request's fault 4xx, ours 5xx."""
+    """Turn errors of the block into ApiErrors, see `to_api_error`."""
     try:
         yield
     except ApiError:
         raise
     except GraftworkError as error:
-        raise _of(error) from error
+        raise to_api_error(error) from error
 
 
-def _of(error: GraftworkError) -> ApiError:
-    message = _sentences(error)
+_API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
+"""The engine's names of parameters as the API has them, where they differ."""
+
+
+def to_api_error(error: GraftworkError) -> ApiError:
+    """Return what the caller gets for an error: 4xx for the request's fault, 5xx for ours, which is logged."""
+    first = f"{error.subject}: {error.problem}" if error.problem else error.subject
+    hint = error.hint[:1].upper() + error.hint[1:]
+    message = ". ".join(part.rstrip(".") for part in (first, error.rule, hint) if part) + "."
     if isinstance(error, PromptTooLong):
         param = "max_tokens" if isinstance(error, AnswerTooLong) else "messages"
         return bad_request(message, param=param, code="context_length_exceeded")
@@ -100,7 +118,8 @@ def _of(error: GraftworkError) -> ApiError:
         message = re.sub(r"^(?:[a-z0-9]+:/)?/\S*/(?=[^/\s]+/[^/\s]+)", "", message)
         return bad_request(message, param="model", code="adapter_not_servable")
     if isinstance(error, SamplingError):
-        return bad_request(message, param=_parameter(error), code="invalid_value")
+        name = re.split("[=:]", error.subject)[0]
+        return bad_request(message, param=_API_NAMES.get(name, name), code="invalid_value")
     if isinstance(error, GrammarError):
         param = "regex" if error.subject == "regex" else "response_format"
         return bad_request(message, param=param, code="invalid_grammar")
@@ -112,14 +131,49 @@ def _of(error: GraftworkError) -> ApiError:
     return ApiError(500, "The endpoint failed on this request; its log says why.", code="internal_error")
 
 
-def _parameter(error: SamplingError) -> str:
-    """The engine's name of a parameter as the API has it."""
-    name = re.split("[=:]", error.subject)[0]
-    renamed = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
-    return renamed.get(name, name)
+NAMED_HERE = {
+    "guided_json": "response_format",
+    "guided_regex": "regex",
+    "structured_outputs": "response_format or regex",
+    "json_schema": "response_format",
+    "typical_p": "min_p",
+    "min_new_tokens": "min_tokens",
+    "max_new_tokens": "max_tokens",
+    "num_return_sequences": "n",
+}
+"""Names of parameters on other servers, and the one name here."""
 
 
-def _sentences(error: GraftworkError) -> str:
-    first = f"{error.subject}: {error.problem}" if error.problem else error.subject
-    move = error.hint[:1].upper() + error.hint[1:]
-    return ". ".join(part.rstrip(".") for part in (first, error.rule, move) if part) + "."
+def explain_body(error: pydantic.ValidationError, cls: type[BaseModel]) -> ApiError:
+    """Return a 400 that names the parameter of a request body that pydantic refused."""
+    first, *others = error.errors()
+    if first["loc"][-1:] == ("str",) and isinstance(first["input"], list) and others:
+        first = others[0]  # of a parameter that takes text or a list, the error of the list that was found there
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "constrained")))
+    param = where.removesuffix(".str") or None
+    if first["type"] == "literal_error" and where.endswith(".type") and where.startswith("messages."):
+        return bad_request(
+            f"{where}: only text is served, no images, sound or files.", param=param, code="invalid_value"
+        )
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, cls.model_fields, n=1, cutoff=0.7)
+        here = f" Did you mean {near[0]!r}?" if near else ""
+        if where in NAMED_HERE:
+            here = f" Here it is called {NAMED_HERE[where]}."
+        return bad_request(f"Unknown parameter: {where!r}.{here}", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return bad_request(f"Missing required parameter: {where!r}.", param=param, code="missing_required_parameter")
+    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "it must be")
+    if first["type"] == "too_short":
+        message = f"it needs at least {first['ctx']['min_length']} of them"
+    found = "" if isinstance(first["input"], BaseModel | dict) else f" (found {shorten(first['input'])})"
+    if param is None:  # a rule over several parameters begins with the name of one
+        name = message.split(" ", 1)[0]
+        return bad_request(f"{message}.", param=name if name in cls.model_fields else None, code="invalid_value")
+    return bad_request(f"{param}: {message}{found}", param=param, code="invalid_value")
+
+
+def shorten(value: object) -> str:
+    """Return the value's repr, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,29 +1,30 @@
-"""Requests in the shape of the OpenAI API; what can't be honoured is refused by name, never ignored.
+"""Requests and answers in the shape of the OpenAI API; what can't be honoured is refused by name, never ignored.
 
 Shapes: https://platform.openai.com/docs/api-reference/chat. `temperature` defaults to 0 here, not 1: an arm's offline
-score is measured greedily, and the live endpoint answers the same way unless the caller asks otherwise.
+score is measured greedily, and the live endpoint answers the same way unless the request says otherwise.
 """
 
 import base64
-import difflib
 import json
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
-from graftwork.prompts.render import Message
+from graftwork.prompts.render import Message, Role
 from graftwork.retrieval.embedder import Embedded
-from graftwork.serving.api.errors import ApiError, bad_request
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.errors import bad_request, explain_body, shorten
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.request import MAX_TOP_LOGPROBS, MIN_REPETITION_PENALTY, SamplingParams
-from graftwork.serving.messages import ArmRequest, Question
+from graftwork.serving.messages import ArmAnswer, ArmRequest, Question, Spelled, TokenLogprob
 from graftwork.serving.spec import ArmSpec
 
+Json = dict[str, Any]
+"""A JSON object."""
 Text = Annotated[str, Field(min_length=1)]
 MAX_TEXTS = 2048
 """OpenAI's own limit of one request."""
@@ -81,21 +82,6 @@ NEUTRAL: dict[str, object] = {
 }
 """Parameters of the OpenAI API that this endpoint does not serve, each with the value that changes nothing."""
 
-NO_EFFECT = {"user", "safety_identifier", "metadata", "prompt_cache_key"}
-"""Labels for the provider's books; no answer depends on them, so they are accepted."""
-
-NAMED_HERE = {
-    "guided_json": "response_format",
-    "guided_regex": "regex",
-    "structured_outputs": "response_format or regex",
-    "json_schema": "response_format",
-    "typical_p": "min_p",
-    "min_new_tokens": "min_tokens",
-    "max_new_tokens": "max_tokens",
-    "num_return_sequences": "n",
-}
-"""What other servers call a parameter, and its one name here."""
-
 COMPLETION_TOKENS = 16
 """Of an answer on /v1/completions whose length is not asked for, as in the OpenAI API."""
 MAX_CHOICES = 128
@@ -122,14 +108,9 @@ class ChatMessage(BaseModel):
     content: str | list[_Part]
     name: None = None
 
-    def message(self) -> Message:
-        """As the prompt builder takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
-
 
 class StreamOptions(BaseModel):
-    """What a stream carries beside the text."""
+    """Additions to the text of a stream."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
@@ -148,7 +129,7 @@ class _JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """What the answer must look like: any text, any JSON object, or JSON of a schema."""
+    """Form of the answer: any text, any JSON object, or JSON of a schema."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     type: Literal["text", "json_object", "json_schema"]
@@ -168,7 +149,7 @@ class ResponseFormat(BaseModel):
 
 
 class _Common(BaseModel):
-    """What both kinds of completion take."""
+    """Parameters of both kinds of completion."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -200,6 +181,7 @@ class _Common(BaseModel):
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # labels for the provider's books: no answer depends on them
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
@@ -217,7 +199,7 @@ class _Common(BaseModel):
     def _biases_are_of_tokens(cls, bias: dict[str, float]) -> dict[str, float]:
         for key in bias:
             if not (key.isascii() and key.isdecimal() and len(key) < 10):
-                raise ValueError(f"its keys are token ids, found {_short(key)}")
+                raise ValueError(f"its keys are token ids, found {shorten(key)}")
         if len({int(key) for key in bias}) < len(bias):
             raise ValueError("a token id stands there twice")
         return bias
@@ -232,43 +214,6 @@ class _Common(BaseModel):
         if (grammar is not None or self.regex is not None) and (self.ignore_eos or self.min_tokens):
             raise ValueError("ignore_eos and min_tokens contradict a grammar, which alone says when an answer is whole")
         return self
-
-    def request(
-        self, arm: ArmSpec, question: Question, request_id: str, *, max_prompt_tokens: int | None, cache_salt: str
-    ) -> ArmRequest:
-        """Return the body as the message that an engine replica takes."""
-        shaped = self.response_format.grammar() if self.response_format else None
-        sampling = SamplingParams(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            logit_bias=tuple((int(key), value) for key, value in self.logit_bias.items()),
-            min_new_tokens=self.min_tokens,
-            logprobs=self.top_logprob_count(),
-        )
-        return ArmRequest(
-            arm,
-            question,
-            request_id,
-            sampling,
-            max_new_tokens=self.max_tokens,
-            n=self.n,
-            stop_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-            grammar=shaped or (GrammarText("regex", self.regex) if self.regex is not None else None),
-            max_prompt_tokens=max_prompt_tokens,
-            cache_salt=cache_salt,
-        )
-
-    def top_logprob_count(self) -> int | None:
-        """Return how many alternatives are reported with the chosen token; None reports no log probability."""
-        return None
 
 
 class ChatRequest(_Common):
@@ -290,10 +235,6 @@ class ChatRequest(_Common):
             self.max_tokens = self.max_completion_tokens
         return self
 
-    def top_logprob_count(self) -> int | None:
-        """Return `top_logprobs`, where `logprobs` asks for any."""
-        return self.top_logprobs if self.logprobs else None
-
 
 class CompletionRequest(_Common):
     """Body of POST /v1/completions: the prompt is continued as it stands, without a chat template."""
@@ -302,84 +243,228 @@ class CompletionRequest(_Common):
     prompt: Annotated[str, Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-    def top_logprob_count(self) -> int | None:
-        """`logprobs` itself: this older API counts the alternatives there."""
-        return self.logprobs
+
+def arm_request(
+    body: ChatRequest | CompletionRequest,
+    arm: ArmSpec,
+    request_id: str,
+    *,
+    max_prompt_tokens: int | None,
+    cache_salt: str,
+) -> ArmRequest:
+    """Return a body as the message that an engine replica takes. Raises ApiError for plain text to an arm's prompt."""
+    question: Question
+    if isinstance(body, ChatRequest):
+        texts = (t.content if isinstance(t.content, str) else "".join(p.text for p in t.content) for t in body.messages)
+        roles: Iterator[Role] = ("system" if turn.role == "developer" else turn.role for turn in body.messages)
+        question = tuple(map(Message, roles, texts))
+        logprobs = body.top_logprobs if body.logprobs else None
+    else:
+        if arm.prompt is not None or arm.retriever is not None:
+            raise bad_request("An arm has its own prompt: ask it at /v1/chat/completions.", param="model")
+        question, logprobs = body.prompt, body.logprobs
+    grammar = body.response_format.grammar() if body.response_format else None
+    sampling = SamplingParams(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        seed=body.seed,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        logit_bias=tuple((int(key), value) for key, value in body.logit_bias.items()),
+        min_new_tokens=body.min_tokens,
+        logprobs=logprobs,
+    )
+    return ArmRequest(
+        arm,
+        question,
+        request_id,
+        sampling,
+        max_new_tokens=body.max_tokens,
+        n=body.n,
+        stop_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        grammar=grammar or (GrammarText("regex", body.regex) if body.regex is not None else None),
+        max_prompt_tokens=max_prompt_tokens,
+        cache_salt=cache_salt,
+    )
 
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
 def parse(cls: type[BodyT], body: bytes) -> BodyT:
-    """A request body as `cls`. Raises ApiError (400) that names the parameter."""
+    """Return a request body as `cls`. Raises ApiError (400) that names the parameter."""
     try:
         tree = json.loads(body.decode("utf-8-sig"))
+        if _ESCAPED_SURROGATE.search(body):
+            json.dumps(tree, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise bad_request("The body holds a lone surrogate, which is no Unicode text.", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(tree, dict):
         raise bad_request(f"The body must be a JSON object, not {type(tree).__name__}.", code="invalid_type")
-    if _ESCAPED_SURROGATE.search(body) and not _is_utf8(tree):
-        raise bad_request("The body holds a lone surrogate, which is no Unicode text.", code="invalid_json")
-    try:
-        return cls.model_validate(_without_neutral(tree))
-    except pydantic.ValidationError as error:
-        raise _explain(error, cls) from None
-
-
-def _is_utf8(tree: dict[str, Any]) -> bool:
-    try:
-        json.dumps(tree, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _without_neutral(tree: dict[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
+    served: Json = {}
     for key, value in tree.items():
         if key not in NEUTRAL:
             if value is not None or key in ("model", "messages", "prompt", "adapter"):
-                kept[key] = value
+                served[key] = value
         elif value is not None and (value != NEUTRAL[key] or isinstance(value, bool) != isinstance(NEUTRAL[key], bool)):
-            raise bad_request(f"{key}={_short(value)} is not supported here.", param=key, code="unsupported_parameter")
-    return kept
+            raise bad_request(f"{key}={shorten(value)} is not supported here.", param=key, code="unsupported_parameter")
+    try:
+        return cls.model_validate(served)
+    except pydantic.ValidationError as error:
+        raise explain_body(error, cls) from None
 
 
-def _explain(error: pydantic.ValidationError, cls: type[BaseModel]) -> ApiError:
-    first = _meant(error.errors())
-    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "constrained")))
-    param = where.removesuffix(".str") or None
-    if first["type"] == "literal_error" and where.endswith(".type") and where.startswith("messages."):
-        return bad_request(
-            f"{where}: only text is served, no images, sound or files.", param=param, code="invalid_value"
-        )
-    if first["type"] == "extra_forbidden":
-        here = f" Here it is called {NAMED_HERE[where]}." if where in NAMED_HERE else _nearest(where, cls)
-        return bad_request(f"Unknown parameter: {where!r}.{here}", param=param, code="unknown_parameter")
-    if first["type"] == "missing":
-        return bad_request(f"Missing required parameter: {where!r}.", param=param, code="missing_required_parameter")
-    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "it must be")
-    if first["type"] == "too_short":
-        message = f"it needs at least {first['ctx']['min_length']} of them"
-    found = "" if isinstance(first["input"], BaseModel | dict) else f" (found {_short(first['input'])})"
-    if param is None:  # a rule over several parameters begins with the name of one
-        name = message.split(" ", 1)[0]
-        return bad_request(f"{message}.", param=name if name in cls.model_fields else None, code="invalid_value")
-    return bad_request(f"{param}: {message}{found}", param=param, code="invalid_value")
+# Answers: whole, as stream chunks, as a list of models. `openai.types` is the oracle of the tests, not a dependency:
+# docs/log.md has the figures.
+
+Kind = Literal["chat", "text"]
+DONE = b"data: [DONE]\n\n"
 
 
-def _meant(errors: Sequence[ErrorDetails]) -> ErrorDetails:
-    """The first error; of a parameter that takes text or a list, what is wrong with the list that was found there."""
-    first = errors[0]
-    as_text = first["loc"][-1:] == ("str",) and isinstance(first["input"], list)
-    return errors[1] if as_text and len(errors) > 1 else first
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The response to one request, whole or in chunks. `model`: as the caller wrote it."""
+
+    kind: Kind
+    request_id: str
+    model: str
+    base_digest: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def build_response(self, answers: Sequence[ArmAnswer]) -> Json:
+        """The request's answers as one object."""
+        choices: list[Json] = []
+        for answer in answers:
+            logprobs = None if answer.logprobs is None else self._logprobs(answer.logprobs)
+            choice: Json = {"index": answer.index, "finish_reason": answer.finish_reason, "logprobs": logprobs}
+            if self.kind == "chat":
+                choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+            else:
+                choice["text"] = answer.text
+            choices.append(choice)
+        return {
+            "id": self.request_id,
+            "object": "chat.completion" if self.kind == "chat" else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"fp_{self.base_digest[:12]}",
+            "choices": choices,
+            "usage": usage(answers),
+            "graftwork": provenance(answers[0]),
+        }
+
+    def delta(self, text: str, *, index: int = 0, first: bool, logprobs: Sequence[TokenLogprob] | None = None) -> Json:
+        """A chunk with the next piece of one answer's text. first: the chunk that opens the answer."""
+        return self._chunk([self._choice(index, text, first=first, logprobs=logprobs)])
+
+    def last(self, answer: ArmAnswer) -> Json:
+        """The chunk that says why an answer ended and which version gave it."""
+        choice = self._choice(answer.index, "", first=False, finish_reason=answer.finish_reason)
+        return self._chunk([choice], graftwork=provenance(answer))
+
+    def usage_chunk(self, answers: Sequence[ArmAnswer]) -> Json:
+        """The chunk that `stream_options.include_usage` asks for: no choices, token counts."""
+        return self._chunk([], usage=usage(answers))
+
+    def _chunk(self, choices: list[Json], **more: Json) -> Json:
+        return {
+            "id": self.request_id,
+            "object": "chat.completion.chunk" if self.kind == "chat" else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"fp_{self.base_digest[:12]}",
+            "choices": choices,
+            **more,
+        }
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        *,
+        first: bool,
+        finish_reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] | None = None,
+    ) -> Json:
+        found = self._logprobs(logprobs) if logprobs else None
+        choice: Json = {"index": index, "finish_reason": finish_reason, "logprobs": found}
+        if self.kind == "text":
+            choice["text"] = text
+        elif first:
+            choice["delta"] = {"role": "assistant", "content": text}
+        else:
+            choice["delta"] = {"content": text} if text else {}
+        return choice
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        return chat_logprobs(logprobs) if self.kind == "chat" else text_logprobs(logprobs)
 
 
-def _nearest(name: str, cls: type[BaseModel]) -> str:
-    near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.7)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> Json:
+    """Log probabilities as a chat completion has them."""
+
+    def entry(one: Spelled) -> Json:
+        return {"token": one.text, "logprob": one.logprob, "bytes": list(one.bytes)}
+
+    content = [{**entry(one.token), "top_logprobs": [entry(other) for other in one.top]} for one in logprobs]
+    return {"content": content, "refusal": None}
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def text_logprobs(logprobs: Sequence[TokenLogprob]) -> Json:
+    """Log probabilities as the older text completion has them. The chosen token is always among the alternatives."""
+    tops = [{other.text: other.logprob for other in (*one.top, one.token)} if one.top else None for one in logprobs]
+    return {
+        "tokens": [one.token.text for one in logprobs],
+        "token_logprobs": [one.token.logprob for one in logprobs],
+        "top_logprobs": tops if any(tops) else None,
+        "text_offset": [one.offset for one in logprobs],
+    }
+
+
+def usage(answers: Sequence[ArmAnswer]) -> Json:
+    """Token counts over the answers of one request; its prompt counts once, cached as the first answer found it."""
+    prompt, completion = answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": min(answer.cached_tokens for answer in answers)},
+    }
+
+
+def provenance(answer: ArmAnswer) -> Json:
+    """Our extension field: which arm, version and base answered, from which passages, how soon."""
+    return {
+        "arm": answer.arm,
+        "adapter": answer.adapter,
+        "adapter_version": answer.adapter_version,
+        "base_digest": answer.base_digest,
+        "retrieved_ids": list(answer.retrieved_ids),
+        "left_out_ids": list(answer.left_out_ids),
+        "cited_ids": list(answer.cited_ids),
+        "ttft_ms": round(answer.ttft_ms, 3),
+        "latency_ms": round(answer.latency_ms, 3),
+    }
+
+
+def identity(arm: str, base_digest: str, version: str | None) -> dict[str, str]:
+    """Response headers that say what answered, for callers that don't read the body. No version: the base alone."""
+    found = {"x-graftwork-arm": arm, "x-graftwork-base-digest": base_digest}
+    return found | ({"x-graftwork-adapter-version": version} if version is not None else {})
+
+
+def sse(chunk: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def model_card(model: str, created: int, *, owned_by: str = "graftwork", **extra: str | None) -> Json:
+    """One entry of GET /v1/models."""
+    return {"id": model, "object": "model", "created": created, "owned_by": owned_by, "graftwork": extra}

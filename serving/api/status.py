@@ -16,7 +16,7 @@ from typing import Any
 from starlette.responses import HTMLResponse
 
 from graftwork.metrics import quantile
-from graftwork.serving.api.openai_responses import Json
+from graftwork.serving.api.openai_protocol import Json
 from graftwork.serving.metrics import SeriesKey
 from graftwork.serving.metrics_export import ReplicaSnapshot
 
@@ -67,16 +67,18 @@ def live(replicas: Sequence[ReplicaSnapshot], clock_s: float) -> Json:
     shown = [
         {key: one[key] for key in ("replica", "engine", "peak_rss_bytes", "base_digest", "reason")} for one in each
     ]
-    traffic = [{**key._asdict(), **counts[key], **_quantiles(first_ms[key])} for key in sorted(counts)]
+    traffic = [
+        {
+            **key._asdict(),
+            **counts[key],
+            "ttft_p50_ms": quantile(first_ms[key], 0.5) if first_ms[key] else None,
+            "ttft_p95_ms": quantile(first_ms[key], 0.95) if first_ms[key] else None,
+        }
+        for key in sorted(counts)
+    ]
     adapters = [adapter for replica in replicas for adapter in replica.adapters]
     engine = total([one["engine"] for one in each])
     return {"clock_s": clock_s, "engine": engine, "replicas": shown, "adapters": adapters, "traffic": traffic}
-
-
-def _quantiles(values: Sequence[float]) -> Json:
-    if not values:
-        return {"ttft_p50_ms": None, "ttft_p95_ms": None}
-    return {"ttft_p50_ms": quantile(values, 0.5), "ttft_p95_ms": quantile(values, 0.95)}
 
 
 def _add_counts(name: str, mine: Any, other: Any) -> Any:

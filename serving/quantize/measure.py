@@ -1,6 +1,6 @@
 """Measurement of one precision in this process: bytes, perplexity, answers, speed. Called once a process.
 
-The base is loaded by `base_model.load`, as for serving, and everything is asked of the engine that users are served
+The base is loaded by `graftwork.base.load`, as for serving, and everything is asked of the engine that users are served
 with, so that what is measured is what is served.
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftwork.base import load as base_model
+from graftwork.base import load
 from graftwork.base.load import ResolvedBase
 from graftwork.base.model_shape import ModelShape
 from graftwork.config import canonical_json
@@ -34,10 +34,10 @@ from graftwork.report.evaluation_schema import PrecisionFacts
 from graftwork.report.schema import Record
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.arms import build_prompt
+from graftwork.serving.detokenize import StreamedAnswer, TextStream, generate
 from graftwork.serving.engine import Engine
-from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read_grammar
+from graftwork.serving.engine.grammar import Grammars, Vocabulary, read_grammar
 from graftwork.serving.engine.request import GenerateRequest, SamplingParams, TokenEvent
-from graftwork.serving.generation import Generation, StreamedAnswer
 from graftwork.serving.models import AdapterSource, trained_prompt
 from graftwork.serving.quantize.spec import QuantizeSpec, SpeedSpec
 from graftwork.serving.spec import ArmSpec
@@ -85,47 +85,6 @@ class PrecisionResult(PrecisionFacts):
     arms: tuple[MeasuredArm, ...]
 
 
-# Answers of one arm on an engine in this process, as a replica gives them.
-
-
-@dataclass(frozen=True)
-class Asker:
-    """An engine that runs, the base's template, and the longest sequence."""
-
-    engine: Engine
-    template: Template
-    max_seq_len: int
-
-    def ask_all(
-        self, arm: ArmSpec, rows: Sequence[DatasetRow], *, version: str | None, trained: PromptSpec | None
-    ) -> tuple[AnswerText, ...]:
-        """The arm's answers in the order of the rows, all in flight at once. Raises DataError for a prompt too long."""
-
-        grammar = Grammars(Vocabulary(self.template, 0)).compile(read_grammar(arm.grammar)) if arm.grammar else None
-
-        async def ask() -> tuple[AnswerText, ...]:
-            return tuple(await asyncio.gather(*(self._ask(arm, row, version, trained, grammar) for row in rows)))
-
-        return asyncio.run(ask())
-
-    async def _ask(
-        self, arm: ArmSpec, row: DatasetRow, version: str | None, trained: PromptSpec | None, grammar: Grammar | None
-    ) -> AnswerText:
-        prompt = build_prompt(arm, row.question, self.template, max_seq_len=self.max_seq_len, trained=trained)
-        params = SamplingParams(max_new_tokens=prompt.max_new_tokens)
-        request = GenerateRequest(f"{arm.name} {row.id}", prompt.ids, params, prompt.stop_ids, version, grammar)
-        answer = StreamedAnswer(0, self.template.decode, (), prompt.stop_ids, prompt, time.perf_counter())
-        generation = Generation(self.engine, [request], on_end=lambda: None)
-        text, cut = "", False
-        try:
-            async for events in generation.events():
-                text += answer.add(events[0]).text
-                cut = events[0][-1].finish_reason == "length"
-        except ApiError as error:  # the engine failed on this request, e.g. its logits were not finite
-            return AnswerText(text=text, error=str(error))
-        return AnswerText(text=text, cut=cut)
-
-
 @dataclass(frozen=True)
 class Material:
     """Material of all precisions, read once in the driver. `arms` name their adapters by version."""
@@ -144,20 +103,18 @@ class Material:
 
 def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> PrecisionResult:
     """Everything about one precision. Raises UserError for a base or an adapter that cannot be served, RunError."""
-    import torch
-
     from graftwork.serving.engine.engine import NativeEngine
 
     threads = spec.engine.num_threads or max(1, int(spec.num_cpus))
     torch.set_num_threads(threads)
     device = "cuda:0" if spec.gpus else "cpu"
-    base = base_model.resolve(spec.base)
+    base = load.resolve(spec.base)
     began = time.perf_counter()
-    loaded = base_model.load(base, PRECISIONS[precision], device=device, purpose="serve")
+    loaded = load.load(base, PRECISIONS[precision], device=device, purpose="serve")
     load_s = time.perf_counter() - began
     adapters = {arm.name: _fetch(spec, base, arm) for arm in material.arms if arm.adapter}
     losses = _merge_losses(loaded.model, precision, adapters)
-    template = base_model.template(base)
+    template = load.template(base)
     engine = NativeEngine(loaded.model, spec.engine.with_({"num_threads": threads}), device, template.decode)
     arms = _Bench(engine, template, adapters, spec, material).measure(losses)
     return PrecisionResult(
@@ -184,8 +141,6 @@ def machine() -> str:
 
 def caveat(precision: Precision, device: str) -> str:
     """Why a precision is no fit for a device although it can be measured there; empty where nothing speaks against."""
-    import torch
-
     best, why = default_dtype(device)
     if precision == "bf16" and best is not torch.bfloat16:
         return f"bf16 is emulated here ({why}): its speed says nothing about a machine that has it"
@@ -200,64 +155,76 @@ class _Adapter:
     template_date: date | None
 
 
+@dataclass(frozen=True)
 class _Bench:
     """An engine that has not started, and what it is asked."""
 
-    def __init__(
-        self,
-        engine: "NativeEngine",
-        template: Template,
-        adapters: Mapping[str, _Adapter],
-        spec: QuantizeSpec,
-        material: Material,
-    ) -> None:
-        self._engine, self._template, self._adapters = engine, template, adapters
-        self._spec, self._material = spec, material
+    engine: "NativeEngine"
+    template: Template
+    adapters: Mapping[str, _Adapter]
+    spec: QuantizeSpec
+    material: Material
 
     def measure(self, losses: Mapping[str, float]) -> tuple[MeasuredArm, ...]:
         """All arms. The engine is stopped when this returns."""
-        texts = {arm.name: self._perplexity(arm) for arm in self._material.arms}
-        self._engine.start()
+        texts = {arm.name: self._perplexity(arm) for arm in self.material.arms}
+        self.engine.start()
         try:
-            return tuple(self._arm(arm, texts[arm.name], losses.get(arm.name)) for arm in self._material.arms)
+            return tuple(self._arm(arm, texts[arm.name], losses.get(arm.name)) for arm in self.material.arms)
         finally:
-            self._engine.stop()
+            self.engine.stop()
 
     def _perplexity(self, arm: ArmSpec) -> "Perplexity":
         """Through the engine's own layers, adapter included."""
-
-        adapter, weights = self._adapters.get(arm.name), None
+        adapter, weights = self.adapters.get(arm.name), None
         if adapter is not None:
-            self._engine.load_adapter(adapter.version, adapter.folder)
-            weights = self._engine.pool.copy_to_device(adapter.version, self._engine.runner.device)
+            self.engine.load_adapter(adapter.version, adapter.folder)
+            weights = self.engine.pool.copy_to_device(adapter.version, self.engine.runner.device)
         return perplexity(
-            self._material.text_ids,
-            lambda ids_1T: self._engine.runner.logits(ids_1T, [weights]),
-            window=self._spec.text.window,
-            stride=self._spec.text.stride,
+            self.material.text_ids,
+            lambda ids_1T: self.engine.runner.logits(ids_1T, [weights]),
+            window=self.spec.text.window,
+            stride=self.spec.text.stride,
         )
 
     def _arm(self, arm: ArmSpec, text: "Perplexity", loss: float | None) -> MeasuredArm:
-
-        spec, adapter = self._spec, self._adapters.get(arm.name)
-        version, trained = (adapter.version, adapter.trained) if adapter else (None, None)
-        template = self._template.on(adapter.template_date) if adapter else self._template
-        asker = Asker(self._engine, template, spec.engine.max_seq_len)
-        answers = asker.ask_all(arm, self._material.rows, version=version, trained=trained)
-        vocab = self._template.vocab_size
-        speed = {
-            rows: tuple(decode_speed(self._engine, rows, spec.speed, adapter=version, vocab=vocab, seed=spec.seed))
-            for rows in spec.speed.batches
-        }
+        spec, vocab, adapter = self.spec, self.template.vocab_size, self.adapters.get(arm.name)
+        version = adapter.version if adapter else None
         return MeasuredArm(
             arm=arm.name,
             adapter_version=version,
             nats=text.nats,
             tokens=text.tokens,
-            answers=answers,
-            tokens_per_s=speed,
+            answers=asyncio.run(self._answers(arm, adapter)),
+            tokens_per_s={
+                rows: tuple(decode_speed(self.engine, rows, spec.speed, adapter=version, vocab=vocab, seed=spec.seed))
+                for rows in spec.speed.batches
+            },
             merge_loss=loss,
         )
+
+    async def _answers(self, arm: ArmSpec, adapter: _Adapter | None) -> tuple[AnswerText, ...]:
+        """The arm's answers in the order of the rows, all in flight at once. Raises DataError for a prompt too long."""
+        template = self.template.on(adapter.template_date) if adapter else self.template
+        version, trained = (adapter.version, adapter.trained) if adapter else (None, None)
+        grammar = Grammars(Vocabulary(template, 0)).compile(read_grammar(arm.grammar)) if arm.grammar else None
+
+        async def answer(row: DatasetRow) -> AnswerText:
+            longest = self.spec.engine.max_seq_len
+            prompt = build_prompt(arm, row.question, template, max_seq_len=longest, trained=trained)
+            params = SamplingParams(max_new_tokens=prompt.max_new_tokens)
+            request = GenerateRequest(f"{arm.name} {row.id}", prompt.ids, params, prompt.stop_ids, version, grammar)
+            growing = StreamedAnswer(0, prompt, prompt.stop_ids, time.perf_counter(), TextStream(template.decode))
+            bursts = generate(self.engine, [request], on_end=lambda: None)
+            await anext(bursts)
+            try:
+                async for events in bursts:
+                    growing.add(events[0])
+            except ApiError as error:  # the engine failed on this request, e.g. its logits were not finite
+                return AnswerText(text=growing.text.text, error=str(error))
+            return AnswerText(text=growing.text.text, cut=growing.finish_reason == "length")
+
+        return tuple(await asyncio.gather(*(answer(row) for row in self.material.rows)))
 
 
 def _fetch(spec: QuantizeSpec, base: ResolvedBase, arm: ArmSpec) -> _Adapter:

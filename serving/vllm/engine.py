@@ -30,10 +30,12 @@ from graftwork.serving.engine.request import (
     check_request,
 )
 from graftwork.serving.spec import EngineSpec
-from graftwork.serving.vllm.adapters import LoadedLora, Loras, check_adapter
 from graftwork.serving.vllm.translate import (
+    LoadedLora,
+    Loras,
     Translator,
     VllmOutput,
+    check_adapter,
     engine_arguments,
     grammar_arguments,
     sampling_arguments,
@@ -117,7 +119,7 @@ class Translation(Protocol):
         """`vllm.TokensPrompt`"""
 
     def sampling(self, arguments: dict[str, Any], grammar: dict[str, str] | None) -> Any:
-        """`vllm.SamplingParams` that tell deltas"""
+        """`vllm.SamplingParams` with deltas as output"""
 
     def lora(self, lora: LoadedLora) -> Any:
         """`vllm.lora.request.LoRARequest`"""
@@ -154,7 +156,7 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-engine", daemon=True)
         self._thread.start()
         try:
-            self._llm = self._on_loop(_made(make))
+            self._llm = self._on_loop(_call(make))
         except BaseException:  # Ctrl-C as well: it goes on, but the loop's thread ends here
             self._end_loop()
             raise
@@ -176,7 +178,7 @@ class VllmEngine:
             return found.size_bytes
 
     def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
-        """What vLLM would misread is told without loading anything."""
+        """Refuse an adapter that vLLM would misread, without loading anything."""
         return check_adapter(folder, digests, max_rank=self.spec.max_rank).size_bytes
 
     def retire_adapter(self, version: str) -> None:
@@ -242,11 +244,11 @@ class VllmEngine:
         self._end_loop()
 
     def alive(self) -> bool:
-        """Whether vLLM decodes; False before `start`, after `stop`, and once vLLM's engine has died."""
+        """Return True while vLLM decodes: False before `start`, after `stop`, and once vLLM's engine has died."""
         return self._started.is_set() and not self._stopping and not self._llm.errored
 
     def stats(self) -> EngineStats:
-        """Our own counts of requests and tokens; key-value memory and queue as vLLM last told them."""
+        """Our own counts of requests and tokens; key-value memory and queue as vLLM last reported them."""
         return self._tally.stats(len(self._live))
 
     # -- the engine's event loop --------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ class VllmEngine:
             running.counted = True
 
     def _finish(self, running: _Running, last: TokenEvent) -> None:
-        """Gives back what the request holds, then tells its end."""
+        """Release what the request holds, then send its last event."""
         with self._lock:
             del self._live[running.request.request_id]
         if running.lora is not None:
@@ -308,7 +310,7 @@ class VllmEngine:
         if running is None or running.cancelled:
             return
         running.cancelled = True  # a second cancel would break off vLLM's own abort
-        if running.begun and running.task is not None:  # else `_run` sees the mark: a task that never ran tells nothing
+        if running.begun and running.task is not None:  # else `_run` sees the mark
             running.task.cancel()
 
     async def _add(self, lora: LoadedLora) -> None:
@@ -326,11 +328,11 @@ class VllmEngine:
                 self._loop.call_soon_threadsafe(self._remove, lora)
 
     def _remove(self, lora: LoadedLora) -> None:
-        task = self._loop.create_task(self._removed(lora))
+        task = self._loop.create_task(self._remove_from_vllm(lora))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _removed(self, lora: LoadedLora) -> None:
+    async def _remove_from_vllm(self, lora: LoadedLora) -> None:
         try:
             await self._llm.remove_lora(lora.number)
         except Exception:  # vLLM's worker sends its failure as a plain Exception; the id is never used again
@@ -352,12 +354,12 @@ class VllmEngine:
         self._loop.close()
 
 
-async def _made(make: Callable[[], AsyncLlm]) -> AsyncLlm:
+async def _call(make: Callable[[], AsyncLlm]) -> AsyncLlm:
     return make()
 
 
 ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",  # vLLM would tell its makers about this machine
+    "VLLM_NO_USAGE_STATS": "1",  # vLLM would report this machine to its makers
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a replica has threads and may have touched CUDA
 }
 

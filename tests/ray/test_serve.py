@@ -8,10 +8,9 @@ import json
 import os
 import pickle
 import re
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,178 +23,25 @@ import pytest
 import ray
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-from graftwork.artifacts import publish as artifact
-from graftwork.base import load as base_model
-from graftwork.base.source import BaseSpec
+from graftwork.base import load
 from graftwork.cluster.session import Session
-from graftwork.errors import ArtifactError, ClusterError, ConfigError
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message, Prompt
-from graftwork.prompts.template import Template
+from graftwork.errors import ClusterError, ConfigError
+from graftwork.prompts.render import Message
 from graftwork.serving.api.auth import BODY_TIMEOUT_S
 from graftwork.serving.api.errors import ApiError
 from graftwork.serving.api.http_protocol import HEAD_TIMEOUT_S
 from graftwork.serving.client import ChatCall, Client, ClientReply
 from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.engine.request import SamplingParams
-from graftwork.serving.load_test import Sent, burst, swap_under_load
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood
 from graftwork.serving.router import ServeBackend
-from graftwork.serving.spec import ArmSpec, GrammarSpec, ServeSpec
-from graftwork.storage.store import Store
-from tests.adapters import facts
-from tests.engines import ALL, peft_greedy, write_lora
+from graftwork.serving.spec import ArmSpec, GrammarSpec
 from tests.ports import free_port
-from tests.tiny import write_tiny_base
+from tests.serve_world import AUTH, NEW_TOKENS, OWNER, QUESTIONS, TASKS, TOKEN, World
 
-SYSTEM = "Answer with one JSON object."
-QUESTIONS = ("Which airport has the ICAO code ZPPP?", "How high above the sea does KMG lie?", "Hello")
-NEW_TOKENS = 12
-TASKS = ("card", "agent", "third")
-FLIPS = 5
 CHAT, NO_MODEL = "/v1/chat/completions", "model_not_found"
 REFRESH = "/v1/admin/adapters/refresh"
-TOKEN, ADMIN_TOKEN = "correct horse battery staple", "battery staple of the owner"
-AUTH = {"authorization": f"Bearer {TOKEN}"}
 JSON = {"content-type": "application/json"}
-OWNER = {"authorization": f"Bearer {ADMIN_TOKEN}"}
-
-
-@dataclass(frozen=True)
-class World:
-    """A store with a base, one version of each task, and FLIPS more of `card`. The texts come from PEFT."""
-
-    base: Path
-    store: Store
-    corpus: Path
-    versions: dict[str, str]
-    """Of the tasks at the start."""
-    newer: tuple[str, ...]
-    texts: dict[tuple[str | None, str], str]
-    """(version, question) -> what it answers greedily; version None is the base."""
-
-    def spec(self, **changed: Any) -> ServeSpec:
-        usual: dict[str, Any] = {
-            "base": str(self.base),
-            "root": self.store.uri,
-            "port": free_port(),
-            "quant": {"kind": "none", "dtype": "float32"},
-            "adapters": [f"{task}@latest" for task in TASKS],
-            "engine": {"max_seq_len": 1024, "num_threads": 1},
-            "arms": [
-                {"name": "plain", "prompt": {"system": SYSTEM}, "max_new_tokens": NEW_TOKENS},
-                {"name": "rag", "adapter": "card@latest", "retriever": {"corpus": str(self.corpus), "k": 2}},
-            ],
-        }
-        return ServeSpec(**{**usual, **changed})
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    tmp = tmp_path_factory.mktemp("serve")
-    base = write_tiny_base(tmp / "base")
-    resolved = base_model.resolve(BaseSpec(uri=str(base)))
-    template = base_model.template(resolved)
-    store = Store(str(tmp / "root"))
-    folders: dict[str, Path] = {}
-
-    def publish(task: str, seed: int, alias: str | None) -> str:
-        folder = write_lora(base, tmp / f"lora{seed}", seed, r=4, lora_alpha=16, target_modules=list(ALL))
-        known = facts(base_digest=resolved.digest, prompt={"system": SYSTEM})
-        version = artifact.publish(store, task, folder, **known, alias=alias).version
-        folders[version] = folder
-        return version
-
-    versions = {task: publish(task, seed, "latest") for seed, task in enumerate(TASKS)}
-    newer = tuple(publish("card", 10 + number, None) for number in range(FLIPS))
-    texts: dict[tuple[str | None, str], str] = {}
-    said: dict[str | None, list[str]] = {None: expected(base, None, template, None)}
-    said |= {version: expected(base, folder, template, SYSTEM) for version, folder in folders.items()}
-    for version, answers in said.items():
-        texts |= {(version, question): text for question, text in zip(QUESTIONS, answers, strict=True)}
-    assert len(set(texts.values())) == len(texts), "each version must have an answer of its own, or no mix-up shows"
-    corpus = tmp / "corpus.jsonl"
-    passages = {"ZPPP": "ZPPP is Kunming Wujiaba in China", "EDDF": "EDDF is Frankfurt", "KJFK": "KJFK is New York"}
-    corpus.write_text("".join(json.dumps({"id": id_, "text": text}) + "\n" for id_, text in passages.items()))
-    return World(base, store, corpus, versions, newer, texts)
-
-
-def expected(base: Path, adapter: Path | None, template: Template, system: str | None) -> list[str]:
-    """PEFT's own greedy answers to the questions, up to the first stop token."""
-    prompts = [chat.render([Message("user", q)], template, prompt=Prompt(system), generate=True) for q in QUESTIONS]
-    answers = peft_greedy(base, adapter, [prompt.ids for prompt in prompts], NEW_TOKENS)
-    stop = template.stop_ids
-    return [template.decode(list(itertools.takewhile(lambda token: token not in stop, ids))) for ids in answers]
-
-
-def test_a_port_in_use_is_named_before_anything_starts(local_ray: Session, world: World) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port={port} on 127.0.0.1"), deploy(world.spec(port=port)):
-            pytest.fail("it deployed")
-
-
-def test_a_sequence_longer_than_the_base_takes_is_refused(local_ray: Session, world: World) -> None:
-    with pytest.raises(ConfigError, match="max_seq_len=4096"), deploy(world.spec(engine={"max_seq_len": 4096})):
-        pytest.fail("it deployed")
-
-
-def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(local_ray: Session, world: World) -> None:
-    limits = {"max_seq_len": 1024, "kv_tokens": 512}
-    with (
-        pytest.raises(ConfigError, match=r"engine\.kv_tokens") as caught,
-        deploy(world.spec(engine=limits), http=False),
-    ):
-        pytest.fail("it deployed")
-    assert caught.value.rule
-    assert caught.value.hint
-
-
-def test_more_cpus_than_there_are_is_refused(local_ray: Session, world: World) -> None:
-    with pytest.raises(ConfigError, match="num_cpus=400"), deploy(world.spec(num_cpus=400)):
-        pytest.fail("it deployed")
-
-
-def test_an_adapter_of_another_base_is_refused_before_anything_starts(
-    local_ray: Session, world: World, tmp_path: Path
-) -> None:
-    other = write_tiny_base(tmp_path / "other", seed=1)
-    with pytest.raises(ArtifactError, match="trained on base"), deploy(world.spec(base=str(other))):
-        pytest.fail("it deployed")
-
-
-def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Session, world: World) -> None:
-    """What an offline comparison does: no proxy, no port, all requests in one batch."""
-    arms = [ArmSpec(name="base", max_new_tokens=NEW_TOKENS)]
-    arms += [ArmSpec(name=t, adapter=f"{t}@latest", max_new_tokens=NEW_TOKENS) for t in TASKS]
-    jobs = [(arm, question) for arm in arms for question in QUESTIONS] * 16  # 192
-
-    async def ask_all(endpoint: Endpoint) -> list[ArmAnswer]:
-        asks = [
-            endpoint.ask(arm, [Message("user", question)], f"job-{number}")
-            for number, (arm, question) in enumerate(jobs)
-        ]
-        return await asyncio.gather(*asks)
-
-    with deploy(world.spec(), http=False) as endpoint:
-        answers = asyncio.run(ask_all(endpoint))
-        found = endpoint.handle.snapshot.remote().result()
-    for (arm, question), answer in zip(jobs, answers, strict=True):
-        version = world.versions.get(arm.name)
-        assert (answer.adapter_version, answer.text) == (version, world.texts[version, question])
-    assert found.engine.most_adapters_in_step == len(TASKS)
-
-
-@pytest.fixture(scope="module")
-def endpoint(local_ray: Session, world: World) -> Iterator[Endpoint]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("GRAFTWORK_TEST_TOKEN", TOKEN)
-        environment.setenv("GRAFTWORK_TEST_OWNER", ADMIN_TOKEN)
-        settings = {"token_env": "GRAFTWORK_TEST_TOKEN", "admin_token_env": "GRAFTWORK_TEST_OWNER"}
-        with deploy(world.spec(**settings)) as running:
-            yield running
 
 
 @dataclass(frozen=True)
@@ -404,11 +250,6 @@ def test_wrong_keys_are_counted_by_the_callers_address(endpoint: Endpoint) -> No
     assert httpx.get(f"{endpoint.url}/v1/models", headers=AUTH).status_code == 200
 
 
-def test_a_token_that_is_not_set_is_named(local_ray: Session, world: World) -> None:
-    with pytest.raises(ConfigError, match="token_env=NO_SUCH_TOKEN"), deploy(world.spec(token_env="NO_SUCH_TOKEN")):
-        pytest.fail("it deployed")
-
-
 def test_a_second_endpoint_of_the_same_name_is_refused(endpoint: Endpoint, world: World) -> None:
     with pytest.raises(ConfigError, match="name=graftwork"), deploy(world.spec()):
         pytest.fail("it deployed over the running one")
@@ -526,7 +367,7 @@ def test_an_arm_says_how_likely_an_answer_is_by_the_handle(endpoint: Endpoint) -
         return said, await endpoint.likelihood(arm, hello, [said.text, "something else"], "likely")
 
     said, [likely, other] = asyncio.run(ask())
-    template = base_model.template(base_model.resolve(endpoint.spec.base))
+    template = load.template(load.resolve(endpoint.spec.base))
     assert template.continuation_ids(said.text) == list(said.token_ids), "this text has one spelling in tokens"
     assert said.logprobs is not None
     assert likely.logprob == pytest.approx(sum(one.token.logprob for one in said.logprobs), abs=1e-3)
@@ -578,93 +419,3 @@ async def go_away(endpoint: Endpoint, body: dict[str, Any], runs: Callable[[], b
         asked.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asked
-
-
-def test_a_burst_over_five_swaps_fails_nothing_and_mixes_nothing(endpoint: Endpoint, world: World) -> None:
-    """Each answer is that of the version it names; a request sent after a swap was confirmed gets the new version."""
-    models = ("base:card", "base:agent", "base:card@latest", "base:third", "base")
-    calls = [ChatCall(m, (Message("user", q),), max_tokens=NEW_TOKENS) for q, m in itertools.product(QUESTIONS, models)]
-    sent, confirmed = asyncio.run(burst_with_swaps(endpoint, world, calls, at_least=300))
-    assert len(sent) >= 300
-    assert [one.error for one in sent if one.error] == []
-    for one in sent:
-        assert one.reply is not None
-        version = one.reply.adapter_version
-        assert one.reply.text == world.texts[version, one.call.messages[0].content]
-        if one.call.model.startswith("base:card"):
-            before = [new for asked, done, new in confirmed if done < one.began_s]
-            since = [new for asked, done, new in confirmed if asked < one.ended_s][len(before) :]
-            assert version in {before[-1] if before else world.versions["card"], *since}
-    assert {world.versions["card"], *world.newer} <= {one.version for one in sent}
-    with endpoint.client() as client:
-        assert [a["version"] for a in client.adapters() if "card@latest" in a["refs"]] == [world.newer[-1]]
-        assert client.stats()["engine"]["most_adapters_in_step"] >= 3
-
-
-async def burst_with_swaps(
-    endpoint: Endpoint, world: World, calls: list[ChatCall], at_least: int
-) -> tuple[list[Sent], list[tuple[float, float, str]]]:
-    """Swap `card@latest` to each newer version, 40 answers between swaps. Also (asked, confirmed, version) of each."""
-    answered, grown, confirmed = 0, asyncio.Event(), list[tuple[float, float, str]]()
-
-    def supply() -> Iterator[ChatCall]:
-        for number in itertools.count():
-            if len(confirmed) == FLIPS and answered >= max(at_least, quiet_from + 40):
-                return
-            yield calls[number % len(calls)]
-
-    def count(now: int) -> None:
-        nonlocal answered
-        answered = now
-        grown.set()
-
-    async with endpoint.async_client() as client:
-        began = time.perf_counter()
-        running = asyncio.create_task(burst(client, supply(), concurrency=24, on_answer=count))
-        for version in world.newer:
-            quiet_from = answered
-            while answered < quiet_from + 40:
-                grown.clear()
-                await grown.wait()
-            asked = time.perf_counter() - began
-            artifact.promote(world.store, "card", "latest", version)
-            assert await client.refresh("card@latest") == version
-            quiet_from = answered
-            confirmed.append((asked, time.perf_counter() - began, version))
-        return await running, confirmed
-
-
-def test_the_swap_report_counts_by_version(endpoint: Endpoint, world: World) -> None:
-    old, new = world.newer[-1], world.versions["card"]
-    calls = [ChatCall(model, (Message("user", "Hello"),), max_tokens=8) for model in ("base:card", "base:agent")] * 30
-    report = asyncio.run(swap_under_load(endpoint, world.store, "card@latest", new, calls, concurrency=8))
-    assert (report.requests, report.failed, report.stale, report.old, report.new) == (60, 0, 0, old, new)
-    assert sum(report.by_version.values()) == 60
-    assert report.by_version[world.versions["agent"]] == 30
-    assert min(report.by_version[old], report.by_version[new]) > 0
-    assert report.ttft_ms["base:card"].n == 30
-    assert report.swap_ms > 0
-
-
-def test_a_killed_engine_is_said_in_openais_shape_and_comes_back(endpoint: Endpoint, world: World) -> None:
-    async def run(pid: int) -> tuple[httpx.Response, list[str]]:
-        body = {"model": "base:card", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 900}
-        async with httpx.AsyncClient(base_url=str(endpoint.url), headers=AUTH, timeout=60) as http:
-            whole = asyncio.create_task(http.post("/v1/chat/completions", json=body))
-            async with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
-                lines = stream.aiter_lines()
-                seen = [await anext(lines)]
-                while (await http.get("/v1/stats")).json()["engine"]["running"] < 2:  # neither waits outside the engine
-                    assert not whole.done()
-                os.kill(pid, signal.SIGKILL)
-                seen += [line async for line in lines]
-            return await whole, seen
-
-    with endpoint.client() as client:
-        whole, seen = asyncio.run(run(client.stats()["replicas"][0]["pid"]))
-        assert whole.status_code == 503
-        assert whole.json()["error"]["code"] == "engine_lost"
-        assert json.loads([line for line in seen if line][-1].removeprefix("data: "))["error"]["code"] == "engine_lost"
-        reply = client.chat(ChatCall("base:agent", (Message("user", "Hello"),), max_tokens=NEW_TOKENS))
-        assert reply.text == world.texts[world.versions["agent"], "Hello"]
-        assert client.ready()

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from graftwork.errors import BaseModelError, DataError
-from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, one_turn_rows, render, training_rows
+from graftwork.prompts.render import (
+    Message,
+    Passage,
+    Prompt,
+    PromptSpec,
+    Rendered,
+    one_turn_rows,
+    render,
+    training_rows,
+)
 from graftwork.prompts.template import Template
 from tests.tiny import CHATML, SPECIALS, write_tiny_tokenizer
 
@@ -98,6 +107,11 @@ def learned(template: Template, messages: tuple[Message, ...]) -> list[str]:
     return [template.decode(run, skip_special=False) for run in runs]
 
 
+def spelled(rendered: Rendered, template: Template) -> str:
+    """Text of the ids, control tokens included."""
+    return template.decode(rendered.ids, skip_special=False)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("opening", [0, 1], ids=["system", "no-system"])
 @pytest.mark.parametrize("turns", [2, 3, 4, 5])
@@ -111,8 +125,11 @@ def test_text_and_ids_equal_transformers(folders: dict[str, Path], name: str, op
         pytest.skip("nothing to answer")
     theirs = AutoTokenizer.from_pretrained(folders[name])
     as_dicts = [{"role": m.role, "content": m.content} for m in messages]
-    ours = render(messages, Template.load(folders[name], date.today()), generate=generate)
-    assert ours.text == theirs.apply_chat_template(as_dicts, tokenize=False, add_generation_prompt=generate)
+    template = Template.load(folders[name], date.today())
+    ours = render(messages, template, generate=generate)
+    assert spelled(ours, template) == theirs.apply_chat_template(
+        as_dicts, tokenize=False, add_generation_prompt=generate
+    )
     ids = theirs.apply_chat_template(as_dicts, add_generation_prompt=generate, return_dict=True)["input_ids"]
     assert list(ours.ids) == ids
 
@@ -148,8 +165,8 @@ def test_a_template_that_rewrites_earlier_turns_trains_one_turn_a_row(templates:
         [CONVERSATION[2].content + "<|im_end|>"],
         [CONVERSATION[4].content + "<|im_end|>"],
     ]
-    assert "Kunming" in render(rows[0], template, generate=False).text
-    assert "Kunming" not in render(rows[1], template, generate=False).text
+    assert "Kunming" in spelled(render(rows[0], template, generate=False), template)
+    assert "Kunming" not in spelled(render(rows[1], template, generate=False), template)
 
 
 @pytest.mark.parametrize("start", ["\n", "\n\n", " ", "\t", "  x", "é", "1"])
@@ -173,18 +190,23 @@ def test_no_text_of_a_person_becomes_a_control_token(templates: dict[str, Templa
     rendered = render(messages, template, context=[Passage("p", texts[3])], generate=False)
     controls = [token for token in rendered.ids if token < len(SPECIALS)]
     assert controls == [1, 2] * 3  # <|im_start|> and <|im_end|> of the three turns
-    assert template.decode(rendered.ids, skip_special=False) == rendered.text
-    assert texts[1] in rendered.text
+    context = " ".join(texts[3].split())
+    assert spelled(rendered, template) == (
+        f"<|im_start|>system\n{texts[0]}<|im_end|>\n"
+        f"<|im_start|>user\nContext:\n- {context}\n\n{texts[1]}<|im_end|>\n"
+        f"<|im_start|>assistant\n{texts[2]}<|im_end|>\n"
+    )
     assert not set(template.encode("".join(texts))) & {0, 1, 2}
 
 
 def test_context_stands_before_the_question_in_the_last_user_turn(templates: dict[str, Template]) -> None:
     passages = [Passage("a", "Kunming\n airport"), Passage("b", "Paris")]
-    text = render(CONVERSATION[:4], templates["chatml"], context=passages, generate=True).text
+    template = templates["chatml"]
+    text = spelled(render(CONVERSATION[:4], template, context=passages, generate=True), template)
     assert "user\nContext:\n- Kunming airport\n- Paris\n\n  And KMG? \n<|im_end|>" in text
     assert "user\nWhich airport is ZPPP?<|im_end|>" in text
-    row = render(CONVERSATION, templates["chatml"], context=passages, generate=False)
-    assert row.text.startswith(text)
+    row = render(CONVERSATION, template, context=passages, generate=False)
+    assert spelled(row, template).startswith(text)
 
 
 def test_worked_examples_come_first_and_are_not_learned(templates: dict[str, Template]) -> None:
@@ -192,7 +214,7 @@ def test_worked_examples_come_first_and_are_not_learned(templates: dict[str, Tem
     prompt = Prompt(system="Be brief.", shots=(shot,), context_header="Facts:")
     question, answer = Message("user", "ZPPP?"), Message("assistant", "{}")
     asked = render([question], templates["chatml"], prompt=prompt, context=[Passage("p", "x")], generate=True)
-    assert asked.text == (
+    assert spelled(asked, templates["chatml"]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhich airport is LFPG?<|im_end|>\n"
         '<|im_start|>assistant\n{"icao":"LFPG"}<|im_end|>\n'
         "<|im_start|>user\nFacts:\n- x\n\nZPPP?<|im_end|>\n<|im_start|>assistant\n"
@@ -203,7 +225,8 @@ def test_worked_examples_come_first_and_are_not_learned(templates: dict[str, Tem
 
 
 def test_a_system_turn_of_the_conversation_wins(templates: dict[str, Template]) -> None:
-    text = render(CONVERSATION[:2], templates["chatml"], prompt=Prompt(system="other"), generate=True).text
+    rendered = render(CONVERSATION[:2], templates["chatml"], prompt=Prompt(system="other"), generate=True)
+    text = spelled(rendered, templates["chatml"])
     assert "Answer with JSON." in text
     assert "other" not in text
 

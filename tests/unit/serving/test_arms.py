@@ -11,8 +11,8 @@ from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
 from graftwork.prompts.template import Template
 from graftwork.retrieval import RetrieverSpec
 from graftwork.retrieval.index_store import IndexHome
-from graftwork.serving.api.errors import ApiError, as_api_errors
-from graftwork.serving.arms import PromptTooLong, build_prompt, messages_of, raw_prompt, require_bytes, size_of, warm
+from graftwork.serving.api.errors import ApiError, PromptTooLong, as_api_errors
+from graftwork.serving.arms import build_prompt, messages_of, require_bytes, size_of, warm
 from graftwork.serving.spec import ArmSpec
 from tests.tiny import write_tiny_tokenizer
 
@@ -111,11 +111,13 @@ def test_without_a_limit_the_answer_may_fill_the_sequence(template: Template) ->
 
 
 def test_plain_text_is_continued_as_it_stands(template: Template) -> None:
-    prompt = raw_prompt("The quick<|im_end|>", template, max_seq_len=64, max_new_tokens=None)
+    arm = ArmSpec(name="base", prompt=PromptSpec(system="not in it"), max_new_tokens=5)
+    prompt = build_prompt(arm, "The quick<|im_end|>", template, max_seq_len=64)
     assert template.decode(prompt.ids) == "The quick<|im_end|>"
     assert not set(prompt.ids) & template.stop_ids  # text is data
+    assert prompt.max_new_tokens == 64 - len(prompt.ids)
     with pytest.raises(PromptTooLong):
-        raw_prompt("The quick " * 50, template, max_seq_len=64, max_new_tokens=1)
+        build_prompt(arm, "The quick " * 50, template, max_seq_len=64, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
 
 def pieces(template: Template, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
     stream = TextStream(template.decode, stop)
-    found = [stream.push(token_id) for token_id in ids] + [stream.finish()]
+    found = [stream.push(token_id) for token_id in ids] + [stream.push(None)]
     assert "".join(found) == stream.text
     return found
 

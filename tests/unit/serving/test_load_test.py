@@ -10,6 +10,7 @@ import math
 import random
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from graftwork.artifacts import publish as artifact
 from graftwork.base import load as base_model
 from graftwork.base.source import BaseSpec
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.arms import raw_prompt
+from graftwork.serving.arms import build_prompt
 from graftwork.serving.messages import ArmRequest
 from graftwork.serving.replica import EngineReplica
 from graftwork.serving.spec import ArmSpec, ServeSpec
@@ -171,7 +172,9 @@ def alone(world: World) -> dict[tuple[str | None, str], tuple[int, ...]]:
     from peft import PeftModel
 
     template = base_model.template(base_model.resolve(BaseSpec(uri=str(world.base))))
-    prompts = {text: raw_prompt(text, template, max_seq_len=LIMIT, max_new_tokens=NEW_TOKENS) for text in PROMPTS}
+    arm = ArmSpec(name="base")
+    build = partial(build_prompt, arm, max_seq_len=LIMIT, max_new_tokens=NEW_TOKENS)
+    prompts = {text: build(text, template) for text in PROMPTS}
     plain = load_model(world.base)
     said: dict[tuple[str | None, str], tuple[int, ...]] = {}
     said |= {(None, text): greedy(plain, prompt.ids, prompt.stop_ids) for text, prompt in prompts.items()}

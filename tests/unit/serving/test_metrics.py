@@ -44,21 +44,21 @@ def test_the_busiest_keep_their_own_series_and_nothing_is_lost() -> None:
     weights = [1 / (n + 1) ** 1.2 for n in range(200)]
     for key in chance.choices(keys, weights, k=20_000):
         table.begin(key)
-        table.at(key).outcomes["stop"] += 1
-    own = {key for key, _ in table.items()} - {OTHER}
+        table[key].outcomes["stop"] += 1
+    own = {key for key, _ in table.counted()} - {OTHER}
     assert len(own) == 10
     assert set(keys[:5]) <= own
-    assert sum(series.outcomes["stop"] for _, series in table.items()) == 20_000
+    assert sum(series.outcomes["stop"] for _, series in table.counted()) == 20_000
 
 
 def test_yesterdays_adapters_give_way() -> None:
     table = SeriesTable(limit=2)
     for key in [SeriesKey("a", "old1"), SeriesKey("a", "old2")] * 500 + [SeriesKey("a", "new")] * 4000:
         table.begin(key)
-        table.at(key).completion_tokens += 1
-        table.at(key).outcomes["stop"] += 1
-    assert SeriesKey("a", "new") in dict(table.items())
-    assert sum(series.completion_tokens for _, series in table.items()) == 5000
+        table[key].completion_tokens += 1
+        table[key].outcomes["stop"] += 1
+    assert SeriesKey("a", "new") in dict(table.counted())
+    assert sum(series.completion_tokens for _, series in table.counted()) == 5000
 
 
 def play(
@@ -90,7 +90,7 @@ def test_a_request_is_counted_by_how_it_ended() -> None:
         (card, "cancelled", 3),
         (SeriesKey("base"), "internal_error", 0),
     ]
-    assert sum(traffic.table.at(card).ttft.counts) == 1
+    assert sum(traffic.table[card].ttft.counts) == 1
     assert [key for key, _ in traffic.first_tokens()] == [card]
 
 
@@ -99,7 +99,7 @@ def test_tokens_that_arrive_together_share_their_time(monkeypatch: pytest.Monkey
     monkeypatch.setattr(time, "perf_counter", lambda: next(now, 1.0))
     traffic = TrafficMetrics()
     play(traffic, asyncio.CancelledError(), bursts=[1, 1, 4])
-    series = traffic.table.at(SeriesKey("base"))
+    series = traffic.table[SeriesKey("base")]
     assert series.token_gap.sum_s == pytest.approx(0.4)
     assert sum(series.token_gap.counts) == 5
     assert series.ttft.sum_s == pytest.approx(0.5)
@@ -109,7 +109,7 @@ def test_tokens_that_arrive_together_share_their_time(monkeypatch: pytest.Monkey
 
 def snapshot(replica: str, table: SeriesTable) -> ReplicaSnapshot:
     """Of a replica with this traffic and an idle engine, after its way from process to process."""
-    found = replace(ReplicaMetrics(replica, "d", "r", EngineStats, list).snapshot(), series=table.items())
+    found = replace(ReplicaMetrics(replica, "d", "r", EngineStats, list).snapshot(), series=table.counted())
     copy: ReplicaSnapshot = pickle.loads(pickle.dumps(found))
     return copy
 
@@ -118,7 +118,7 @@ def test_replicas_are_told_apart_and_label_values_are_escaped() -> None:
     table = SeriesTable()
     odd = SeriesKey('arm"\\\n', "card", "v")
     table.begin(odd)
-    table.at(odd).outcomes["stop"] += 2
+    table[odd].outcomes["stop"] += 2
     text = render([snapshot("one", table), snapshot("two", table)]).decode()
     samples = [s for f in parse(text) for s in f.samples if s.name == "graftwork_requests_total"]
     assert {(s.labels["replica"], s.labels["arm"], s.labels["outcome"], s.value) for s in samples} == {

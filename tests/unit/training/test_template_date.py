@@ -70,7 +70,7 @@ def spec(base: Path, tmp_path: Path) -> TrainSpec:
 
 
 def text(template: Template) -> str:
-    return chat.render(HELLO, template, generate=True).text
+    return template.decode(chat.render(HELLO, template, generate=True).ids, skip_special=False)
 
 
 def test_the_day_is_that_of_the_spec_and_never_the_clocks(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

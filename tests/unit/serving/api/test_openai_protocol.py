@@ -6,16 +6,24 @@ from typing import Any
 
 import pytest
 
+from graftwork.prompts.render import Message
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.api.openai_protocol import ChatRequest, CompletionRequest, parse
-from graftwork.serving.api.openai_responses import Envelope, sse, text_logprobs
-from graftwork.serving.detokenize import Spelled, TokenLogprob
+from graftwork.serving.api.openai_protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Envelope,
+    arm_request,
+    parse,
+    sse,
+    text_logprobs,
+)
 from graftwork.serving.engine.grammar import GrammarText
 from graftwork.serving.engine.request import SamplingParams
-from graftwork.serving.messages import ArmAnswer, ArmRequest
+from graftwork.serving.messages import ArmAnswer, ArmRequest, Spelled, TokenLogprob
 from graftwork.serving.spec import ArmSpec
 
 ARM = ArmSpec(name="base")
+ASKED = (Message("user", "Hello"),)
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -25,7 +33,7 @@ def body(**extra: object) -> bytes:
 
 def sent(kind: type[ChatRequest] | type[CompletionRequest], raw: bytes) -> ArmRequest:
     """The message that a replica gets for this body."""
-    return parse(kind, raw).request(ARM, (), "r", max_prompt_tokens=None, cache_salt="")
+    return arm_request(parse(kind, raw), ARM, "r", max_prompt_tokens=None, cache_salt="")
 
 
 def refusal(raw: bytes) -> ApiError:
@@ -37,16 +45,16 @@ def refusal(raw: bytes) -> ApiError:
 
 
 def test_defaults_are_greedy_up_to_the_arms_limit() -> None:
-    assert sent(ChatRequest, body()) == ArmRequest(ARM, (), "r", SamplingParams())
+    assert sent(ChatRequest, body()) == ArmRequest(ARM, ASKED, "r", SamplingParams())
 
 
 def test_sampling_parameters_are_taken() -> None:
     asked = body(max_completion_tokens=9, temperature=0.7, top_p=0.9, top_k=40, seed=3, stop="END")
     params = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, seed=3, stop=("END",))
-    assert sent(ChatRequest, asked) == ArmRequest(ARM, (), "r", params, max_new_tokens=9)
+    assert sent(ChatRequest, asked) == ArmRequest(ARM, ASKED, "r", params, max_new_tokens=9)
     params = SamplingParams(stop=("a", "b"))
     listed = sent(ChatRequest, body(max_tokens=5, stop=["a", "b"]))
-    assert listed == ArmRequest(ARM, (), "r", params, max_new_tokens=5)
+    assert listed == ArmRequest(ARM, ASKED, "r", params, max_new_tokens=5)
 
 
 def test_every_sampling_parameter_arrives_under_its_name() -> None:
@@ -72,7 +80,7 @@ def test_every_sampling_parameter_arrives_under_its_name() -> None:
         min_new_tokens=2,
         logprobs=5,
     )
-    whole = ArmRequest(ARM, (), "r", params, n=3, stop_ids=(4, 9), ignore_eos=True)
+    whole = ArmRequest(ARM, ASKED, "r", params, n=3, stop_ids=(4, 9), ignore_eos=True)
     assert sent(ChatRequest, asked) == whole
     assert pickle.loads(pickle.dumps(whole)) == whole
     assert sent(ChatRequest, body(logprobs=True)).sampling.logprobs == 0
@@ -107,8 +115,8 @@ def test_contradictions_are_told(extra: dict[str, object], found: str) -> None:
 def test_content_parts_are_joined_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     turns = [{"role": "developer", "content": "d"}, {"role": "user", "content": parts}]
-    taken = [m.message() for m in parse(ChatRequest, json.dumps({"model": "m", "messages": turns}).encode()).messages]
-    assert [(m.role, m.content) for m in taken] == [("system", "d"), ("user", "ab")]
+    taken = sent(ChatRequest, body(messages=turns)).question
+    assert [(m.role, m.content) for m in taken if isinstance(m, Message)] == [("system", "d"), ("user", "ab")]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +298,7 @@ def answer(**changes: Any) -> ArmAnswer:
 
 
 def test_a_response_names_base_version_and_passages() -> None:
-    whole = Envelope.open("chat", "r", "base:card", "d" * 64).build_response([answer()])
+    whole = Envelope("chat", "r", "base:card", "d" * 64).build_response([answer()])
     assert whole["system_fingerprint"] == "fp_" + "d" * 12
     assert whole["choices"][0]["message"]["content"] == "hi"
     assert whole["usage"]["total_tokens"] == 10
@@ -301,17 +309,14 @@ def test_a_response_names_base_version_and_passages() -> None:
 def test_the_openai_library_reads_our_objects() -> None:
     """The types of the official client are the independent source of the shapes."""
     types = pytest.importorskip("openai.types.chat")
-    envelope = Envelope.open("chat", "r", "base:card", "d" * 64)
+    envelope = Envelope("chat", "r", "base:card", "d" * 64)
     types.ChatCompletion.model_validate(envelope.build_response([answer()]))
-    envelope = Envelope.open("chat", "r", "base:card", "d" * 64, stream=True)
     for chunk in (envelope.delta("h", first=True), envelope.last(answer()), envelope.usage_chunk([answer()])):
         types.ChatCompletionChunk.model_validate(chunk)
 
 
 def test_several_answers_count_their_prompt_once() -> None:
-    whole = Envelope.open("chat", "r", "base:card", "d" * 64).build_response(
-        [answer(), answer(index=1, cached_tokens=6)]
-    )
+    whole = Envelope("chat", "r", "base:card", "d" * 64).build_response([answer(), answer(index=1, cached_tokens=6)])
     assert [choice["index"] for choice in whole["choices"]] == [0, 1]
     assert whole["usage"] == {
         "prompt_tokens": 7,

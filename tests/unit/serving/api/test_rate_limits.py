@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from graftwork.errors import ConfigError
-from graftwork.serving.api.auth import ADDRESSES, ADMIN, Keys, RateLimits, RequestSize, keys_of, tokens_of
+from graftwork.serving.api.auth import Keys, keys_of, tokens_of
 from graftwork.serving.api.errors import ApiError, bad_request
+from graftwork.serving.api.rate_limits import ADDRESSES, ADMIN, RateLimits, RequestSize
 from graftwork.serving.deploy import INGRESS, build
 from graftwork.serving.messages import AnswerDelta, ArmAnswer, StreamChunk, StreamStart
 from graftwork.serving.spec import LimitsSpec, ServeSpec
@@ -177,7 +178,7 @@ def test_wrong_tokens_are_counted_by_address_and_forgotten_in_order() -> None:
     for number in range(ADDRESSES):
         limits.count_wrong_token(f"address {number}")
     limits.count_wrong_token("10.0.0.1")
-    assert len(limits._wrong) == ADDRESSES
+    assert len(limits._wrong_tokens) == ADDRESSES
 
 
 @pytest.mark.parametrize("many", [{"num_replicas": 4}, {"autoscaling": {"min_replicas": 2, "max_replicas": 8}}])

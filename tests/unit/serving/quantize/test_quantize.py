@@ -17,7 +17,7 @@ from graftwork.report.evaluation_schema import QuantizeReport
 from graftwork.report.schema import Difference
 from graftwork.serving.evaluation.differences import Rules, ScoredArms, contrast
 from graftwork.serving.quantize.measure import AnswerText, MeasuredArm, PrecisionResult
-from graftwork.serving.quantize.report import Candidate, Recommendation, Rule, judge, recommend
+from graftwork.serving.quantize.run import Candidate, Recommendation, Rule, judge, recommend
 from graftwork.serving.quantize.spec import QuantizeSpec
 from tests.fake_arms import SCHEMA, airports
 from tests.unit.report.test_report import Page

@@ -23,9 +23,15 @@ from graftwork.serving.engine.request import GenerateRequest, SamplingError, Sam
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import EngineSpec, ServeSpec
-from graftwork.serving.vllm.adapters import Loras, check_adapter
 from graftwork.serving.vllm.engine import Tally, VllmEngine, VllmTranslation, create_vllm
-from graftwork.serving.vllm.translate import Translator, engine_arguments, grammar_arguments, sampling_arguments
+from graftwork.serving.vllm.translate import (
+    Loras,
+    Translator,
+    check_adapter,
+    engine_arguments,
+    grammar_arguments,
+    sampling_arguments,
+)
 from graftwork.stages.plans import plan_spec
 from tests import engines
 from tests.async_llm import Completion, Logprob, PlainWords, RequestOutput, StandIn
