@@ -36,12 +36,6 @@ GpuName = Annotated[
         "--gpu", metavar="NAME", help="Plan for this GPU type: h100, t4, ..., or a YAML file that describes one."
     ),
 ]
-Replay = Annotated[
-    bool,
-    typer.Option(
-        "--replay", help="Also trace one training step on fake tensors to predict memory (about 10 s for an 8B base)."
-    ),
-]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of workers, each with its own GPU.")]
 
 
@@ -51,7 +45,6 @@ def plan(
     options: StageOptions,
     gpu: GpuName = None,
     gpus: Gpus = None,
-    replay: Replay = False,
     target: PlanTarget = None,
 ) -> None:
     """Predict memory and time of a stage, or of all stages of a demo, from its spec. Starts nothing.
@@ -60,9 +53,9 @@ def plan(
     changed. Exit codes: 2 a stage does not fit or the target would reject the job; 3 the target does not answer.
     """
     if target is not None:
-        if gpu or gpus or replay:
+        if gpu or gpus:
             raise ConfigError(
-                "--gpu, --gpus, --replay with --target",
+                "--gpu, --gpus with --target",
                 "a job is planned for the machines of its cluster",
                 "the cluster config names them: workers[].gpu_type",
                 "remove --target, or the other flags",
@@ -85,7 +78,7 @@ def plan(
         spec = resolve_here(spec, "local", options.as_json)
     elif not options.as_json:
         _say_gpus(spec, gpu)
-    rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus, replay=replay)
+    rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus)
     show_plan(f"plan of {file}", rows, options.as_json)
 
 
