@@ -11,7 +11,7 @@ from graftwork.cluster.jobs.models import Attempt, Demand, Finding, Job, JobBack
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import Spec
 from graftwork.errors import ClusterError, UserError
-from graftwork.planning.accelerators import gpus_of, with_gpus
+from graftwork.planning.accelerators import Accelerators, gpus_of, with_gpus
 from graftwork.storage.store import Store
 
 if TYPE_CHECKING:
@@ -118,9 +118,10 @@ def predict(
 
     try:
         machine = None if machines is None else machines.planned_for(gpus_of(spec))
-        if machine is not None:
-            return plan_on(spec, folder, machine), ()
-        found = "the place does not answer" if machines is None else f"GPUs of type {_types(machines)}"
+        if machines is not None and machine is not None:
+            return plan_on(spec, folder, machine, on_cluster=machines.owner != Accelerators.owner), ()
+        types = ", ".join(name or "(none named)" for name in machines.gpu_types) if machines is not None else ""
+        found = "the place does not answer" if machines is None else f"GPUs of type {types or '(none)'}"
     except UserError as error:
         found = f"{error.subject}: {error.problem}" if error.problem else error.subject
     return (), (
@@ -156,10 +157,6 @@ def demands_of(spec: Spec, lines: "Sequence[StagePlan]") -> list[Demand]:
         if all(host > one.memory_bytes_per_worker or of_gpu > one.gpu_memory_bytes_per_worker for one in found):
             found.append(Demand(max(line.processes - embedders, 1), cpus, gpus, host, seconds, of_gpu))
     return found
-
-
-def _types(machines: TargetMachines) -> str:
-    return ", ".join(name or "(none named)" for name in machines.gpu_types) or "(none)"
 
 
 def _plan_unheard(backend: JobBackend, job: Job, error: ClusterError) -> JobPlan:

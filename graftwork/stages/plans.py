@@ -80,7 +80,12 @@ def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
 
 
 def plan_on(
-    spec: Spec, folder: Path, machine: Machine, prompts: Mapping[str, PromptSpec] = NO_PROMPTS
+    spec: Spec,
+    folder: Path,
+    machine: Machine,
+    prompts: Mapping[str, PromptSpec] = NO_PROMPTS,
+    *,
+    on_cluster: bool = False,
 ) -> list[StagePlan]:
     """Return a prediction per stage on a machine, for a spec whose `auto` GPUs are resolved. Raises UserError.
 
@@ -98,9 +103,9 @@ def plan_on(
         machine = _with_gpu_here(spec, machine)
     match spec:
         case TrainSpec():
-            return [_plan_run(spec, machine)]
+            return [_plan_run(spec, machine, on_cluster)]
         case TuneSpec():
-            return _plan_sweep(spec, machine)
+            return _plan_sweep(spec, machine, on_cluster)
         case ServeSpec():
             return [_plan_endpoint(spec, machine)]
         case CompareSpec():
@@ -116,7 +121,7 @@ def plan_on(
     )
 
 
-def _plan_run(spec: TrainSpec, machine: Machine) -> StagePlan:
+def _plan_run(spec: TrainSpec, machine: Machine, on_cluster: bool = False) -> StagePlan:
     check_training(spec, base_model.resolve(spec.base).config)
     data = prepare(spec)
     held_out = sizes_of(data.eval) if data.eval is not None else None
@@ -126,11 +131,12 @@ def _plan_run(spec: TrainSpec, machine: Machine) -> StagePlan:
 
         work = work_of([probe.part for probe in probes_of(spec)])
     machine = _machine_of_run(spec, machine)
-    line = plan_training(spec, _shape(spec.base), sizes_of(data.train), held_out, machine, work)
+    rows = sizes_of(data.train)
+    line = plan_training(spec, _shape(spec.base), rows, held_out, machine, work, on_cluster=on_cluster)
     return replace(line, warnings=(*line.warnings, *data.warnings))
 
 
-def _plan_sweep(spec: TuneSpec, machine: Machine) -> list[StagePlan]:
+def _plan_sweep(spec: TuneSpec, machine: Machine, on_cluster: bool) -> list[StagePlan]:
     """Of its trials, and of the winner's training where the spec asks for it."""
     from graftwork.tuning.plan import plan_tuning
     from graftwork.tuning.winner import winner_spec
@@ -141,7 +147,7 @@ def _plan_sweep(spec: TuneSpec, machine: Machine) -> list[StagePlan]:
     trials = replace(line, warnings=(*line.warnings, *data.warnings))
     if spec.winner is None:
         return [trials]
-    return [trials, replace(_plan_run(winner_spec(spec, spec.train), machine), stage="winner")]
+    return [trials, replace(_plan_run(winner_spec(spec, spec.train), machine, on_cluster), stage="winner")]
 
 
 def _machine_of_run(spec: TrainSpec, machine: Machine) -> Machine:
