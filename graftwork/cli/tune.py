@@ -32,10 +32,9 @@ TrialTarget = Annotated[
 
 if TYPE_CHECKING:
     from graftwork.report.sweep_schema import SweepRecord
-    from graftwork.tuning.eta import Pace
     from graftwork.tuning.remote_trial import Elsewhere
     from graftwork.tuning.spec import TuneSpec
-    from graftwork.tuning.trials import TrialRecord, TuneProgress, TuneReport, Winner
+    from graftwork.tuning.trials import Pace, TrialRecord, TuneProgress, TuneReport, Winner
 
 EVERY_S = 10.0
 """Between two lines where there is no terminal."""
@@ -84,8 +83,7 @@ def tune(
     with sweep_progress(f"tune {spec.name}", options.as_json) as update, session(options.target) as here:
         report = here.run(tune, spec, on_progress=update, elsewhere=elsewhere)
     shadow = place_shadow(spec, report) if spec.winner and spec.winner.shadow else None
-    ended = SweepEnd("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
-    sweep = sweep_record(spec, report.trials, ended)
+    sweep = sweep_record(spec, report.trials, SweepEnd.of(report))
     if options.as_json:
         print_json(sweep_json(report, sweep, shadow))
     else:
@@ -272,7 +270,7 @@ class _SweepLines:
             self._say(self._last)
 
     def _say(self, progress: "TuneProgress") -> None:
-        from graftwork.tuning.eta import pace
+        from graftwork.tuning.trials import pace
 
         said = f"{counts(progress)}; {progress.text}"
         if said != self._said and progress.trials:
@@ -305,7 +303,7 @@ class _TrialTable:
 def board(label: str, progress: "TuneProgress", since_s: float, rows: int) -> RenderableType:
     """The whole board, at most `rows` trials; `since_s`: since the progress was reported."""
     from graftwork.report.format import clock
-    from graftwork.tuning.eta import pace
+    from graftwork.tuning.trials import pace
 
     found = pace(progress)
     elapsed = f"{clock(progress.elapsed_s + since_s)} elapsed"
@@ -363,8 +361,7 @@ def _place(trial: "TrialRecord") -> tuple[bool, int, float]:
 
 def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"], since_s: float) -> Table:
     from graftwork.report.format import clock
-    from graftwork.tuning.eta import took_s
-    from graftwork.tuning.trials import label_points
+    from graftwork.tuning.trials import label_points, took_s
 
     table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
     table.add_column("trial", ratio=1, no_wrap=True, overflow="ellipsis")
