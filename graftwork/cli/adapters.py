@@ -7,7 +7,7 @@ environment variable that `--token-env` names.
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -38,7 +38,7 @@ def publish(
 ) -> None:
     """Publish a PEFT adapter folder, so that endpoints on the same base can serve it."""
     from graftwork import environment
-    from graftwork.artifacts import publish as artifact
+    from graftwork.artifacts.publish import publish as publish_adapter
     from graftwork.base import load as base_model
     from graftwork.base.spec import BaseSpec
     from graftwork.prompts.render import PromptSpec
@@ -48,10 +48,10 @@ def publish(
     template = base_model.template(resolved)
     config = ConfigFile.read(folder).values
     with tempfile.TemporaryDirectory(prefix="gw-publish-") as name:
-        made = artifact.publish(
+        made = publish_adapter(
             Store(root),
             task,
-            _rounded(folder, Path(name)) if bf16 else folder,
+            _round_to_bf16(folder, Path(name)) if bf16 else folder,
             base_digest=resolved.digest,
             quant={"kind": "none"},
             template_digest=template.digest,
@@ -70,8 +70,8 @@ def publish(
     echo(f"published {made.ref}, alias {task}@{alias}")
 
 
-def _rounded(folder: Path, into: Path) -> Path:
-    """The folder's files, LoRA halves in bf16."""
+def _round_to_bf16(folder: Path, into: Path) -> Path:
+    """Write the folder's files with the LoRA weights in bf16."""
     import torch
     from safetensors.torch import save_file
 
@@ -199,7 +199,6 @@ def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
 @app.command()
 def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
     """Verify the sha256 of each file, the safetensors headers and the tensor shapes. Exits with 2 if one is wrong."""
-
     store = Store(root)
     manifest = resolve(store, ref)
     problems = verify_adapter(store, manifest.task, manifest.version)
@@ -228,15 +227,15 @@ def promote(
 
     With --endpoint a running endpoint does it: it loads the version before the alias moves, and follows at once.
     """
-    from graftwork.artifacts import publish as artifact
+    from graftwork.artifacts.publish import promote as move_alias
 
     if endpoint is not None:
         task, _, version = ref.partition("@")
-        return _tell(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
+        return _send_admin(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
     store = Store(root)
     manifest = resolve(store, ref)
     before = aliases(store, manifest.task).get(alias, "nothing")
-    artifact.promote(store, manifest.task, alias, manifest.version)
+    move_alias(store, manifest.task, alias, manifest.version)
     echo(f"{manifest.task}@{alias}: {before} -> {manifest.version}")
 
 
@@ -245,9 +244,8 @@ def rollback(
     ref: Ref, root: Root = DEFAULT_ROOT, endpoint: MaybeEndpoint = None, token_env: TokenEnv = ADMIN_TOKEN
 ) -> None:
     """Point TASK@ALIAS at its previous version. Each repetition goes one version further back."""
-
     if endpoint is not None:
-        return _tell(endpoint, token_env, "rollback", adapter=ref)
+        return _send_admin(endpoint, token_env, "rollback", adapter=ref)
     task, _, alias = ref.partition("@")
     old, new = roll_back(Store(root), task, alias)
     echo(f"{ref}: {old} -> {new}")
@@ -263,31 +261,31 @@ def register(
     token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
     """Copy a version from another store into the store of the endpoint. The files are verified first."""
-    _tell(endpoint, token_env, "register", uri=uri, alias=alias)
+    _send_admin(endpoint, token_env, "register", uri=uri, alias=alias)
 
 
 @app.command()
 def load(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
     """Load a version into the memory of the endpoint before the first request for it."""
-    _tell(endpoint, token_env, "load", adapter=ref)
+    _send_admin(endpoint, token_env, "load", adapter=ref)
 
 
 @app.command()
 def pin(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
     """Load a version and protect it from eviction."""
-    _tell(endpoint, token_env, "pin", adapter=ref)
+    _send_admin(endpoint, token_env, "pin", adapter=ref)
 
 
 @app.command()
 def unpin(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
     """Allow a pinned version to be evicted."""
-    _tell(endpoint, token_env, "unpin", adapter=ref)
+    _send_admin(endpoint, token_env, "unpin", adapter=ref)
 
 
 @app.command()
 def unload(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
     """Unload a version once its last request has ended. It stays registered."""
-    _tell(endpoint, token_env, "unload", adapter=ref)
+    _send_admin(endpoint, token_env, "unload", adapter=ref)
 
 
 def swap(
@@ -300,10 +298,10 @@ def swap(
 
     The version is loaded before the alias moves, so no request waits. Running requests finish on their version.
     """
-    _tell(endpoint, token_env, "promote", adapter=ref, version=version)
+    _send_admin(endpoint, token_env, "promote", adapter=ref, version=version)
 
 
-def _tell(endpoint: str, token_env: str, verb: str, **body: str | None) -> None:
+def _send_admin(endpoint: str, token_env: str, verb: str, **body: str | None) -> None:
     from graftwork.serving.client import Client
 
     with Client(endpoint, os.environ.get(token_env)) as client:
@@ -324,7 +322,7 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
             r["task"],
             r["version"],
             ",".join(r["aliases"]) or "-",
-            *[_plain(r[key]) for key in keys],
+            *[("no", "yes")[r[key]] if isinstance(r[key], bool) else r[key] for key in keys],
             gib(r["file_bytes"]),
         )
         for r in found
@@ -336,16 +334,12 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
             echo(f"{ref} means {version} in the store: `graftwork swap {ref} {version} --endpoint {endpoint}`")
 
 
-def _plain(value: Any) -> Any:
-    return ("no", "yes")[value] if isinstance(value, bool) else value
-
-
 @app.command("rm")
 def remove(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
     """Delete one version. Refused while an alias points at it."""
-    from graftwork.artifacts import publish as artifact
+    from graftwork.artifacts.publish import remove as remove_version
 
     store = Store(root)
     task, version = locate(store, ref)  # not opened: a damaged version too can be removed
-    artifact.remove(store, task, version)
+    remove_version(store, task, version)
     echo(f"removed {task}@{version}")

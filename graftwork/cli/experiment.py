@@ -39,7 +39,7 @@ def start(
         found = client.experiment("start", spec=spec.model_dump(mode="json"))
     _show(found, as_json)
     if not as_json:
-        echo(f'  ask for it with "model": "{found["model"]}" and your user\'s name as "user"')
+        echo(f'  request it with "model": "{found["model"]}" and your user\'s name as "user"')
 
 
 @app.command()
@@ -84,19 +84,19 @@ def ramp(
 @app.command()
 def stop(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Stop an experiment permanently. The control arm then answers all requests."""
-    _tell("stop", where, name, token_env, as_json)
+    _send("stop", where, name, token_env, as_json)
 
 
 @app.command()
 def kill(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Route all traffic to the control arm immediately, until `resume`."""
-    _tell("kill", where, name, token_env, as_json)
+    _send("kill", where, name, token_env, as_json)
 
 
 @app.command()
 def resume(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Undo `kill`: restore the traffic weights."""
-    _tell("resume", where, name, token_env, as_json)
+    _send("resume", where, name, token_env, as_json)
 
 
 @app.command()
@@ -151,7 +151,7 @@ def _log_of(spec: "ExperimentSpec") -> str:
     return str(runs["log"]["uri"])
 
 
-def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
+def _send(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
     with _at(where, name, token_env) as (client, chosen):
         _show(client.experiment(verb, name=_one(client, chosen)), as_json)
 
@@ -280,36 +280,36 @@ def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
 
 def show_online(report: "ExperimentReport") -> None:
     """Differences with sequences, guardrails, and the verdict in a sentence."""
-    from graftwork.report import evaluation_views as online
-    from graftwork.report import format as words
+    from graftwork.report.evaluation_views import effect_interval, estimator, evidence, guard_state, signed
+    from graftwork.report.format import NONE, count
 
     unit = "prompts" if report.mode == "shadow" else "units"
     print_table(
-        f"{report.name}: {report.metric}, {report.mode}, {words.count(report.rows)} rows",
+        f"{report.name}: {report.metric}, {report.mode}, {count(report.rows)} rows",
         ("arm", unit, "plain mean", "answers", "failed"),
         [
-            (arm.name, arm.units, words.NONE if arm.mean is None else f"{arm.mean:.3f}", arm.answers, arm.errors)
+            (arm.name, arm.units, NONE if arm.mean is None else f"{arm.mean:.3f}", arm.answers, arm.errors)
             for arm in report.arms
         ],
     )
     print_table(
         f"against {report.control} (holds at every look)",
-        ("arm", online.estimator(report.mode), unit, "e-value", "verdict", "would decide"),
+        ("arm", estimator(report.mode), unit, "e-value", "verdict", "would decide"),
         [
             (
                 one.arm,
-                f"{online.signed(one.estimate)} {online.effect_interval(one)}",
+                f"{signed(one.estimate)} {effect_interval(one)}",
                 one.n,
-                online.evidence(one.e_value),
+                evidence(one.e_value),
                 one.verdict,
-                words.NONE if one.n_needed is None else words.count(one.n_needed),
+                NONE if one.n_needed is None else count(one.n_needed),
             )
             for one in report.contrasts
         ],
     )
     if report.guardrails:
         rows = [
-            (g.arm, g.says, words.NONE if g.value is None else f"{g.value:.3f}", g.n, online.guard_state(g))
+            (g.arm, g.says, NONE if g.value is None else f"{g.value:.3f}", g.n, guard_state(g))
             for g in report.guardrails
         ]
         print_table("guardrails", ("arm", "bound", "seen", "n", "state"), rows)

@@ -14,7 +14,6 @@ from graftwork.cluster.jobs.backend import usd_per_hour
 from graftwork.cluster.jobs.models import Job
 from graftwork.cluster.ray_address import FORMS, unknown_place
 from graftwork.cluster.spec import quantity
-from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.planning.accelerators import gpu_key, gpus_of, is_auto
 from graftwork.stages.jobs import PlannedJob, plan_job
@@ -76,8 +75,11 @@ def plan(
     spec = config.load(file, options.sets)
     if gpu is None:
         spec = resolve_here(spec, "local", options.as_json)
-    elif not options.as_json:
-        _say_gpus(spec, gpu)
+    elif not options.as_json and (key := gpu_key(spec)) is not None:
+        if gpus_of(spec) == 0 and not is_auto(spec):
+            echo(f"note: planned with {key}=1; the file has {key}=0, which computes on the CPU: set {key}=1, or auto")
+        else:
+            echo(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
     rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus)
     show_plan(f"plan of {file}", rows, options.as_json)
 
@@ -92,19 +94,7 @@ def show_plan(title: str, rows: "Sequence[StagePlan]", as_json: bool) -> None:
         raise typer.Exit(2)
 
 
-def _say_gpus(spec: Spec, gpu: str) -> None:
-    """Print the keys that the spec needs to run as it is planned here."""
-    key = gpu_key(spec)
-    if key is None:
-        return
-    if gpus_of(spec) == 0 and not is_auto(spec):
-        echo(f"note: planned with {key}=1; the file has {key}=0, which computes on the CPU: set {key}=1, or auto")
-    else:
-        echo(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
-
-
 def _plan_job(file: Path, options: LaunchOptions) -> None:
-
     assert options.elsewhere, "a plan with --target is of a job"
     whole = plan_job(config.load(file, options.sets), file.parent, options.target, options.cluster_spec())
     if options.as_json:
@@ -151,7 +141,7 @@ def _show(title: str, rows: "Sequence[StagePlan]") -> None:
 
 
 def show_job_plan(whole: PlannedJob) -> None:
-    """For people, below the table of stages."""
+    """Print the plan of a job below the table of stages."""
     job, plan, cluster = whole.job, whole.plan, whole.job.cluster
     there = "is there already: submitting finds it" if plan.exists else "new"
     facts = {
@@ -214,7 +204,7 @@ def _price(whole: PlannedJob) -> str:
     return f"{predicted}; {most}{by}; ${hour:.2f} an hour"
 
 
-def say_plan(spec: "TuneSpec", folder: Path, on: str) -> None:
+def print_prediction(spec: "TuneSpec", folder: Path, on: str) -> None:
     """Print one line with the prediction of the sweep, and a warning where it does not fit. `folder`: the spec file's.
 
     Raises UserErrors as the sweep itself would.
