@@ -27,7 +27,7 @@ def publish(
     base: Annotated[str, typer.Option("--base", metavar="URI", help="Base that the adapter was trained on.")],
     alias: Alias = "latest",
     system: Annotated[
-        str | None, typer.Option("--system", help="System prompt that the adapter was trained with.")
+        str | None, typer.Option("--system", metavar="TEXT", help="System prompt that the adapter was trained with.")
     ] = None,
     bf16: Annotated[
         bool,
@@ -93,8 +93,9 @@ def merge(
         str,
         typer.Option(
             "--method",
-            help="cat (the exact sum), svd (its nearest of a lower rank), linear, ties, "
-            "dare_linear, dare_ties, magnitude_prune; the last four also with _svd.",
+            metavar="METHOD",
+            help="cat (exact sum), svd (best approximation of a lower rank), linear, ties, dare_linear, dare_ties or "
+            "magnitude_prune. The last four also with the suffix _svd.",
         ),
     ] = "cat",
     weights: Annotated[
@@ -143,7 +144,9 @@ Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="URL of
 MaybeEndpoint = Annotated[
     str | None, typer.Option("--endpoint", metavar="URL", help="URL of a running endpoint, to use instead of --root.")
 ]
-TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable that holds the admin token.")]
+TokenEnv = Annotated[
+    str, typer.Option("--token-env", metavar="NAME", help="Environment variable with the admin token.")
+]
 ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
 Ref = Annotated[str, typer.Argument(metavar="TASK@REF", help="Task and alias or version, e.g. airport-card@latest.")]
 
@@ -218,7 +221,7 @@ def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> No
 @app.command()
 def promote(
     ref: Ref,
-    alias: Annotated[str, typer.Argument(help="Alias to move, e.g. prod.")],
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Alias to move, e.g. prod.")],
     root: Root = DEFAULT_ROOT,
     endpoint: MaybeEndpoint = None,
     token_env: TokenEnv = ADMIN_TOKEN,
@@ -257,7 +260,9 @@ def register(
         str, typer.Argument(metavar="URI", help="Folder of a published version, under an allowed root of the endpoint.")
     ],
     endpoint: Endpoint,
-    alias: Annotated[str | None, typer.Option("--alias", help="Alias that will point at the new version.")] = None,
+    alias: Annotated[
+        str | None, typer.Option("--alias", metavar="ALIAS", help="Alias to point at the new version.")
+    ] = None,
     token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
     """Copy a version from another store into the store of the endpoint. The files are verified first."""
@@ -290,7 +295,7 @@ def unload(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> N
 
 def swap(
     ref: Annotated[str, typer.Argument(metavar="TASK@ALIAS", help="Alias to move, e.g. support@prod.")],
-    version: Annotated[str, typer.Argument(help="Version or alias that it will point at.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Version or alias to point it at.")],
     endpoint: Endpoint,
     token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
@@ -336,7 +341,7 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
 
 @app.command("rm")
 def remove(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
-    """Delete one version. Refused while an alias points at it."""
+    """Delete a version. Fails while an alias points at it."""
     from graftwork.artifacts.publish import remove as remove_version
 
     store = Store(root)

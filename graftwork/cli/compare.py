@@ -271,7 +271,9 @@ def _score(arm: "PrecisionArm", metric: str) -> str:
 
 def rebase(
     aliases: Annotated[list[str], typer.Argument(metavar="TASK@ALIAS...", help="Published adapters to retrain.")],
-    base: Annotated[str, typer.Option("--base", help="New base, in any form that `base:` of a spec accepts.")],
+    base: Annotated[
+        str, typer.Option("--base", metavar="URI", help="New base, in any form that `base:` of a spec accepts.")
+    ],
     root: Root = DEFAULT_ROOT,
     rows: Annotated[
         int, typer.Option("--rows", min=2, help="Held-out rows to evaluate, if the spec sets no number.")

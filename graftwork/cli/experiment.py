@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Run A/B tests and shadow tests on a running endpoint.", no_args_is_help=True)
 ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
 Where = Annotated[str, typer.Argument(metavar="FILE|URL", help="Experiment spec, or the URL of its endpoint.")]
-Name = Annotated[str | None, typer.Option("--name", help="Experiment name, if URL runs several.")]
-TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable that holds the admin token of URL.")]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Experiment name, if URL runs several.")]
+TokenEnv = Annotated[
+    str, typer.Option("--token-env", metavar="NAME", help="Environment variable with the admin token, for a URL.")
+]
 
 
 @app.command()
@@ -104,11 +106,11 @@ def report(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Experiment spec that it was started with.")],
     log: Annotated[
         str | None,
-        typer.Option("--log", metavar="URI", help="Folder of the experiment log. Default: ask the endpoint."),
+        typer.Option("--log", metavar="URI", help="Folder of the experiment log. Default: read from the endpoint."),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="FOLDER", help="Folder of report.html and report.json; default: NAME-report."),
+        typer.Option("--out", metavar="FOLDER", help="Folder of report.html and report.json. Default: NAME-report."),
     ] = None,
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,

@@ -48,9 +48,7 @@ Root = Annotated[
     ),
 ]
 AT_ONCE = 16
-JobId = Annotated[
-    str, typer.Argument(metavar="JOB", help="Job id, attempt id, a unique prefix of one, or the job name.")
-]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, attempt id, unique prefix of an id, or job name.")]
 _ATTEMPT = re.compile(r"^(?P<job>.+)-a(?P<number>[1-9][0-9]*)$")
 _ID = re.compile(rf"^(?P<name>.+)-[0-9a-f]{{{DIGEST_CHARS}}}$")
 
@@ -136,7 +134,7 @@ def wait(
     root: Root = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Wait until a job ends, and exit with its exit code. Retries it as `retry` of its cluster config says."""
+    """Wait until a job ends, and exit with its exit code. Retries a lost job according to `retry` of its config."""
     where, job_id, _ = _named(job, root)
     try:
         seconds = seconds_of(timeout)

@@ -23,8 +23,8 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="TARGET",
-        help="Where to run: local (a private Ray), ray://HOST:PORT, http://HOST:PORT (the dashboard of a Ray), or "
-        "k8s:CONTEXT/NAMESPACE.",
+        help="Where to run: local (this machine), http(s)://HOST:PORT (dashboard of a Ray cluster), or "
+        "k8s:CONTEXT/NAMESPACE (KubeRay).",
     ),
 ]
 Sets = Annotated[
@@ -53,8 +53,8 @@ QueueTimeout = Annotated[
     typer.Option("--queue-timeout", metavar="TIME", help="Longest time that the job waits for resources, e.g. 15m."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text and tables.")]
-Root = Annotated[str, typer.Option("--root", help="Object store: a folder, file:// or s3:// URI.")]
-Alias = Annotated[str, typer.Option("--alias", help="Alias that will point at the new version.")]
+Root = Annotated[str, typer.Option("--root", metavar="URI", help="Object store: a folder, file:// or s3:// URI.")]
+Alias = Annotated[str, typer.Option("--alias", metavar="ALIAS", help="Alias to point at the new version.")]
 
 RENAMED_FLAGS = {
     "--on": "--target",

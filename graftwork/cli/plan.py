@@ -32,7 +32,7 @@ PlanTarget = Annotated[
 GpuName = Annotated[
     str | None,
     typer.Option(
-        "--gpu", metavar="NAME", help="Plan for this GPU type: h100, t4, ..., or a YAML file that describes one."
+        "--gpu", metavar="NAME", help="GPU type to plan for: h100, t4, ..., or a YAML file that describes one."
     ),
 ]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of workers, each with its own GPU.")]
@@ -48,8 +48,8 @@ def plan(
 ) -> None:
     """Predict memory and time of a stage, or of all stages of a demo, from its spec. Starts nothing.
 
-    --gpu plans for a GPU type that this machine need not have. --target plans a job on a cluster, which is read but not
-    changed. Exit codes: 2 a stage does not fit or the target would reject the job; 3 the target does not answer.
+    --gpu selects a GPU type that need not be on this machine. --target plans a job and only reads the cluster.
+    Exit codes: 2 a stage does not fit or the target would reject the job; 3 the target does not answer.
     """
     if target is not None:
         if gpu or gpus:

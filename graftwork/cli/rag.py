@@ -58,7 +58,7 @@ def search(
     file: SpecFile,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Query as plain text.")],
     kind: Annotated[
-        str, typer.Option("--kind", help="lexical, dense, hybrid, or auto (the choice of `rag eval`).")
+        str, typer.Option("--kind", metavar="KIND", help="lexical, dense, hybrid, or auto (the choice of `rag eval`).")
     ] = "auto",
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,

@@ -151,7 +151,10 @@ def train(
     file: SpecFile,
     options: LaunchOptions,
     curve: Annotated[
-        str | None, typer.Option("--curve", metavar="N,N,...", help="Train once per row count (learning curve).")
+        str | None,
+        typer.Option(
+            "--curve", metavar="N,N,...", help="Train once for each number of rows and report the learning curve."
+        ),
     ] = None,
 ) -> None:
     """Train one adapter and publish it. A finished run is reused; an unfinished one resumes."""
@@ -244,7 +247,7 @@ def exec_program(
     file: SpecFile,
     options: LaunchOptions,
 ) -> None:
-    """Run a program of your own (kind: exec), here or as a job."""
+    """Run a command (kind: exec), on this machine or as a job."""
     spec = spec_to_run("exec", file, options)
     if spec is None:
         return
@@ -254,8 +257,8 @@ def exec_program(
     if options.target != "local":
         raise ConfigError(
             f"--target {options.target}",
-            "a program is no stage that could run through Ray Client",
-            "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE",
+            "a command runs on this machine or as a job",
+            "targets are local, http(s)://HOST:PORT of a Ray dashboard, and k8s:CONTEXT/NAMESPACE",
         )
     try:
         code = subprocess.run(spec.argv, check=False).returncode
@@ -302,15 +305,22 @@ def chat(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Model name as in /v1/models. Default: the first arm, or the base if there is none."
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Model name as in /v1/models. Default: the first arm, or the base if there is none.",
         ),
     ] = None,
     message: Annotated[
-        str | None, typer.Option("--message", help="Send one message, print the answer and exit.")
+        str | None, typer.Option("--message", metavar="TEXT", help="Send one message, print the answer and exit.")
     ] = None,
     token_env: Annotated[
         str | None,
-        typer.Option("--token-env", help="Environment variable that holds the API token of URL; a FILE names its own."),
+        typer.Option(
+            "--token-env",
+            metavar="NAME",
+            help="Environment variable with the API token, for a URL. A FILE names its own (`token_env`).",
+        ),
     ] = None,
     target: Target = "local",
     sets: Sets = [],  # noqa: B006
