@@ -152,7 +152,7 @@ class StoppingRule(Protocol):
 
 
 def stopping_rule(spec: "TuneSpec", past: "Iterable[TrialRecord]") -> StoppingRule:
-    """Return the rule that a spec asks for; the losses of `past` trials count as if the rule had seen them."""
+    """Return the rule of a spec; the losses of `past` trials count as if the rule had seen them."""
     rule: StoppingRule
     if spec.scheduler is None:
         rule = _OnlyDiverged()

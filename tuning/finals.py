@@ -279,7 +279,7 @@ class WithFinals:
 
 
 def with_finals(spec: TuneSpec, search: Search) -> Search:
-    """The search itself where the spec asks for no finals."""
+    """The search itself for a spec without finals."""
     return WithFinals(search, spec) if spec.finals else search
 
 

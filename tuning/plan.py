@@ -156,7 +156,7 @@ MODELLED_FROM = 8
 
 
 def search_of(spec: TuneSpec) -> Search:
-    """The search that a spec asks for. Raises ConfigError when it can't search this space."""
+    """Return the search of a spec. Raises ConfigError when it can't search this space."""
     if spec.search is not None:
         return spec.search.start(spec)
     size = grid_size(spec.space)

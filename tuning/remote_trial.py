@@ -151,8 +151,8 @@ def run_trial_job(spec: TrialSpec) -> LoopResult:
 
     Raises what `training.run.train` does.
     """
-    kept = {"checkpoint_every": spec.report_every, "checkpoints": {"keep_last": 1}}
-    asked, paths = spec.train.with_(kept), spec.paths().patiently(spec.train.checkpoints.outage_s)
+    checkpoints = {"checkpoint_every": spec.report_every, "checkpoints": {"keep_last": 1}}
+    asked, paths = spec.train.with_(checkpoints), spec.paths().patiently(spec.train.checkpoints.outage_s)
     base, data, fence = base_model.resolve(asked.base), prepare(asked), Fence.from_environment()
     with run_lock(paths, wait_s=OVERTAKES_S if fence is not None else 0.0):
         train, _ = resolve_auto_for_run(asked, base, data.train, paths)

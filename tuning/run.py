@@ -218,7 +218,7 @@ class _Attempt:
         return self._with_page(report)
 
     def train_winner(self, report: TuneReport) -> TuneReport:
-        """Train and publish the winner where the spec asks for it."""
+        """Train and publish the winner where the spec has one."""
         if self.spec.winner is None:
             return report
         return replace(report, winner=train_winner(self.spec, report.best_spec, self.paths, self._notify))

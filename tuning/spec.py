@@ -178,7 +178,7 @@ class TuneSpec(Spec):
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at a time, at most. auto: as many as have room by their predicted memory, CPUs and shares of a GPU."""
     reserve_memory: bool = True
-    """Each trial asks the cluster for its predicted memory. false: where nodes declare less than they have."""
+    """Each trial requests its predicted memory. false: for clusters whose nodes declare less than they have."""
     distributed: Literal["auto", "never", "always"] = "auto"
     """Train each trial on `train.num_workers` Ray Train workers with `train.strategy`. auto: only a trial that does not
     fit one process, if the strategy shards (zero3, fsdp2) or offloads."""

@@ -97,7 +97,7 @@ class Ledger:
                     f"{TRIALS_FILE} of sweep {self.run.run_id}",
                     f"not written for {self._patience_s:g} s: {error.problem}",
                     "storage may be out of reach for train.checkpoints.outage_s seconds",
-                    "run the same command when it is back: trials that had ended are kept, the others are run again",
+                    "run the same command when it is back: trials that ended are not repeated, the others run again",
                 ) from error
             self._on_trouble("")
 
@@ -153,10 +153,10 @@ class TrialPaths:
         """The job of a trial, with a folder for its checkpoints where it makes any."""
         if self.every is None and until is None:
             return job
-        kept = {"checkpoint_every": self.every or job.max_steps, "checkpoints": {"keep_last": 1}}
+        keys = {"checkpoint_every": self.every or job.max_steps, "checkpoints": {"keep_last": 1}}
         begin_from = self.sweep.part(TRIALS, parent) if parent is not None else None
         own = self.sweep.part(TRIALS, trial_id)
-        return replace(job, spec=job.spec.with_(kept), run=own, begin_from=begin_from)
+        return replace(job, spec=job.spec.with_(keys), run=own, begin_from=begin_from)
 
     def tidy(self, trials: Sequence[TrialRecord]) -> None:
         """Remove the checkpoints from which no trial resumes or begins any more. Raises StorageError."""

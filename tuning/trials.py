@@ -230,7 +230,7 @@ class FinalistComparison:
 
     @property
     def tied(self) -> bool:
-        """The interval holds 0. One that is neither beaten nor tied is told apart by this pair alone."""
+        """The interval holds 0. One that is neither beaten nor tied differs in this pair only."""
         return self.low <= 0
 
 
@@ -291,7 +291,7 @@ class TuneReport:
     reused: bool
     """The sweep was done before; no trial ran."""
     winner: Winner | None = None
-    """Where the spec asks for it."""
+    """Set where the spec has `winner`."""
     page: str = ""
     """Where its `report.html` is."""
 

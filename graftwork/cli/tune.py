@@ -224,9 +224,9 @@ def _show_shadow(found: dict[str, Any]) -> None:
     """Print the shadow test of the winner, with the command that starts it."""
     if "why" in found:
         return echo(f"shadow: {found['why']}")
-    written = f"shadow: {found['winner']} beside {found['current']}, {found['spec']}"
+    written = f"shadow: {found['winner']} next to {found['current']}, {found['spec']}"
     if found["started"] is not None:
-        echo(f'{written}; started: ask for it with "model": "{found["started"]["model"]}"')
+        echo(f'{written}; started: request it with "model": "{found["started"]["model"]}"')
     else:
         echo(f"{written}\n  start it: graftwork experiment start {found['spec']}")
 

@@ -40,7 +40,7 @@ NO_PROMPTS: Mapping[str, PromptSpec] = {}
 def plan_spec(spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None = None) -> list[StagePlan]:
     """Return a prediction per stage; `folder` has a demo's spec files. Raises UserError as the stages themselves would.
 
-    `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for what the spec asks for here.
+    `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for the spec's own resources here.
     """
     machine = Machine.detect() if gpu is None else Machine.with_gpus(gpu)
     spec = spec if gpu is None else _on_gpus(spec, gpus)
@@ -137,7 +137,7 @@ def _plan_run(spec: TrainSpec, machine: Machine, on_cluster: bool = False) -> St
 
 
 def _plan_sweep(spec: TuneSpec, machine: Machine, on_cluster: bool) -> list[StagePlan]:
-    """Of its trials, and of the winner's training where the spec asks for it."""
+    """Of its trials, and of the winner's training where the spec has one."""
     from graftwork.tuning.plan import plan_tuning
     from graftwork.tuning.winner import winner_spec
 
@@ -151,7 +151,7 @@ def _plan_sweep(spec: TuneSpec, machine: Machine, on_cluster: bool) -> list[Stag
 
 
 def _machine_of_run(spec: TrainSpec, machine: Machine) -> Machine:
-    """The machine in the dtype that the spec computes in there; where it asks for GPUs, the ones that there are."""
+    """The machine in the dtype that the spec computes in there; with GPUs in the spec, those of this machine."""
     return machine.at(spec.quant) if machine.gpu or not spec.gpus else machine_of(spec)
 
 
@@ -242,7 +242,7 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
 
 
 def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machine) -> Machine:
-    """The machine with the GPU of this one, where the spec asks for GPUs and the plan names none."""
+    """The machine with the GPU of this one, where the spec has GPUs and the plan names none."""
     if machine.gpu is not None or not spec.gpus:
         return machine
     gpu = gpu_here()

@@ -38,7 +38,7 @@ def group_of(
     if first.smaller:
         reason = "it ran out of memory before"
     elif rows.trained_tokens:
-        reason = "rows of the embedding are trained beside the adapter"
+        reason = "rows of the embedding are trained with the adapter"
     while len(group) < most and reason is None:
         found = _next_partner(first, spec, ledger, search, spec_of)
         if found is None:
@@ -76,7 +76,7 @@ def _next_partner(
 
 
 LOGIT_COPIES = 3
-"""In the compute dtype: the logits, the gradient that is kept in their place, and that times the loss's."""
+"""In the compute dtype: the logits, the gradient that is stored in their place, and that times the loss's."""
 
 
 def predict_together(
@@ -154,7 +154,7 @@ def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | N
     if adapter.dora:
         return "adapter.dora: each adapter scales the base's own output"
     if adapter.dropout > 0:
-        return f"adapter.dropout={adapter.dropout:g}: what is dropped would depend on the trials beside it"
+        return f"adapter.dropout={adapter.dropout:g}: what is dropped would depend on the other trials"
     if not isinstance(objective, SftSpec | CptSpec):
         return f"objective.kind={objective.kind}: trials of sft and cpt alone share a process"
     if isinstance(objective, SftSpec) and objective.answers is not None:
@@ -163,7 +163,7 @@ def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | N
         return "init_from or base_adapter: each trial begins from an adapter of its own"
     for key, value in (base or {}).items():  # `attention_dropout`, GPT-2's `resid_pdrop`
         if "drop" in key and isinstance(value, float) and value > 0:
-            return f"the base trains with {key}={value:g}: what is dropped would depend on the trials beside it"
+            return f"the base trains with {key}={value:g}: what is dropped would depend on the other trials"
     if experts := next((key for key in base or {} if "experts" in key), None):
         return f"the base has {experts}: it deals the tokens of all rows to them"
     return None

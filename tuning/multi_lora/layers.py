@@ -196,7 +196,7 @@ def _attention(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """In the form that transformers asks for; whatever is no plain causal attention of short rows is left to sdpa."""
+    """In transformers' signature; all but plain causal attention of short rows is left to sdpa."""
     plain = attention_mask is None and not dropout and more.keys() <= HARMLESS and getattr(module, "is_causal", True)
     if not plain or query.shape[2] > LONGEST or not torch.is_grad_enabled():
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(

@@ -165,9 +165,9 @@ class _GroupRun:
         return [trial.key for trial in self.adapters.trials]
 
     def _keep(self, stays: Callable[[str], bool]) -> None:
-        kept = [trial for trial in self.adapters.trials if stays(trial.key)]
-        if len(kept) < len(self.adapters.trials):
-            self.adapters.keep(kept)
+        staying = [trial for trial in self.adapters.trials if stays(trial.key)]
+        if len(staying) < len(self.adapters.trials):
+            self.adapters.keep(staying)
 
     def _without(self, losses: Mapping[str, float], what: str) -> dict[str, RunError]:
         """Remove the trials whose loss is no number; return the error of each."""
