@@ -7,7 +7,7 @@ from dataclasses import replace
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Machine
-from graftwork.planning.memory import RowSizes
+from graftwork.planning.memory import MemoryPlan, RowSizes
 from graftwork.planning.plan import HEADROOM, START_S, StagePlan, charge_bytes, verdict_of
 from graftwork.training.planning.plan import (
     RAY_TRAIN_START_S,
@@ -37,12 +37,7 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     plans = [worker_memory(trial, model, rows, machine) for trial in trials]
     largest, memory = max(zip(trials, plans, strict=True), key=lambda pair: pair[1].peak_bytes)
     workers = largest.num_workers
-    at_once = min(len(trials), int(machine.cores // (largest.cpus_per_worker * workers)))
-    if spec.max_concurrent == "auto":
-        room = HEADROOM * machine.memory_bytes // charge_bytes(memory.peak_bytes, workers, machine)
-        at_once = max(1, min(at_once, int(room)))
-    else:
-        at_once = max(1, min(at_once, spec.max_concurrent))
+    at_once = _at_once(spec, largest, memory, machine, len(trials))
     evals = math.ceil(spec.steps / spec.report_every)
     each_s = [
         spec.steps * step_seconds(trial, model, rows, machine, at_once)
@@ -53,31 +48,47 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     start_s += RAY_TRAIN_START_S if workers > 1 else 0.0
     if isinstance(spec.search, PbtSpec):  # a member of a population starts a process for each segment
         start_s *= spec.steps // spec.search.every
-    work_s = sum(start_s + share * taken_s for taken_s in each_s)
-    finals_s = math.ceil(most_repeats(spec) / at_once) * (start_s + max(each_s))
-    repeats_s = most_repeats(spec) * (start_s + max(each_s))
+    work_s, longest_s = sum(start_s + share * taken_s for taken_s in each_s), start_s + max(each_s)
+    finals_s = math.ceil(most_repeats(spec) / at_once) * longest_s
     shared_by = 1 if machine.gpu is not None else at_once
-    ways_out = (
-        (setting, size * shared_by) for setting, size in suggest_training_changes(largest, model, rows, machine)
-    )
+    changes = suggest_training_changes(largest, model, rows, machine)
     return StagePlan(
         stage="tune",
         processes=at_once * workers,
         peak_bytes_per_process=memory.peak_bytes,
         total_bytes=memory.peak_bytes * at_once * workers,
-        seconds=RAY_TUNE_START_S + max(work_s / at_once, start_s + max(each_s)) + finals_s,  # someone runs to the end
-        verdict=verdict_of(charge_bytes(memory.peak_bytes, at_once * workers, machine), machine, ways_out),
+        seconds=RAY_TUNE_START_S + max(work_s / at_once, longest_s) + finals_s,  # someone runs to the end
+        verdict=verdict_of(
+            charge_bytes(memory.peak_bytes, at_once * workers, machine),
+            machine,
+            ((one, size * shared_by) for one, size in changes),
+        ),
         parts=memory.parts,
         assumptions=(
             f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken"
             + (f"; each distributed over {workers} workers ({largest.strategy.kind})" if workers > 1 else ""),
-            _cost(spec, largest, work_s + repeats_s, charge_bytes(memory.peak_bytes, 1, machine), machine),
+            _cost(
+                spec,
+                largest,
+                work_s + most_repeats(spec) * longest_s,
+                charge_bytes(memory.peak_bytes, 1, machine),
+                machine,
+            ),
             *([f"{most_repeats(spec)} whole runs more for the finals"] if spec.finals else []),
             *memory.assumptions,
             machine.describe(),
         ),
         host_bytes_per_process=memory.host_bytes,
     )
+
+
+def _at_once(spec: TuneSpec, largest: TrainSpec, memory: MemoryPlan, machine: Machine, trials: int) -> int:
+    """Trials at a time on this machine, or on one GPU: at most one a core, `max_concurrent`, and as many as fit."""
+    most = min(trials, int(machine.cores // (largest.cpus_per_worker * largest.num_workers)))
+    if spec.max_concurrent != "auto":
+        return max(1, min(most, spec.max_concurrent))
+    room = HEADROOM * machine.memory_bytes // charge_bytes(memory.peak_bytes, largest.num_workers, machine)
+    return max(1, min(most, int(room)))
 
 
 def planned_trial(spec: TuneSpec, point: Values, model: ModelShape, rows: RowSizes, machine: Machine) -> TrainSpec:

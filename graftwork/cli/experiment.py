@@ -5,6 +5,8 @@ A FILE names the endpoint, the experiment and the variable with the admin token;
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +49,7 @@ def start(
 @app.command()
 def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Show the arms, sequential (always-valid) estimates, guardrails and dropped records."""
-    with _at(where, name, token_env) as (client, chosen):
+    with _client_and_name(where, name, token_env) as (client, chosen):
         found = [one for one in client.experiments() if chosen in (None, one["name"])]
     if chosen is not None and not found:
         raise ConfigError(
@@ -79,7 +81,7 @@ def ramp(
 ) -> None:
     """Change the traffic weights. A unit keeps its arm unless the new weights move it."""
     given = _weights(weights)
-    with _at(where, name, token_env) as (client, chosen):
+    with _client_and_name(where, name, token_env) as (client, chosen):
         _show(client.experiment("ramp", name=_one(client, chosen), weights=given), as_json)
 
 
@@ -154,7 +156,7 @@ def _log_of(spec: "ExperimentSpec") -> str:
 
 
 def _send(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
-    with _at(where, name, token_env) as (client, chosen):
+    with _client_and_name(where, name, token_env) as (client, chosen):
         _show(client.experiment(verb, name=_one(client, chosen)), as_json)
 
 
@@ -174,22 +176,16 @@ def client_of(url: str, token_env: str | None) -> "Client":
     return Client(url, own_token(token_env, "admin_token_env"))
 
 
-class _at:
-    """A client of the endpoint and the experiment's name, from a FILE or a URL."""
-
-    def __init__(self, where: str, name: str | None, token_env: str) -> None:
-        if where.startswith(("http://", "https://")):
-            self._client = client_of(where, token_env if os.environ.get(token_env) else None)
-            self._name = name
-        else:
-            spec = _spec(where, [])
-            self._client, self._name = client_of(spec.endpoint, spec.admin_token_env), name or spec.name
-
-    def __enter__(self) -> tuple["Client", str | None]:
-        return self._client, self._name
-
-    def __exit__(self, *_: object) -> None:
-        self._client.close()
+@contextmanager
+def _client_and_name(where: str, name: str | None, token_env: str) -> "Iterator[tuple[Client, str | None]]":
+    """Yield a client of the endpoint and the experiment's name, from a FILE or a URL."""
+    if where.startswith(("http://", "https://")):
+        client = client_of(where, token_env if os.environ.get(token_env) else None)
+    else:
+        spec = _spec(where, [])
+        client, name = client_of(spec.endpoint, spec.admin_token_env), name or spec.name
+    with client:
+        yield client, name
 
 
 def _one(client: "Client", name: str | None) -> str:

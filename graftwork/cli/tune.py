@@ -62,7 +62,7 @@ def tune(
     if trial_target is None:
         spec = spec_to_run("tune", file, options)
     else:
-        elsewhere = _elsewhere(options, trial_target)
+        elsewhere = _target_of_trials(options, trial_target)
         given = config.load(file, options.sets, expect="tune")
         assert isinstance(given, TuneSpec)
         spec, _ = with_gpus(given, elsewhere.accelerators(given.root))
@@ -90,7 +90,7 @@ def tune(
         show(spec, report, sweep, shadow)
 
 
-def _elsewhere(options: LaunchOptions, trial_target: str) -> "Elsewhere":
+def _target_of_trials(options: LaunchOptions, trial_target: str) -> "Elsewhere":
     """Return the target of the trial jobs. Raises ConfigError if the driver of the sweep would not run here."""
     from graftwork.tuning.remote_trial import Elsewhere
 
