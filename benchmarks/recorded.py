@@ -1,10 +1,13 @@
-"""The recorded curves (benchmarks/sweep_curves.py), as trials of the grids they came from."""
+"""The recorded curves (benchmarks/sweep_curves.py), as trials of the grids they came from; the job of a point."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS
+from graftwork.training.worker_messages import TrainJob
+from graftwork.tuning.run import Sweep
+from graftwork.tuning.search import Values, rows_key
 from graftwork.tuning.trials import TrialRecord
 
 CURVES = RESULTS / "sweep_curves.json"
@@ -30,3 +33,10 @@ def _trial(row: dict[str, Any]) -> TrialRecord:
         wall_s=row["wall_s"],
         error=row["error"],
     )
+
+
+def job_of(sweep: Sweep, values: Values) -> TrainJob:
+    """Return the job of the process that trains a point of a sweep."""
+    spec, every = sweep.resources(()).resolve_trial(values), sweep.spec.report_every
+    rows = sweep.rows[rows_key(values)]
+    return TrainJob(spec, rows, max_steps=sweep.spec.steps, report_every=every, eval_every=every)

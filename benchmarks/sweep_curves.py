@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.base import URI
 from benchmarks.record import Clock, figure, write
+from benchmarks.recorded import job_of
 from graftwork import config
 from graftwork.training.loop import run_steps
 from graftwork.training.worker_messages import NonFiniteLoss, StepReport
@@ -85,7 +86,7 @@ def record(task: str, out: Path) -> None:
         started = time.monotonic()
         error = None
         try:
-            run_steps(sweep.job(values), report)
+            run_steps(job_of(sweep, values), report)
         except NonFiniteLoss as diverged:
             error = str(diverged)
         row = {"trial_id": trial_id, "values": values, "losses": losses, "error": error}

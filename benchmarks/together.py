@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.base import URI
 from benchmarks.record import Clock, Figure, figure, ratios, write
+from benchmarks.recorded import job_of
 from graftwork import config
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
@@ -68,7 +69,7 @@ def jobs(micro_batch: int, steps: int) -> dict[str, TrainJob]:
         "max_concurrent": 1,
     }
     sweep = Sweep.resolve(config.validate(TuneSpec, given, where="benchmarks.together"))
-    return {json.dumps(values): sweep.job(values) for values in TRIALS}
+    return {json.dumps(values): job_of(sweep, values) for values in TRIALS}
 
 
 def child(arm: str, micro_batch: int, steps: int) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def sweep_of(root: Path, trials: int) -> Any:
 
 def looped(spec: Any, times: int) -> list[dict[str, float]]:
     """Seconds of the loop in this process; the first call imports."""
+    from benchmarks.recorded import job_of
     from graftwork.training.loop import run_steps
     from graftwork.tuning.run import Sweep
     from graftwork.tuning.search import FixedPoints
@@ -61,7 +62,7 @@ def looped(spec: Any, times: int) -> list[dict[str, float]]:
     assert isinstance(sweep.search, FixedPoints)
     for values in sweep.search.points[: times + 1]:
         began = time.perf_counter()
-        result = run_steps(sweep.job(values), lambda _: True)
+        result = run_steps(job_of(sweep, values), lambda _: True)
         found.append({"call_s": time.perf_counter() - began, "loop_s": result.wall_s})
     return found[1:]
 

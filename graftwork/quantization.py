@@ -53,8 +53,6 @@ class QuantMethod:
     note: str = ""
     """Of the packed weights in memory, for the reason that a load reports."""
     shards_in_fsdp2: bool = False
-    replays: bool = False
-    """bitsandbytes' layers run on the meta device, so that `graftwork plan --replay` can replay a step."""
     training_advice: str = ""
     """Warning of a training plan."""
     vllm_problem: str = "vLLM's bitsandbytes quantises a base at the start to nf4 alone"
@@ -100,13 +98,12 @@ def four_bit(name: Literal["nf4", "fp4"], *, vllm_problem: str = QuantMethod.vll
         packed_bytes=_four_bit_bytes,
         config=config,
         shards_in_fsdp2=True,
-        replays=True,
         vllm_problem=vllm_problem,
     )
 
 
 METHODS: dict[QuantKind, QuantMethod] = {
-    "none": QuantMethod(bits=0, shards_in_fsdp2=True, replays=True, vllm_problem=""),
+    "none": QuantMethod(bits=0, shards_in_fsdp2=True, vllm_problem=""),
     "int8": QuantMethod(
         bits=8,
         packed_bytes=lambda weights, rows, double: weights + rows * FP32,

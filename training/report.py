@@ -23,6 +23,7 @@ from graftwork.storage.store import RunPaths
 from graftwork.training.autotune import machine_of, sizes_of
 from graftwork.training.evaluation.questions import Probe
 from graftwork.training.evaluation.spec import work_of
+from graftwork.training.local_worker import needs_ray_train
 from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.planning.plan import plan_training
 from graftwork.training.spec import TrainSpec
@@ -246,7 +247,8 @@ def plan_of_run(spec: TrainSpec, base: ResolvedBase, data: PreparedData, probes:
     try:
         shape, machine = ModelShape.from_config(base.config), machine_of(spec)
         work = work_of([probe.part for probe in probes])
-        return {"plan": plan_training(spec, shape, sizes_of(data.train), held_out, machine, work).as_dict()}
+        on_cluster, rows = needs_ray_train(spec), sizes_of(data.train)
+        return {"plan": plan_training(spec, shape, rows, held_out, machine, work, on_cluster=on_cluster).as_dict()}
     except (BaseModelError, ConfigError) as error:
         return {"reason": f"{error.subject}, {error.problem}"}
 

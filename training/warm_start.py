@@ -12,7 +12,6 @@ from graftwork.artifacts.verify import CONFIG_FILE
 from graftwork.base.load import ResolvedBase
 from graftwork.errors import ConfigError
 from graftwork.storage.store import Store
-from graftwork.training.adapters.merge import require_deltas
 from graftwork.training.spec import TrainSpec
 
 FREE = ("dropout",)
@@ -80,6 +79,8 @@ def pin_stack(spec: TrainSpec, base: ResolvedBase) -> TrainSpec:
     """
     if spec.base_adapter is None:
         return spec
+    from graftwork.training.adapters.merge import require_deltas  # torch and PEFT: 4 s that most runs save
+
     store = Store(spec.root)
     found = resolve(store, spec.base_adapter)
     artifact.require_base(found, base.digest)

@@ -1,8 +1,8 @@
-"""Early stopping of trials: the specs of `scheduler`, and the rule of each, asked at every report.
+"""Early stopping of trials: the specs of `scheduler`, and the rule of each, applied at every report.
 
-An interrupted sweep asks the rules again for the reports that it had seen. Tune's own STOP is not used: a Ray Train
-run nested in a trial that Tune stops keeps its workers (Ray 2.60), and a process that trains several trials at once
-can't be stopped for one of them. The decision goes back to the trial, which leaves its loop.
+A sweep that resumes applies the rules again to the reports of earlier attempts. Tune's own STOP is not used: a Ray
+Train run nested in a trial that Tune stops keeps its workers (Ray 2.60), and a process that trains several trials at
+once can't be stopped for one of them. The decision goes back to the trial, which leaves its loop.
 """
 
 import math
@@ -39,14 +39,13 @@ class AshaSpec(Spec):
         return _rungs(self.grace_steps, self.reduction, steps)
 
     def ladders(self, steps: int) -> tuple[Ladder, ...]:
-        """All trials climb the same one."""
+        """One ladder for all trials."""
         return ((1.0, self.rungs(steps)),)
 
 
 class HyperbandSpec(Spec):
-    """Asynchronous Hyperband: several brackets of successive halving, each with a later first rung than the one before,
-    for spaces where an early loss says little of the last (Li et al. 2018, arXiv 1603.06560), with Ray Tune's
-    decisions."""
+    """Asynchronous Hyperband (Li et al. 2018, arXiv 1603.06560) with Ray Tune's decisions: brackets of successive
+    halving, each with a later first rung than the one before, for spaces where an early loss predicts little."""
 
     kind: Literal["hyperband"] = "hyperband"
     grace_steps: int = Field(default=4, ge=1)
@@ -110,7 +109,7 @@ def with_grace(tree: Any, steps: int, report_every: int) -> Any:
 
 
 def refusal(scheduler: AshaSpec | HyperbandSpec | MedianSpec, steps: int, report_every: int) -> str | None:
-    """Why a scheduler can't do what it says with these steps and reports."""
+    """Return why a scheduler cannot work with these steps and reports; None where it can."""
     grace = scheduler.grace_steps
     if grace >= steps:
         return (
@@ -153,18 +152,16 @@ class StoppingRule(Protocol):
 
 
 def stopping_rule(spec: "TuneSpec", past: "Iterable[TrialRecord]") -> StoppingRule:
-    """Return the rule that a spec asks for; the losses of `past` trials count as if the rule had seen them."""
-    rule = _new_rule(spec)
+    """Return the rule of a spec; the losses of `past` trials count as if the rule had seen them."""
+    rule: StoppingRule
+    if spec.scheduler is None:
+        rule = _OnlyDiverged()
+    else:
+        rule = _Median(spec.scheduler) if isinstance(spec.scheduler, MedianSpec) else _Halving(spec, spec.scheduler)
     seen = [(step, loss, record.trial_id) for record in past for step, loss in record.losses]
     for step, loss, trial_id in sorted(seen, key=lambda report: report[0]):
         rule.reason_to_stop(trial_id, step, loss)
     return rule
-
-
-def _new_rule(spec: "TuneSpec") -> StoppingRule:
-    if spec.scheduler is None:
-        return _OnlyDiverged()
-    return _Median(spec.scheduler) if isinstance(spec.scheduler, MedianSpec) else _Halving(spec, spec.scheduler)
 
 
 class _OnlyDiverged:
@@ -176,14 +173,18 @@ class _Halving:
     """Asynchronous successive halving (Li et al., arXiv 1810.05934), in several brackets for Hyperband.
 
     Decides as Ray Tune's AsyncHyperBandScheduler does (tests/unit/tuning/test_early_stopping.py compares the
-    two); owned because that one neither shows its cut-offs nor can be asked outside of a Tune run except through
-    private fields.
+    two). Ray's neither shows its cut-offs nor runs outside of a Tune run, except through private fields.
     """
 
     def __init__(self, spec: "TuneSpec", asked: AshaSpec | HyperbandSpec) -> None:
         self._steps, self._seed, self._reduction = spec.steps, spec.seed, asked.reduction
         count = asked.brackets if isinstance(asked, HyperbandSpec) else 1
-        self._brackets = [_bracket(spec.steps, asked.grace_steps, asked.reduction, skipped) for skipped in range(count)]
+        most = np.log(spec.steps / asked.grace_steps) / np.log(asked.reduction) + 1
+        self._brackets: list[list[tuple[int, dict[str, float]]]] = [
+            [(asked.grace_steps * asked.reduction**place, {}) for place in reversed(range(skipped, int(most)))]
+            for skipped in range(count)
+        ]
+        """Of each bracket (optimizer step, loss of each trial there), the last rung first."""
         self._bracket_of: dict[str, int] = {}
 
     def reason_to_stop(self, trial_id: str, step: int, loss: float) -> str | None:
@@ -202,8 +203,7 @@ class _Halving:
         return None
 
     def _draw_bracket(self, trial_id: str) -> int:
-        """The bracket of a trial: one with a rung more is e times as likely. It follows from seed and id alone, so
-        that a sweep that goes on draws the same."""
+        """Draw from seed and id alone, so that a resumed sweep draws the same; a rung more is e times as likely."""
         rungs = np.array([len(bracket) for bracket in self._brackets])
         weights = np.e ** (rungs - rungs.max())
         chance = np.random.RandomState(zlib.crc32(f"{self._seed} {trial_id}".encode()))
@@ -217,15 +217,9 @@ class _Halving:
         return f"stopped at step {step}: loss {loss:.4f} is above {at}"
 
 
-def _bracket(steps: int, grace_steps: int, reduction: int, skipped: int) -> list[tuple[int, dict[str, float]]]:
-    """(optimizer step, loss of each trial there) of a bracket, the last rung first. `skipped`: rungs left out early."""
-    count = int(np.log(steps / grace_steps) / np.log(reduction) - skipped + 1)
-    return [(grace_steps * reduction ** (place + skipped), {}) for place in reversed(range(count))]
-
-
 class _Median:
-    """Median stopping (Golovin et al., Google Vizier, 2017): a trial stops whose best loss is above the median of the
-    running averages of the others. Decides as Ray Tune's MedianStoppingRule does, and is owned for the same reason."""
+    """Median stopping (Golovin et al., Google Vizier, 2017): stops a trial whose best loss is above the median of the
+    running averages of the others. Decides as Ray Tune's MedianStoppingRule does."""
 
     def __init__(self, asked: MedianSpec) -> None:
         self._grace_steps, self._min_trials = asked.grace_steps, asked.min_trials
@@ -238,7 +232,8 @@ class _Median:
         if step < self._grace_steps:
             return None
         others = [seen for other, seen in self._seen.items() if other != trial_id and seen[-1][0] >= step]
-        averages = [average for seen in others if (average := self._average(seen, step)) is not None]
+        losses = [[loss for at, loss in seen if self._grace_steps <= at <= step] for seen in others]
+        averages = [float(np.mean(counted)) for counted in losses if counted]
         if len(averages) < self._min_trials:
             return None
         best, median = min(loss for _, loss in self._seen[trial_id]), float(np.median(averages))
@@ -248,11 +243,6 @@ class _Median:
             f"stopped at step {step}: best loss {best:.4f} is above {median:.4f}, the median of the running "
             f"averages of {len(averages)} trials"
         )
-
-    def _average(self, seen: list[tuple[int, float]], until: int) -> float | None:
-        """Mean of the losses from grace_steps to `until`; None without one."""
-        losses = [loss for step, loss in seen if self._grace_steps <= step <= until]
-        return float(np.mean(losses)) if losses else None
 
 
 def _diverged(step: int, loss: float) -> str | None:

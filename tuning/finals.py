@@ -18,9 +18,6 @@ from graftwork.tuning.search_space import Goal
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import FinalistComparison, SearchDecision, TrialRecord, label_points, pareto, value_of
 
-# Of trials that are as good as each other, the one that costs least.
-
-
 COSTS = (Goal(metric="trained_parameters"), Goal(metric="step_s"))
 """What counts after the sweep's own objectives."""
 MEASURED = ("step_s", "wall_s", "peak_rss_bytes")
@@ -30,7 +27,7 @@ SAME = 0.05
 
 @dataclass(frozen=True)
 class Cheapest:
-    """The trial, and what decided."""
+    """The cheapest of tied trials, and the metric that decided."""
 
     trial_id: str
     by: str | None
@@ -52,15 +49,12 @@ def cheapest(objectives: Sequence[Goal], tied: Mapping[str, Sequence[TrialRecord
             continue
         best = min if goal.direction == "min" else max
         least = best(costs.values())
-        pool = [one for one, cost in costs.items() if _same(cost, least, goal)]
+        noise = SAME if goal.metric in MEASURED else 0.0
+        pool = [one for one, cost in costs.items() if abs(cost - least) <= noise * max(cost, least)]
         if len(pool) < len(costs):
             others = best(cost for one, cost in costs.items() if one not in pool)
             found = Cheapest(pool[0], goal.metric, _against(goal.metric, least, others))
     return found
-
-
-def _same(a: float, b: float, goal: Goal) -> bool:
-    return a == b or (goal.metric in MEASURED and abs(a - b) <= SAME * max(a, b))
 
 
 def _mean(runs: Sequence[TrialRecord], goal: Goal) -> float | None:
@@ -71,15 +65,12 @@ def _mean(runs: Sequence[TrialRecord], goal: Goal) -> float | None:
 
 def _against(metric: str, a: float, b: float) -> str:
     if metric == "trained_parameters":
-        return f"{_count(a)} against {_count(b)} trained parameters"
+        counts = [f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:.0f}" for value in (a, b)]
+        return f"{' against '.join(counts)} trained parameters"
     if metric in ("adapter_bytes", "peak_rss_bytes"):
         return f"{a / 2**20:.1f} against {b / 2**20:.1f} MiB of {metric.removesuffix('_bytes')}"
     unit = {"step_s": " s a step", "wall_s": " s", "tokens": " tokens"}[metric]
     return f"{a:.3g} against {b:.3g}{unit}"
-
-
-def _count(value: float) -> str:
-    return f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:.0f}"
 
 
 @dataclass(frozen=True)
@@ -111,8 +102,9 @@ def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> SearchDecision:
     taking_part = finalists(spec, trials)
     if not taking_part:
         return _unrepeated(spec, best, front)
-    notes = list(_fewer(spec, taking_part))
-    whole = []
+    notes, whole = [], []
+    if spec.finals and len(taking_part) < spec.finals.finalists:
+        notes.append(f"finals.finalists={spec.finals.finalists}, but {len(taking_part)} trials ran to their end")
     for one in gathered(spec, taking_part, trials):
         if len(one.runs) == len(seeds_of(spec)):
             whole.append(one)
@@ -140,7 +132,7 @@ def rule(spec: TuneSpec) -> str:
 def _decide(
     spec: TuneSpec, whole: Sequence[Finalist], front: tuple[str, ...], notes: tuple[str, ...]
 ) -> SearchDecision:
-    """By the mean over seeds, and of those that are tied with it by their cost."""
+    """Take the lowest mean over seeds, and of those tied with it the cheapest."""
     assert spec.finals is not None
     best = min(whole, key=lambda one: one.loss)
     contrasts = contrasts_of(best, whole, spec.finals.alpha)
@@ -155,10 +147,10 @@ def _decide(
 
 
 def contrasts_of(best: Finalist, whole: Sequence[Finalist], alpha: float) -> tuple[FinalistComparison, ...]:
-    """The best against each other finalist, the closest first.
+    """Compare the best with each other finalist, the closest first.
 
-    Which is best is known after the runs alone, so any pair may be asked about: Holm's family are all pairs. Over the
-    pairs with the best alone, five equal finalists give a false finding in 8 % of sweeps at alpha=0.05.
+    The best is known only after the runs, so Holm's family are all pairs. Over the pairs with the best alone, five
+    equal finalists give a false finding in 8 % of sweeps at alpha=0.05.
     """
     pairs = list(combinations([one.trial.trial_id for one in whole], 2))
     losses = {one.trial.trial_id: np.array(one.losses) for one in whole}
@@ -186,11 +178,6 @@ def gathered(spec: TuneSpec, taking_part: Sequence[TrialRecord], trials: Sequenc
         yield Finalist(trial, name, (trial, *(run for run in runs if run.state == "finished")))
 
 
-def _fewer(spec: TuneSpec, taking_part: Sequence[TrialRecord]) -> Iterator[str]:
-    if spec.finals and len(taking_part) < spec.finals.finalists:
-        yield f"finals.finalists={spec.finals.finalists}, but {len(taking_part)} trials ran to their end"
-
-
 def _unrepeated(
     spec: TuneSpec, best: Sequence[TrialRecord], front: tuple[str, ...], notes: tuple[str, ...] = ()
 ) -> SearchDecision:
@@ -198,9 +185,8 @@ def _unrepeated(
     lowest = best[0].losses[-1][1]
     equal = {trial.trial_id: (trial,) for trial in best if trial.losses[-1][1] == lowest}
     taken = cheapest(spec.objectives[1:], equal).trial_id
-    name = dict(zip((trial.trial_id for trial in best), label_points([trial.values for trial in best]), strict=True))[
-        taken
-    ]
+    labels = label_points([trial.values for trial in best])
+    name = labels[[trial.trial_id for trial in best].index(taken)]
     if len(best) == 1:
         said = f"{name} is the only trial that ran to its end: it was compared with nothing"
     else:
@@ -255,8 +241,7 @@ def _none_finished(spec: TuneSpec, trials: Sequence[TrialRecord]) -> RunError:
 # The finals: once the search has no more, its best trials run again with other seeds, each with the same ones.
 #
 # A seed decides the order of the rows and the adapter's first weights. Finalists that share it share that luck, so
-# their
-# losses are compared seed by seed.
+# their losses are compared seed by seed.
 
 
 @dataclass(frozen=True)
@@ -265,11 +250,6 @@ class WithFinals:
 
     search: Search
     spec: TuneSpec
-
-    @property
-    def name(self) -> str:
-        """That of the search."""
-        return self.search.name
 
     @property
     def total(self) -> int:
@@ -290,11 +270,16 @@ class WithFinals:
         if any(trial.state in ("pending", "running") for trial in searched):
             return Wait()
         known = {trial.trial_id for trial in trials}
-        return next((one for one in _repeats(self.spec, searched) if digest(one.values) not in known), None)
+        for seed in seeds_of(self.spec)[1:]:  # seed by seed, so that an interrupted sweep has whole pairs
+            for finalist in finalists(self.spec, searched):
+                values = repeated(finalist.values, seed)
+                if digest(values) not in known:
+                    return Suggestion(values, repeat_of=finalist.trial_id)
+        return None
 
 
 def with_finals(spec: TuneSpec, search: Search) -> Search:
-    """The search itself where the spec asks for no finals."""
+    """The search itself for a spec without finals."""
     return WithFinals(search, spec) if spec.finals else search
 
 
@@ -338,10 +323,3 @@ def finalists(spec: TuneSpec, trials: Sequence[TrialRecord]) -> list[TrialRecord
     """Those that take part: none where fewer than two trials ran to their end."""
     best = ranked(spec, trials)[: spec.finals.finalists] if spec.finals else []
     return best if len(best) > 1 else []
-
-
-def _repeats(spec: TuneSpec, searched: Sequence[TrialRecord]) -> Iterator[Suggestion]:
-    """Seed by seed, so that an interrupted sweep has whole pairs."""
-    for seed in seeds_of(spec)[1:]:
-        for finalist in finalists(spec, searched):
-            yield Suggestion(repeated(finalist.values, seed), repeat_of=finalist.trial_id)

@@ -12,14 +12,18 @@ import pickle
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from ray.exceptions import WorkerCrashedError
 
 from graftwork.cluster.private_ray import environment_of
 from graftwork.environment import peak_rss_bytes
 from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob
-from graftwork.tuning.distributed_trial import ReportFn
 
+ReportFn = Callable[[StepReport, int], bool]
+"""Takes a step's report and the largest resident set of its process; returns False to stop the trial."""
 PRELOADED = (
     "__main__",
     "graftwork.training.loop",
@@ -52,7 +56,7 @@ def train_in_fork(job: TrainJob, report: ReportFn) -> LoopResult:
         process.kill()  # a fork that has sent its outcome has nothing left to do
         process.join()
     if outcome is None:
-        raise _crashed(f"the trial's process ended with {_describe(process.exitcode)}")
+        raise TrialProcessDied(process.exitcode)
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
@@ -88,8 +92,12 @@ def _train(wire: Connection, job: TrainJob) -> None:
         message = ("result", run_steps(job, report))
     except BaseException as error:  # the top of a process
         message = ("error", error)
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # an error class of another library, which may raise anything
+            message = ("error", RuntimeError(f"{type(error).__name__}: {error}"))
     with contextlib.suppress(OSError):
-        wire.send(_picklable(message))
+        wire.send(message)
 
 
 def _end_with_parent() -> None:
@@ -100,24 +108,12 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _picklable(message: tuple[str, Any]) -> tuple[str, Any]:
-    try:
-        pickle.loads(pickle.dumps(message))
-    except Exception:  # an error class of another library
-        return message[0], RuntimeError(f"{type(message[1]).__name__}: {message[1]}")
-    return message
+class TrialProcessDied(WorkerCrashedError):  # type: ignore[misc]  # Ray carries no types; its own has a fixed text
+    """The fork of a trial ended without an outcome."""
 
+    def __init__(self, exit_code: int | None) -> None:
+        died = exit_code is not None and exit_code < 0
+        self.how = f"signal {-exit_code}" if died and exit_code is not None else f"exit code {exit_code}"
 
-def _crashed(why: str) -> Exception:
-    from ray.exceptions import WorkerCrashedError
-
-    class TrialProcessDied(WorkerCrashedError):  # type: ignore[misc]  # Ray carries no types; its own has a fixed text
-        def __str__(self) -> str:
-            return why
-
-    error: Exception = TrialProcessDied()
-    return error
-
-
-def _describe(exit_code: int | None) -> str:
-    return f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
+    def __str__(self) -> str:
+        return f"the trial's process ended with {self.how}"

@@ -1,4 +1,4 @@
-"""Predicts a sweep: the trials that will run, at most as many at once as asked for."""
+"""Prediction of a sweep: its trials, how many run at a time, their memory, time and cost."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ from graftwork.training.planning.plan import (
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import most_repeats
 from graftwork.tuning.search import FixedPoints, Search, Values, grid_size, trial_spec
-from graftwork.tuning.search_grid_random import GridSpec, RandomSpec, random_search
+from graftwork.tuning.search_grid_random import GridSpec, RandomSpec
 from graftwork.tuning.search_optuna import TpeSpec
 from graftwork.tuning.search_pbt import PbtSearch, PbtSpec
 from graftwork.tuning.spec import TuneSpec
@@ -35,30 +35,44 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     trials = [planned_trial(spec, point, model, rows, machine) for point in points_to_plan(spec)]
     plans = [worker_memory(trial, model, rows, machine) for trial in trials]
     largest, memory = max(zip(trials, plans, strict=True), key=lambda pair: pair[1].peak_bytes)
-    at_once, workers = _at_once(spec, largest, memory, machine, len(trials)), largest.num_workers
-    each_s = [_trial_seconds(spec, trial, model, rows, held_out, machine, at_once) for trial in trials]
+    workers = largest.num_workers
+    at_once = _at_once(spec, largest, memory, machine, len(trials))
+    evals = math.ceil(spec.steps / spec.report_every)
+    each_s = [
+        spec.steps * step_seconds(trial, model, rows, machine, at_once)
+        + evals * evaluation_seconds(trial, model, held_out, machine, at_once)
+        for trial in trials
+    ]
     start_s, share = START_S / machine.pace(at_once * workers, 1), expected_share(spec, len(trials))
     start_s += RAY_TRAIN_START_S if workers > 1 else 0.0
-    start_s *= starts(spec)
-    work_s = sum(start_s + share * taken_s for taken_s in each_s)
-    finals_s = math.ceil(most_repeats(spec) / at_once) * (start_s + max(each_s))
-    repeats_s = most_repeats(spec) * (start_s + max(each_s))
+    if isinstance(spec.search, PbtSpec):  # a member of a population starts a process for each segment
+        start_s *= spec.steps // spec.search.every
+    work_s, longest_s = sum(start_s + share * taken_s for taken_s in each_s), start_s + max(each_s)
+    finals_s = math.ceil(most_repeats(spec) / at_once) * longest_s
     shared_by = 1 if machine.gpu is not None else at_once
-    ways_out = (
-        (setting, size * shared_by) for setting, size in suggest_training_changes(largest, model, rows, machine)
-    )
+    changes = suggest_training_changes(largest, model, rows, machine)
     return StagePlan(
         stage="tune",
         processes=at_once * workers,
         peak_bytes_per_process=memory.peak_bytes,
         total_bytes=memory.peak_bytes * at_once * workers,
-        seconds=RAY_TUNE_START_S + max(work_s / at_once, start_s + max(each_s)) + finals_s,  # someone runs to the end
-        verdict=verdict_of(charge_bytes(memory.peak_bytes, at_once * workers, machine), machine, ways_out),
+        seconds=RAY_TUNE_START_S + max(work_s / at_once, longest_s) + finals_s,  # someone runs to the end
+        verdict=verdict_of(
+            charge_bytes(memory.peak_bytes, at_once * workers, machine),
+            machine,
+            ((one, size * shared_by) for one, size in changes),
+        ),
         parts=memory.parts,
         assumptions=(
             f"{len(trials)} trials of {spec.steps} steps, {at_once} at once, {share:.0%} of the steps taken"
             + (f"; each distributed over {workers} workers ({largest.strategy.kind})" if workers > 1 else ""),
-            cost(spec, largest, work_s + repeats_s, charge_bytes(memory.peak_bytes, 1, machine), machine),
+            _cost(
+                spec,
+                largest,
+                work_s + most_repeats(spec) * longest_s,
+                charge_bytes(memory.peak_bytes, 1, machine),
+                machine,
+            ),
             *([f"{most_repeats(spec)} whole runs more for the finals"] if spec.finals else []),
             *memory.assumptions,
             machine.describe(),
@@ -67,44 +81,48 @@ def plan_tuning(spec: TuneSpec, model: ModelShape, rows: RowSizes, held_out: Row
     )
 
 
+def _at_once(spec: TuneSpec, largest: TrainSpec, memory: MemoryPlan, machine: Machine, trials: int) -> int:
+    """Trials at a time on this machine, or on one GPU: at most one a core, `max_concurrent`, and as many as fit."""
+    most = min(trials, int(machine.cores // (largest.cpus_per_worker * largest.num_workers)))
+    if spec.max_concurrent != "auto":
+        return max(1, min(most, spec.max_concurrent))
+    room = HEADROOM * machine.memory_bytes // charge_bytes(memory.peak_bytes, largest.num_workers, machine)
+    return max(1, min(most, int(room)))
+
+
 def planned_trial(spec: TuneSpec, point: Values, model: ModelShape, rows: RowSizes, machine: Machine) -> TrainSpec:
-    """The trial of a point as it would run on this machine, or on such GPUs: alone where it fits, else as a gang."""
-    gang = trial_spec(spec, point, gang=True)
-    if spec.distributed == "always":
-        return resolve_auto_trial(spec, gang, model, rows, machine)
-    try:
-        alone = resolve_auto_trial(spec, trial_spec(spec, point), model, rows, machine)
-    except ConfigError:
-        if spec.distributed == "never" or not shards(gang):
-            raise
-        return resolve_auto_trial(spec, gang, model, rows, machine)
-    peak = worker_memory(alone, model, rows, machine).peak_bytes
-    alone_only = spec.distributed == "never" or not shards(gang)
-    fits = alone_only or charge_bytes(peak, 1, machine) <= HEADROOM * machine.memory_bytes
-    return alone if fits else resolve_auto_trial(spec, gang, model, rows, machine)
+    """The trial of a point on this machine, or on such GPUs: one process where it fits, else distributed."""
+    distributed = trial_spec(spec, point, distributed=True)
+    alone_only = spec.distributed == "never" or not shards(distributed)
+    if spec.distributed != "always":
+        try:
+            alone = resolve_auto_trial(spec, trial_spec(spec, point), model, rows, machine)
+        except ConfigError:
+            if alone_only:
+                raise
+        else:
+            peak = worker_memory(alone, model, rows, machine).peak_bytes
+            if alone_only or charge_bytes(peak, 1, machine) <= HEADROOM * machine.memory_bytes:
+                return alone
+    return resolve_auto_trial(spec, distributed, model, rows, machine)
 
 
 def shards(trial: TrainSpec) -> bool:
-    """Whether a worker of a gang takes less memory than one process alone."""
+    """Return whether a worker of a distributed trial takes less memory than one process alone."""
     offloads = trial.strategy.offload_optimizer != "none" or trial.strategy.offload_weights != "none"
     return trial.strategy.kind in ("zero3", "fsdp2") or offloads
 
 
-def cost(spec: TuneSpec, trial: TrainSpec, work_s: float, peak_bytes: int, machine: Machine) -> str:
-    """In words, for trials that work so many seconds in all: hours of CPUs and GPUs, and the sum where prices are."""
-    cpu_h = work_s / 3600 * trial.cpus_per_worker * trial.num_workers
-    gpu_h = work_s / 3600 * _gpus(trial, peak_bytes, machine)
+def _cost(spec: TuneSpec, trial: TrainSpec, work_s: float, peak_bytes: int, machine: Machine) -> str:
+    """Hours of CPUs and GPUs, and the sum where prices are given, of trials that work `work_s` seconds in all."""
+    gpus = 0.0  # a share of one, or one for each worker of a distributed trial
+    if machine.gpu is not None:
+        gpus = trial.num_workers if trial.num_workers > 1 else peak_bytes / (HEADROOM * machine.memory_bytes)
+    cpu_h, gpu_h = work_s / 3600 * trial.cpus_per_worker * trial.num_workers, work_s / 3600 * gpus
     hours = f"{cpu_h:.2f} CPU-hours" + (f", {gpu_h:.2f} GPU-hours" if gpu_h else "")
     if spec.prices is None:
         return f"{hours} in all"
     return f"{hours} in all: {cpu_h * spec.prices.cpu_hour + gpu_h * spec.prices.gpu_hour:.3g} at `prices`"
-
-
-def _gpus(trial: TrainSpec, peak_bytes: int, machine: Machine) -> float:
-    """GPUs of a trial: a share of one, or one for each worker of a gang."""
-    if machine.gpu is None:
-        return 0.0
-    return float(trial.num_workers) if trial.num_workers > 1 else peak_bytes / (HEADROOM * machine.memory_bytes)
 
 
 def resolve_auto_trial(
@@ -124,30 +142,6 @@ def resolve_auto_trial(
     return resolve_auto(trial, model, rows, replace(machine, memory_bytes=machine.memory_bytes // last)).spec
 
 
-def _at_once(spec: TuneSpec, largest: TrainSpec, memory: MemoryPlan, machine: Machine, trials: int) -> int:
-    """Trials at a time on this machine, or on one GPU: as asked for, at most one a core; with auto as many as fit."""
-    cores = int(machine.cores // (largest.cpus_per_worker * largest.num_workers))
-    if spec.max_concurrent != "auto":
-        return max(1, min(spec.max_concurrent, trials, cores))
-    room = int(HEADROOM * machine.memory_bytes // charge_bytes(memory.peak_bytes, largest.num_workers, machine))
-    return max(1, min(trials, cores, room))
-
-
-def _trial_seconds(
-    spec: TuneSpec,
-    trial: TrainSpec,
-    model: ModelShape,
-    rows: RowSizes,
-    held_out: RowSizes,
-    machine: Machine,
-    at_once: int,
-) -> float:
-    """Steps and evaluations of a trial that is not stopped."""
-    evals = math.ceil(spec.steps / spec.report_every)
-    step_s = step_seconds(trial, model, rows, machine, at_once)
-    return spec.steps * step_s + evals * evaluation_seconds(trial, model, held_out, machine, at_once)
-
-
 def expected_share(spec: TuneSpec, trials: int) -> float:
     """Share of all trials' steps that are taken when one trial in `reduction` goes on at each rung."""
     if spec.scheduler is None:
@@ -161,18 +155,10 @@ def expected_share(spec: TuneSpec, trials: int) -> float:
     return taken / (trials * spec.steps)
 
 
-def starts(spec: TuneSpec) -> int:
-    """Processes that a trial takes, one after the other: a member of a population one a segment."""
-    return spec.steps // spec.search.every if isinstance(spec.search, PbtSpec) else 1
-
-
 def points_to_plan(spec: TuneSpec) -> tuple[Values, ...]:
     """The points that will run where the search knows them; else as many drawn at random, the space's corners first."""
     search = search_of(spec)
-    return search.points if isinstance(search, FixedPoints | PbtSearch) else random_search(spec).points
-
-
-# Searches: each chooses the next point of a sweep from the trials there are.
+    return search.points if isinstance(search, FixedPoints | PbtSearch) else RandomSpec().start(spec).points
 
 
 MODELLED_FROM = 8
@@ -180,7 +166,7 @@ MODELLED_FROM = 8
 
 
 def search_of(spec: TuneSpec) -> Search:
-    """The search that a spec asks for. Raises ConfigError when it can't search this space."""
+    """Return the search of a spec. Raises ConfigError when it can't search this space."""
     if spec.search is not None:
         return spec.search.start(spec)
     size = grid_size(spec.space)

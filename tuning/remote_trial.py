@@ -14,7 +14,7 @@ from graftwork.base import load as base_model
 from graftwork.base import source
 from graftwork.base.model_shape import ModelShape
 from graftwork.cluster.jobs.fencing import Fence
-from graftwork.cluster.jobs.models import Demand, Job, JobBackend, JobStatus, TargetMachines
+from graftwork.cluster.jobs.models import Demand, Job, JobBackend, TargetMachines
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import backend_of
 from graftwork.errors import ClusterError, ConfigError, RunError
@@ -27,7 +27,7 @@ from graftwork.training.ray_worker import fit
 from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, TrainJob, read_steps
-from graftwork.tuning.distributed_trial import ReportFn
+from graftwork.tuning.forkserver import ReportFn
 from graftwork.tuning.search_pbt import PbtSpec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trial_store import TRIALS, TrialSpec
@@ -40,21 +40,21 @@ AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Where trials run as jobs. `cluster` is a ClusterSpec's dump: it travels to the trials' processes."""
+    """Target of trials that are jobs. `cluster` is a ClusterSpec's dump: it is sent to the trials' processes."""
 
     on: str
     cluster: dict[str, Any]
 
     def backend(self, root: str) -> JobBackend:
-        """Of the place."""
+        """Backend of the target."""
         return backend_of(self.on, root, ClusterSpec.model_validate(self.cluster))
 
     def machines(self, root: str) -> TargetMachines:
-        """Machines of the place. Raises ClusterError where it does not answer."""
+        """Machines of the target. Raises ClusterError where it does not answer."""
         return self.backend(root).machines(ClusterSpec.model_validate(self.cluster))
 
     def accelerators(self, root: str) -> Accelerators:
-        """GPUs of the place."""
+        """GPUs of the target."""
         return self.machines(root).accelerators
 
 
@@ -77,7 +77,7 @@ def trial_job(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths) -
     assert job.eval_every is not None
     placed = job.spec.with_({"root": sweep.store.uri, "base.uri": source.absolute(job.spec.base.uri)})
     spec = TrialSpec(
-        name=_name(sweep, trial_id),
+        name=f"{sweep.run_id}-{trial_id}".lower(),
         root=sweep.store.uri,
         sweep=sweep.name,
         sweep_digest=sweep.digest,
@@ -92,16 +92,16 @@ def trial_job(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths) -
 
 
 def train_elsewhere(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPaths, report: ReportFn) -> None:
-    """Have the trial run as a job and hand on its reports; returns when it has ended or was asked to stop.
+    """Run the trial as a job and hand on its reports; return when it has ended or must stop.
 
-    Raises RunError for one that failed or was lost, what `report` raises, and the place's errors at submission.
+    Raises RunError for one that failed or was lost, what `report` raises, and the target's errors at submission.
     """
     asked = trial_job(where, job, trial_id, sweep)
     backend, paths, shown = where.backend(asked.root), sweep.part(TRIALS, trial_id), 0
     status = backend.submit(asked)
     try:
         while True:
-            ended = status.ended  # asked before its steps are read: the last ones are not missed
+            ended = status.ended  # read before the steps, so that the last steps are not missed
             for step in read_steps(paths):
                 if step.step > shown:
                     shown = step.step
@@ -111,36 +111,24 @@ def train_elsewhere(where: Elsewhere, job: TrainJob, trial_id: str, sweep: RunPa
             if ended:
                 break
             time.sleep(POLL_INTERVAL_S)
-            with contextlib.suppress(ClusterError):  # the place is away: it goes on without us
+            with contextlib.suppress(ClusterError):  # the target does not answer: the job continues without us
                 status = backend.status(asked.job_id)
-    except BaseException:  # Tune ends this thread by SystemExit; whatever it is, nobody waits for the job any more
+    except BaseException:  # Tune ends this thread by SystemExit; after any error no process waits for the job
         backend.cancel(asked.job_id)
         raise
     if status.state != "succeeded":
-        raise _failed(status)
+        raise RunError(
+            f"trial job {status.job_id}", f"{status.state}: {status.why}", "", f"graftwork jobs logs {status.job_id}"
+        )
 
 
 def end_trials(where: Elsewhere, sweep: RunPaths) -> int:
-    """Cancel the trials of a sweep that still run, whose processes here may have been killed. How many there were."""
-    backend = where.backend(sweep.store.uri)
-    left = [one for one in backend.list() if one.kind == KIND and not one.ended and _is_of(one, sweep)]
+    """Cancel the trials of a sweep that still run, whose processes here may have been killed; return their number."""
+    backend, prefix = where.backend(sweep.store.uri), f"{sweep.run_id}-".lower()
+    left = [one for one in backend.list() if one.kind == KIND and not one.ended and one.job_id.startswith(prefix)]
     with ThreadPoolExecutor(AT_ONCE) as pool:  # each cancellation waits for the grace of its trial's pods
         list(pool.map(lambda one: backend.cancel(one.job_id), left))
     return len(left)
-
-
-def _failed(status: JobStatus) -> RunError:
-    return RunError(
-        f"trial job {status.job_id}", f"{status.state}: {status.why}", "", f"graftwork jobs logs {status.job_id}"
-    )
-
-
-def _name(sweep: RunPaths, trial_id: str) -> str:
-    return f"{sweep.run_id}-{trial_id}".lower()
-
-
-def _is_of(status: JobStatus, sweep: RunPaths) -> bool:
-    return status.job_id.startswith(f"{sweep.run_id}-".lower())
 
 
 def _demand(job: TrainJob, spec: TrainSpec, machines: TargetMachines) -> Demand:
@@ -155,16 +143,16 @@ def _demand(job: TrainJob, spec: TrainSpec, machines: TargetMachines) -> Demand:
     return Demand(spec.num_workers, spec.cpus_per_worker, spec.gpus, memory[0], None, memory[1])
 
 
-# A trial as a job, where the work is: trained like a run, with a checkpoint at each report, and nothing published.
+# The job of a trial, on the target: trained like a run, with a checkpoint at each report, and nothing published.
 
 
 def run_trial_job(spec: TrialSpec) -> LoopResult:
-    """Train to the trial's last step; needs an initialised Ray. Goes on from its newest checkpoint.
+    """Train to the trial's last step, from its newest checkpoint; needs an initialised Ray.
 
     Raises what `training.run.train` does.
     """
-    kept = {"checkpoint_every": spec.report_every, "checkpoints": {"keep_last": 1}}
-    asked, paths = spec.train.with_(kept), spec.paths().patiently(spec.train.checkpoints.outage_s)
+    checkpoints = {"checkpoint_every": spec.report_every, "checkpoints": {"keep_last": 1}}
+    asked, paths = spec.train.with_(checkpoints), spec.paths().patiently(spec.train.checkpoints.outage_s)
     base, data, fence = base_model.resolve(asked.base), prepare(asked), Fence.from_environment()
     with run_lock(paths, wait_s=OVERTAKES_S if fence is not None else 0.0):
         train, _ = resolve_auto_for_run(asked, base, data.train, paths)

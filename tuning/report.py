@@ -1,4 +1,4 @@
-"""Report of a sweep: the record of its trials that the page shows."""
+"""Report of a sweep: the records of its trials, and `report.json` and `report.html` in its folder."""
 
 import itertools
 import math
@@ -33,20 +33,14 @@ from graftwork.report.sweep_schema import (
 from graftwork.report.sweep_views import sentence
 from graftwork.storage.store import RunPaths
 from graftwork.tuning.finals import finalists, gathered, rule
-from graftwork.tuning.search_space import CategoricalSpace as Listed
-from graftwork.tuning.search_space import Domain, IntRange, LogUniform, PowerOfTwo
+from graftwork.tuning.search_space import CategoricalSpace, Domain, IntRange, LogUniform, PowerOfTwo
 from graftwork.tuning.space_analysis import MOST_VALUES, heat, importance
 from graftwork.tuning.spec import TuneSpec
-from graftwork.tuning.trials import SearchDecision, TrialRecord, pareto, value_of
-
-# The page of a sweep: what its trials say, as records, and the files in its folder.
+from graftwork.tuning.trials import SearchDecision, TrialRecord, TuneReport, pareto, value_of
 
 
-# The finals as the page shows them.
-
-
-def finals_record(spec: TuneSpec, trials: Sequence[TrialRecord], choice: SearchDecision) -> FinalsRecord | None:
-    """None where no finals were held."""
+def _finals_record(spec: TuneSpec, trials: Sequence[TrialRecord], choice: SearchDecision) -> FinalsRecord | None:
+    """Return the finals; None where none took place."""
     taking_part = finalists(spec, trials)
     if spec.finals is None or not taking_part or not choice.contrasts:
         return None
@@ -76,7 +70,7 @@ def finals_record(spec: TuneSpec, trials: Sequence[TrialRecord], choice: SearchD
 
 @dataclass(frozen=True)
 class SweepEnd:
-    """How an attempt at a sweep ended, and what the trials do not tell."""
+    """State at the end of an attempt, and the figures that the trials do not have."""
 
     state: Literal["finished", "interrupted", "failed"]
     rows: int
@@ -88,10 +82,15 @@ class SweepEnd:
     reused: bool = False
     error: str | None = None
 
+    @classmethod
+    def of(cls, report: TuneReport) -> "SweepEnd":
+        """Return the end of a finished sweep."""
+        return cls("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
+
 
 def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: SweepEnd) -> SweepRecord:
-    """What a sweep's trials say."""
-    keys = [key_of(name, domain) for name, domain in spec.space.items()]
+    """Return the record of a sweep, for its page and for `--json`."""
+    keys = [_key_of(name, domain) for name, domain in spec.space.items()]
     shown = [trial_of(trial) for trial in trials]
     searched = [trial for trial in shown if trial.repeat_of is None and in_space(keys, trial)]
     choice = ended.choice
@@ -121,18 +120,18 @@ def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: SweepEnd)
         heat=heat(keys, searched, found),
         stops=stops(searched, best_id, spec.steps) if spec.scheduler else None,
         front=_front(spec, trials),
-        finals=finals_record(spec, trials, choice) if choice else None,
+        finals=_finals_record(spec, trials, choice) if choice else None,
     )
 
 
 def most_at_once(trials: Sequence[TrialRecord]) -> int:
-    """Trials that ran at the same time, at most: of those that were started."""
+    """Return the most trials that ran at the same time."""
     spans = [(trial.started_s, trial.started_s + trial.wall_s) for trial in trials if trial.state != "pending"]
     return max((sum(began <= start < end for began, end in spans) for start, _ in spans), default=1) or 1
 
 
 def _front(spec: TuneSpec, trials: Sequence[TrialRecord]) -> FrontRecord | None:
-    """None for one goal."""
+    """Return the trials by objective; None for one objective."""
     if len(spec.objectives) < 2:
         return None
     best = {trial.trial_id for trial in pareto(trials, spec.objectives)}
@@ -145,9 +144,9 @@ def _front(spec: TuneSpec, trials: Sequence[TrialRecord]) -> FrontRecord | None:
     return FrontRecord(objectives=names, points=tuple(points))
 
 
-def key_of(name: str, domain: Domain) -> SweepKey:
+def _key_of(name: str, domain: Domain) -> SweepKey:
     """A key of the space with its values as text or numbers."""
-    if isinstance(domain, Listed):
+    if isinstance(domain, CategoricalSpace):
         return SweepKey(name=name, values=tuple(to_plain(value) for value in domain.values))
     if isinstance(domain, PowerOfTwo) or (isinstance(domain, IntRange) and len(domain.listed()) <= MOST_VALUES):
         return SweepKey(name=name, values=tuple(domain.listed()))
@@ -171,20 +170,16 @@ def trial_of(trial: TrialRecord) -> SweepTrial:
     )
 
 
-# Early stops: what they saved, and what they may have lost.
-#
-# What a stopped trial would have come to was not measured. What can be said comes from the trials that ran to their
-# end:
-# how far the order of the losses at a rung is that at the end, and how much of them caught up on the winner by as
-# much as
-# the stopped trial lacked. They are the better ones at each rung, so a stopped trial may differ from them.
-
+# Early stops: steps saved, and the regret. The end of a stopped trial was not measured. The estimate comes from the
+# trials that ran to their end: how far the order of the losses at a rung is that at the end, and how many of them
+# caught up on the winner by as much as the stopped trial lacked. They are the better ones at each rung, so a stopped
+# trial may differ from them.
 
 CLOSEST = 5
 
 
 def stops(trials: Sequence[SweepTrial], best_id: str | None, steps: int) -> StopsRecord | None:
-    """None where no trial was stopped."""
+    """Return the early stops; None where no trial was stopped."""
     stopped = [trial for trial in trials if trial.state == "stopped" and trial.losses]
     if not stopped:
         return None
@@ -192,25 +187,20 @@ def stops(trials: Sequence[SweepTrial], best_id: str | None, steps: int) -> Stop
     best = next((trial for trial in finished if trial.id == best_id), None)
     saved = sum(steps - trial.last_step for trial in stopped)
     taken = sum(trial.last_step for trial in trials)
-    lacked = sorted(_lacked(stopped, finished, best), key=lambda one: (-_share(one), one.gap)) if best else []
+    lacked = _lacked(stopped, finished, best) if best else []
     most = [max(_caught_up(finished, best, one.step)) - one.gap for one in lacked if one.n] if best else []
+    timed = [trial for trial in trials if trial.wall_s and trial.last_step]  # starts are spread over their steps
+    steps_timed = sum(trial.last_step for trial in timed)
     at_rungs = sorted(Counter(trial.last_step for trial in stopped).items())
     return StopsRecord(
         stopped=len(stopped),
         saved_steps=saved,
         all_steps=taken + saved,
-        saved_s=_seconds(trials, saved),
+        saved_s=saved * sum(trial.wall_s or 0.0 for trial in timed) / steps_timed if steps_timed else None,
         rungs=tuple(_rung(step, count, finished) for step, count in at_rungs),
         closest=tuple(lacked[:CLOSEST]),
         regret=max(0.0, *most) if most else None,
     )
-
-
-def _seconds(trials: Sequence[SweepTrial], saved: int) -> float | None:
-    """Saved steps at the trials' mean pace, their start included only as far as it was spread over their steps."""
-    timed = [trial for trial in trials if trial.wall_s and trial.last_step]
-    steps = sum(trial.last_step for trial in timed)
-    return saved * sum(trial.wall_s or 0.0 for trial in timed) / steps if steps else None
 
 
 def _rung(step: int, count: int, finished: Sequence[SweepTrial]) -> RungRecord:
@@ -227,7 +217,8 @@ def _rung(step: int, count: int, finished: Sequence[SweepTrial]) -> RungRecord:
     )
 
 
-def _lacked(stopped: Sequence[SweepTrial], finished: Sequence[SweepTrial], best: SweepTrial) -> Sequence[StoppedTrial]:
+def _lacked(stopped: Sequence[SweepTrial], finished: Sequence[SweepTrial], best: SweepTrial) -> list[StoppedTrial]:
+    """Gap of each stopped trial to the best at its last step, the one most likely to have caught up first."""
     found = []
     for trial in stopped:
         there = best.loss_at(trial.last_step)
@@ -240,11 +231,11 @@ def _lacked(stopped: Sequence[SweepTrial], finished: Sequence[SweepTrial], best:
                 id=trial.id, step=trial.last_step, gap=gap, n=len(caught), caught_up=sum(by >= gap for by in caught)
             )
         )
-    return found
+    return sorted(found, key=lambda one: (-one.caught_up / one.n if one.n else 0.0, one.gap))
 
 
 def _caught_up(finished: Sequence[SweepTrial], best: SweepTrial, step: int) -> list[float]:
-    """By how much each other finished trial came nearer to the winner between a step and the end."""
+    """Return by how much each other finished trial came closer to the winner between a step and the end."""
     there = best.loss_at(step)
     assert there is not None
     return [
@@ -254,15 +245,8 @@ def _caught_up(finished: Sequence[SweepTrial], best: SweepTrial, step: int) -> l
     ]
 
 
-def _share(one: StoppedTrial) -> float:
-    return one.caught_up / one.n if one.n else 0.0
-
-
-# Values of a trial as a page shows them and as a command line takes them.
-
-
 def to_plain(value: JsonValue) -> Plain:
-    """Lists and mappings as text: a kind by its name, with what else is set."""
+    """Return lists and mappings as text: a kind by its name, with the other keys."""
     if isinstance(value, Mapping):
         kind, more = value.get("kind"), {key: other for key, other in value.items() if key != "kind"}
         said = ", ".join(f"{key}={to_plain(other)}" for key, other in more.items())
@@ -274,19 +258,15 @@ def to_plain(value: JsonValue) -> Plain:
 
 def settings(values: Mapping[str, JsonValue]) -> str:
     """`--set key=value ...` as a shell takes it."""
-    return " ".join(f"--set {shlex.quote(f'{key}={_text(value)}')}" for key, value in values.items())
 
+    def text(value: JsonValue) -> str:  # YAML, of which JSON is a part
+        return value if isinstance(value, str) and yaml.safe_load(value) == value else canonical_json(value)
 
-def _text(value: JsonValue) -> str:
-    """What `--set` reads back as the value: YAML, of which JSON is a part."""
-    return value if isinstance(value, str) and yaml.safe_load(value) == value else canonical_json(value)
-
-
-# `report.json` and `report.html` in a sweep's folder, written whenever an attempt at it ends.
+    return " ".join(f"--set {shlex.quote(f'{key}={text(value)}')}" for key, value in values.items())
 
 
 def write_page(run: RunPaths, spec: TuneSpec, record: SweepRecord) -> BuiltReport:
-    """In the driver. Raises StorageError."""
+    """Write `report.json` and `report.html`, whenever an attempt ends. Raises StorageError."""
     page = ReportInput(
         title=spec.name,
         subtitle=run.run_id,

@@ -21,43 +21,40 @@ from graftwork.tuning.plan import resolve_auto_trial, shards
 from graftwork.tuning.search import Values, rows_key, trial_spec
 from graftwork.tuning.spec import TuneSpec
 
-# Requests of the trials' processes, compared with the nodes of the cluster.
-
-
 Node = Mapping[str, float]
 """Resources by Ray's names: CPU, GPU, and memory in bytes."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one trial asks for while it runs."""
+    """Resources of one trial while it runs."""
 
     worker: dict[str, float]
     """Of each process that trains."""
     workers: int = 1
     driver: dict[str, float] | None = None
-    """Of the process that starts a gang's workers; None: the one process trains."""
+    """Of the process that starts the workers of a distributed trial; None: the one process trains."""
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """One a process, the driver first. All are there at the same time, each on one node."""
+        """One per process, the driver first. All are needed at the same time, each on one node."""
         workers = [self.worker] * self.workers
         return workers if self.driver is None else [self.driver, *workers]
 
 
 @dataclass
-class _Free:
-    """What is left of a node. A GPU's parts are of one GPU; whole ones may be several."""
+class _FreeNode:
+    """Free resources of a node. Parts of a GPU are of one GPU; whole GPUs may be several."""
 
     rest: dict[str, float]
     gpus: list[float] = field(default_factory=list)
 
     @classmethod
-    def from_node(cls, node: Node) -> "_Free":
+    def from_node(cls, node: Node) -> "_FreeNode":
         return cls({name: size for name, size in node.items() if name != "GPU"}, [1.0] * int(node.get("GPU", 0)))
 
     def take(self, bundle: Mapping[str, float]) -> bool:
-        """Whether it has room; then it is taken."""
+        """Take the bundle and return True, or return False where there is no room."""
         rest = {name: size for name, size in bundle.items() if name != "GPU"}
         gpus = self._gpus(bundle.get("GPU", 0.0))
         if gpus is None or any(size > self.rest.get(name, 0.0) + 1e-9 for name, size in rest.items()):
@@ -67,7 +64,7 @@ class _Free:
         return True
 
     def _gpus(self, share: float) -> list[float] | None:
-        """What is left of each GPU; the fullest with room is taken."""
+        """The free part of each GPU after the fullest one with room is taken; None where none has room."""
         fullest_first = sorted(self.gpus)
         if share > 1:
             whole = fullest_first.count(1.0)
@@ -79,23 +76,24 @@ class _Free:
 
 
 def fits(nodes: Iterable[Node], requests: Iterable[Request]) -> bool:
-    """Whether all of them have room at the same time, the largest placed first."""
-    free = [_Free.from_node(node) for node in nodes]
+    """Return whether all requests have room at the same time, the largest placed first."""
+    free = [_FreeNode.from_node(node) for node in nodes]
     bundles = [bundle for request in requests for bundle in request.bundles]
-    return all(_place(free, bundle) for bundle in sorted(bundles, key=_size, reverse=True))
+    bundles.sort(key=lambda bundle: [bundle.get(name, 0.0) for name in ("GPU", "memory", "CPU")], reverse=True)
+    return all(any(node.take(bundle) for node in free) for bundle in bundles)
 
 
 def max_concurrent(nodes: Iterable[Node], request: Request, most: int) -> int:
-    """So many at a time have room, at most `most`."""
-    free = [_Free.from_node(node) for node in nodes]
+    """Return how many such requests have room at a time, at most `most`."""
+    free = [_FreeNode.from_node(node) for node in nodes]
     for number in range(most):
-        if not all(_place(free, bundle) for bundle in request.bundles):
+        if not all(any(node.take(bundle) for node in free) for bundle in request.bundles):
             return number
     return most
 
 
 def largest(nodes: Sequence[Node], name: str) -> float:
-    """What one node has of a resource, at most."""
+    """Return the most that one node has of a resource."""
     return max((node.get(name, 0.0) for node in nodes), default=0.0)
 
 
@@ -107,62 +105,53 @@ def nodes_of_ray() -> list[Node]:
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
-def _place(free: Iterable[_Free], bundle: Mapping[str, float]) -> bool:
-    return any(node.take(bundle) for node in free)
-
-
-def _size(bundle: Mapping[str, float]) -> tuple[float, float, float]:
-    return bundle.get("GPU", 0.0), bundle.get("memory", 0.0), bundle.get("CPU", 0.0)
-
-
 DRIVER_BYTES = 400 * 2**20
-"""Peak of the process that starts a gang's workers and hands on their reports: Python, Ray, Tune (docs/log.md)."""
+"""Peak of the process that starts a distributed trial and hands on its reports: Python, Ray, Tune (docs/log.md)."""
 TRIAL_BYTES = 250 * 2**20
-"""The process that Tune starts, beside the fork that trains on CPUs (docs/log.md)."""
+"""The process that Tune starts, without the fork that trains on CPUs (docs/log.md)."""
 MEMORY_STEP = 128 * 2**20
-"""Memory is rounded up to so many bytes: Tune keeps a process for a trial that asks for as much as the one before."""
+"""Unit of a memory request: Tune reuses a process for a trial with the same request as the one before."""
 SHARE_STEP = 100
-"""A GPU's share is rounded up to one of so many parts."""
+"""Parts of a GPU; a share is rounded up to a whole number of them."""
 
 
 @dataclass(frozen=True)
 class TrialResources:
-    """What the trials of one sweep ask of one cluster."""
+    """Resource requests of the trials of one sweep on one cluster."""
 
     spec: TuneSpec
     rows: Mapping[str, RowSizes]
     """By `space.rows_key`."""
     nodes: Sequence[Node]
-    """None at all: every trial runs in one process (nothing is known of a cluster)."""
+    """Empty: no cluster is known, and every trial runs in one process."""
     elsewhere: str | None = None
-    """Where each trial is a job of its own (`tuning/remote_trial.py`): asked for here is the process that waits."""
+    """Target on which each trial is a job (`tuning/remote_trial.py`): a request is then for the process that waits."""
 
     def resolve_trial(self, values: Values) -> TrainSpec:
-        """The training spec of a point, without `auto`, for one process or a gang.
+        """The training spec of a point, without `auto`, for one process or distributed workers.
 
         Raises ConfigError when the values contradict each other, or where nothing fits.
         """
-        alone, gang = trial_spec(self.spec, values), trial_spec(self.spec, values, gang=True)
+        distributed = trial_spec(self.spec, values, distributed=True)
         if self.elsewhere is not None:
-            return gang  # `auto` is settled there
-        if self.spec.distributed == "always" or not self.nodes or not is_distributed(gang):
-            return self._without_auto(gang if self.spec.distributed == "always" else alone, values)
-        try:
-            settled = self._without_auto(alone, values)
-        except ConfigError:
-            if self.spec.distributed == "never" or not shards(gang):
-                raise
-            return self._without_auto(gang, values)
-        fits = (
-            self.spec.distributed == "never"
-            or not shards(gang)
-            or fits_one(self.request([settled], values), self.nodes)
-        )
-        return settled if fits else self._without_auto(gang, values)
+            return distributed  # `auto` is resolved there
+        if self.spec.distributed != "always":
+            alone_only = self.spec.distributed == "never" or not shards(distributed) or not self.nodes
+            try:
+                alone = self._without_auto(trial_spec(self.spec, values), values)
+            except ConfigError:
+                if alone_only:
+                    raise
+            else:
+                if alone_only or fits_one(self.request([alone], values), self.nodes):
+                    return alone
+        return self._without_auto(distributed, values)
 
     def request(self, trials: Sequence[TrainSpec], values: Values) -> Request:
-        """What a settled trial asks for, or several that share a process and its rows (`values`: of any of them). Of a
-        base whose layers are not known, or a GPU that is not, no memory."""
+        """Request of a trial without `auto`, or of several that share a process and its rows (`values`: of any).
+
+        Without memory for a base whose layers are not known, or an unknown GPU.
+        """
         if self.elsewhere is not None:
             return Request({"memory": float(DRIVER_BYTES)})
         trial, found = trials[0], self._known(trials[0])
@@ -177,23 +166,26 @@ class TrialResources:
         return Request(worker, trial.num_workers, driver)
 
     def explain_placement(self, trial: TrainSpec, values: Values) -> str | None:
-        """Why a trial runs as a gang, or as a job; None where it does neither."""
+        """Return why a trial is distributed, or a job; None where it is neither."""
         if self.elsewhere is not None:
             return f"a job of its own: --trial-target {self.elsewhere}"
         if not is_distributed(trial):
             return None
-        gang = f"distributed over {trial.num_workers} workers ({trial.strategy.kind})"
+        placed = f"distributed over {trial.num_workers} workers ({trial.strategy.kind})"
         if self.spec.distributed == "always":
-            return f"{gang}: distributed=always"
+            return f"{placed}: distributed=always"
         try:
             alone = self.request([self._without_auto(trial_spec(self.spec, values), values)], values)
         except ConfigError as error:
-            return f"{gang}: one process does not fit ({error.problem})"
-        return f"{gang}: one process would ask for {format_request(alone)}; {format_nodes(self.nodes)}"
+            return f"{placed}: one process does not fit ({error.problem})"
+        return f"{placed}: one process would ask for {format_request(alone)}; {format_nodes(self.nodes)}"
 
     def check_capacity(self, points: Sequence[Values]) -> int:
-        """Processes that run at a time. Raises ClusterError when a point fits nowhere even alone, or when the cluster
-        can never hold `max_concurrent` of the smallest; ConfigError, DataError for a gang that can't be trained."""
+        """Return how many processes run at a time.
+
+        Raises ClusterError when a point fits nowhere even alone, or when the cluster can never hold `max_concurrent` of
+        the smallest; ConfigError, DataError for a distributed trial that can't be trained.
+        """
         requests = []
         for values in points:
             trial = self.resolve_trial(values)
@@ -203,14 +195,24 @@ class TrialResources:
                 check_rows(trial, self.spec.eval_rows)
             if not fits_one(requests[-1], self.nodes):
                 raise self.unschedulable_error(trial, values)
-        return at_once(self.spec, min(requests, key=_weight), self.nodes, len(points))
+
+        def total(request: Request) -> list[float]:
+            return [sum(bundle.get(name, 0.0) for bundle in request.bundles) for name in ("GPU", "CPU", "memory")]
+
+        return at_once(self.spec, min(requests, key=total), self.nodes, len(points))
 
     def unschedulable_error(self, trial: TrainSpec, values: Values) -> GraftworkError:
         """The error for a trial that the cluster can't hold even alone."""
         request = self.request([trial], values)
-        lacking = _lacking(trial, request, self.nodes)
-        if lacking is not None:
-            return lacking
+        for name in ("CPU", "GPU"):  # CPUs, or GPUs where there is none
+            most, need = largest(self.nodes, name), request.worker.get(name, 0.0)
+            if need > most and (name == "CPU" or most == 0):
+                return ClusterError(
+                    f"train.{name.lower()}s_per_worker={resources_per_worker(trial)[name]:g}",
+                    f"the largest node has {most:g} {name}",
+                    "a trial runs on one node" if request.driver is None else "a worker runs on one node",
+                    f"set it to {most:g} or less",
+                )
         name = " ".join(f"{key}={value}" for key, value in values.items())
         found, rule = (
             f"its prediction asks for {format_request(request)}; {format_nodes(self.nodes)}",
@@ -236,7 +238,7 @@ class TrialResources:
             return None
 
     def _way_out(self, trial: TrainSpec, values: Values) -> str | None:
-        """The nearest change of the trial's spec that would fit."""
+        """The smallest change of the trial's spec that would fit."""
         found = self._known(trial)
         if found is None:
             return None
@@ -248,18 +250,18 @@ class TrialResources:
 
 
 def is_distributed(trial: TrainSpec) -> bool:
-    """Whether a trial is trained by several workers, or with a strategy: then by Ray Train."""
+    """Return whether Ray Train trains a trial: one with several workers, or with a strategy."""
     return trial.num_workers > 1 or trial.strategy != StrategySpec()
 
 
 def fits_one(request: Request, nodes: Sequence[Node]) -> bool:
-    """Whether a trial has room when nothing else runs. One process has one GPU."""
+    """Return whether a trial has room when nothing else runs. One process has one GPU."""
     one_gpu = request.driver is not None or request.worker.get("GPU", 0.0) <= 1
     return one_gpu and fits(nodes, [request])
 
 
 def at_once(spec: TuneSpec, smallest: Request, nodes: Sequence[Node], trials: int) -> int:
-    """Processes at a time: `max_concurrent`, or as many as there is room for.
+    """Return the processes at a time: `max_concurrent`, or as many as there is room for.
 
     Raises ClusterError when the nodes can never hold so many of the smallest trial.
     """
@@ -279,7 +281,7 @@ def at_once(spec: TuneSpec, smallest: Request, nodes: Sequence[Node], trials: in
 
 
 def predicted(trials: Sequence[TrainSpec], model: ModelShape, machine: Machine, rows: RowSizes) -> dict[str, float]:
-    """Bytes of one process; with a GPU its share too, which a gang's workers have whole."""
+    """Return the bytes of one process, and its share of a GPU; a distributed worker has a whole GPU."""
     trial, together = trials[0], len(trials) > 1
     if together:
         plan = predict_together(trials, model, rows, value_bytes=machine.value_bytes)
@@ -287,25 +289,11 @@ def predicted(trials: Sequence[TrainSpec], model: ModelShape, machine: Machine, 
         plan = worker_memory(trial, model, rows, machine)
     need = charge_bytes(plan.peak_bytes, 1, machine)
     if machine.gpu is None:
-        beside = 0 if is_distributed(trial) or together else TRIAL_BYTES
-        return {"memory": float(MEMORY_STEP * math.ceil((need + beside) / MEMORY_STEP))}
+        need += 0 if is_distributed(trial) or together else TRIAL_BYTES
+        return {"memory": float(MEMORY_STEP * math.ceil(need / MEMORY_STEP))}
     host = {"memory": float(plan.host_bytes or PROCESS_BYTES)}
     share = math.ceil(SHARE_STEP * need / (HEADROOM * machine.memory_bytes)) / SHARE_STEP
     return host if is_distributed(trial) else {**host, "GPU": share}
-
-
-def _lacking(trial: TrainSpec, request: Request, nodes: Sequence[Node]) -> ClusterError | None:
-    """CPUs, or GPUs where there is none."""
-    for name in ("CPU", "GPU"):
-        most, need = largest(nodes, name), request.worker.get(name, 0.0)
-        if need > most and (name == "CPU" or most == 0):
-            return ClusterError(
-                f"train.{name.lower()}s_per_worker={resources_per_worker(trial)[name]:g}",
-                f"the largest node has {most:g} {name}",
-                "a trial runs on one node" if request.driver is None else "a worker runs on one node",
-                f"set it to {most:g} or less",
-            )
-    return None
 
 
 def format_request(request: Request) -> str:
@@ -325,8 +313,3 @@ def format_nodes(nodes: Sequence[Node]) -> str:
 
 def _amount(name: str, size: float) -> str:
     return f"{size / GIB:.2f} GiB of memory" if name == "memory" else f"{size:g} {name}"
-
-
-def _weight(request: Request) -> tuple[float, float, float]:
-    total = [sum(bundle.get(name, 0.0) for bundle in request.bundles) for name in ("GPU", "CPU", "memory")]
-    return total[0], total[1], total[2]

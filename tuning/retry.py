@@ -1,4 +1,4 @@
-"""Why a trial ended before its time, and whether it is run again: pure functions of the error and the record."""
+"""Failures of trials and their retries: pure functions of the error and the record."""
 
 import re
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ _LOST_WORDS = ("NodeDied", "ActorDied", "The actor died", "node which was hostin
 
 @dataclass(frozen=True)
 class TrialFailure:
-    """What ended a trial."""
+    """Kind of a failure, and its message."""
 
     kind: FailureKind
     message: str
 
 
 def failure_of(error: BaseException | str, kernel_kills: int = 0) -> TrialFailure:
-    """Sort an error, or the text that is left of one.
+    """Classify an error, or the text of one.
 
-    kernel_kills: processes that this machine's kernel killed for memory since the trial began; a worker that such a
-    kill took away looks like any other lost one.
+    kernel_kills: processes that this machine's kernel killed for memory since the trial began; a worker killed so looks
+    like any other lost one.
     """
     cause = getattr(error, "cause", None) or error
     text = f"{type(cause).__name__}: {cause}"
@@ -57,7 +57,7 @@ def failure_of(error: BaseException | str, kernel_kills: int = 0) -> TrialFailur
 
 
 def message_of(error: BaseException | str) -> str:
-    """One line: the first of our own errors, of a dead actor why it is dead, the last of any other."""
+    """Return one line: the first of our own errors, the reason of a dead actor, the last of any other."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     if isinstance(cause, GraftworkError):
@@ -70,9 +70,9 @@ def message_of(error: BaseException | str) -> str:
 def after(
     record: TrialRecord, failure: TrialFailure, spec: TrainSpec, retries: int, *, smaller: bool
 ) -> dict[str, Any]:
-    """What changes in the record of a trial that failed: it is pending again, or failed for good.
+    """Return the changes of a failed trial's record: it is pending again, or failed permanently.
 
-    spec: what it was to train, without `auto`. smaller: whether one that ran out of memory may be run with less.
+    spec: its training spec without `auto`. smaller: a trial that ran out of memory may run with less.
     """
     gave_up: dict[str, Any] = {"state": "failed", "error": failure.message, "failure": failure.kind}
     if failure.kind not in ("memory", "lost") or record.retried >= retries:
@@ -81,15 +81,21 @@ def after(
     if failure.kind == "memory" and (not smaller or shrunk(spec, 1) is None):
         return gave_up
     what = "ran out of memory" if failure.kind == "memory" else "its process or machine was lost"
-    then = f" with {_changed(spec, shrunk(spec, 1))}" if failure.kind == "memory" else ""
+    then = ""
+    if failure.kind == "memory" and (now := shrunk(spec, 1)) is not None:
+        rows = f"micro_batch={now.optim.micro_batch} instead of {_rows_per_pass(spec)}"
+        again_too = now.optim.gradient_checkpointing != spec.optim.gradient_checkpointing
+        then = f" with {'gradient checkpointing' if again_too else rows}"
     note = f"{what} after step {record.steps} ({failure.message[:200]}); run again{then}"
     again = {"retried": record.retried + 1, "attempts": record.attempts + 1, "smaller": times}
     return {"state": "pending", "notes": (*record.notes, note), **again}
 
 
 def shrunk(spec: TrainSpec, times: int) -> TrainSpec | None:
-    """The same training in less memory, `times` steps down: half the rows a forward pass, at one row gradient
-    checkpointing. Losses change by rounding alone. None when there is no such step left."""
+    """Return the same training in less memory, `times` steps down: half the rows a forward pass, then checkpointing.
+
+    Losses change by rounding alone. None when there is no such step left.
+    """
     for _ in range(times):
         rows, optim = _rows_per_pass(spec), spec.optim
         if rows > 1:
@@ -102,9 +108,9 @@ def shrunk(spec: TrainSpec, times: int) -> TrainSpec | None:
 
 
 def hopeless(trials: Sequence[TrialRecord]) -> RunError | None:
-    """The error that ends a sweep whose first trials all failed alike, before any of them reported a loss."""
+    """Return the error that ends a sweep whose first trials all failed alike before any reported a loss."""
     failed = [trial for trial in trials if trial.state == "failed" and trial.failure in ("error", "memory")]
-    alike = {_without_names(trial.error or "") for trial in failed}
+    alike = {re.sub(r"\b(?=\w*\d)\w+\b", "#", trial.error or "") for trial in failed}  # without numbers and ids
     if len(failed) < ALIKE or len(alike) > 1 or any(trial.losses for trial in trials):
         return None
     return RunError(
@@ -116,7 +122,7 @@ def hopeless(trials: Sequence[TrialRecord]) -> RunError | None:
 
 
 def kernel_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
-    """Processes that this machine's kernel has killed for memory since it started; 0 where it does not tell."""
+    """Return the processes that the kernel killed for memory since it started; 0 where it does not count them."""
     if not vmstat.exists():
         return 0
     found = re.search(r"^oom_kill (\d+)$", vmstat.read_text(encoding="ascii"), re.MULTILINE)
@@ -129,15 +135,3 @@ def _rows_per_pass(spec: TrainSpec) -> int:
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _changed(before: TrainSpec, now: TrainSpec | None) -> str:
-    assert now is not None, "asked before"
-    if now.optim.gradient_checkpointing != before.optim.gradient_checkpointing:
-        return "gradient checkpointing"
-    return f"micro_batch={now.optim.micro_batch} instead of {_rows_per_pass(before)}"
-
-
-def _without_names(message: str) -> str:
-    """Numbers and ids differ between trials that met the same thing."""
-    return re.sub(r"\b(?=\w*\d)\w+\b", "#", message)

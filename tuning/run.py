@@ -1,15 +1,15 @@
-"""Sweep in the driver: it chooses trials, repeats lost ones and finds the best spec.
+"""Driver of a sweep: chooses trials, repeats lost ones and finds the best spec.
 
     runs/<name>-<hash8>/{spec.yaml, provenance.json, trials.json, status.json, report.json, report.html, tensorboard/}
 
-A rerun goes by `trials.json`, not by Ray Tune's own state: that is saved every ten seconds at most, so a killed driver
-would forget finished trials, and it is a pickle.
+A rerun reads `trials.json`, not Ray Tune's own state: that is a pickle, saved every ten seconds at most, so a killed
+driver would forget finished trials.
 """
 
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -30,14 +30,12 @@ from graftwork.training.objectives.rows import PreparedData, prepare
 from graftwork.training.report import Progress
 from graftwork.training.run_diff import changed_keys, namesakes, unfinished_since
 from graftwork.training.run_lock import OVERTAKES_S, run_lock
-from graftwork.training.spec import TrainSpec
-from graftwork.training.worker_messages import TrainJob
 from graftwork.tuning.finals import choose, repeated_rows, with_finals
 from graftwork.tuning.plan import points_to_plan, search_of
 from graftwork.tuning.remote_trial import Elsewhere, check_elsewhere, end_trials
 from graftwork.tuning.report import SweepEnd, sweep_record, write_page
 from graftwork.tuning.resources import Node, TrialResources, nodes_of_ray
-from graftwork.tuning.search import Search, Values, contradiction, rows_key, rows_points, trial_spec
+from graftwork.tuning.search import Search, contradiction, rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.tensorboard import EventLogs
 from graftwork.tuning.trial_store import TRIALS_FILE, Ledger
@@ -45,31 +43,28 @@ from graftwork.tuning.trials import TuneProgress, TuneReport, size_of
 from graftwork.tuning.tune_driver import TunePlan, fit
 from graftwork.tuning.winner import require_winner, train_winner
 
-# Other sweeps of the same name: the keys that differ.
-
 
 def warn_about_similar_sweeps(spec: TuneSpec, run: RunPaths) -> list[str]:
-    """How a sweep that has not begun differs from the newest unfinished one of its name; empty where there is none."""
+    """Return how a sweep that has not begun differs from the newest unfinished one of its name, if there is one."""
     if run.store.exists(*run.spec()):
         return []
     found = [(began, other) for other in namesakes(run) if (began := unfinished_since(other)) is not None]
     for _, other in sorted(found, key=lambda pair: pair[0], reverse=True):
         tree = yaml.safe_load(other.store.read_text(*other.spec()))
-        if tree.get("kind") == spec.kind:
-            return [
-                f"this begins a new sweep, {run.run_id}, and takes over no trial: {other.run_id} ({_reached(other)}) "
-                f"differs in {_differences(spec, tree)}. With the same values the same command goes on with it"
-            ]
+        if tree.get("kind") != spec.kind:
+            continue
+        try:
+            before = TuneSpec.model_validate(tree)
+        except ValidationError:
+            differences = "its form: another version of graftwork wrote it"
+        else:
+            old, new = ({**sweep.recipe(), "train": sweep.train.recipe()} for sweep in (before, spec))
+            differences = changed_keys(old, new) or "the contents of its base or data"
+        return [
+            f"this begins a new sweep, {run.run_id}, and takes over no trial: {other.run_id} ({_reached(other)}) "
+            f"differs in {differences}. With the same values the same command goes on with it"
+        ]
     return []
-
-
-def _differences(spec: TuneSpec, tree: dict[str, Any]) -> str:
-    try:
-        before = TuneSpec.model_validate(tree)
-    except ValidationError:
-        return "its form: another version of graftwork wrote it"
-    old, new = ({**sweep.recipe(), "train": sweep.train.recipe()} for sweep in (before, spec))
-    return changed_keys(old, new) or "the contents of its base or data"
 
 
 def _reached(run: RunPaths) -> str:
@@ -87,7 +82,7 @@ OnProgress = Callable[[TuneProgress], None]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A spec with all that it names found: the search, the rows of its trials, and where they are kept."""
+    """A resolved spec: the search, the rows of its trials, and the folder of its records."""
 
     spec: TuneSpec
     search: Search
@@ -100,10 +95,19 @@ class Sweep:
         """Resolve bases and data. Raises UserErrors of all kinds, before anything starts."""
         spec, _ = with_gpus(spec, accelerators_here())
         search = with_finals(spec, search_of(spec))
-        _require_sizes(spec)
+        if {"trained_parameters", "adapter_bytes"} & {goal.metric for goal in spec.objectives}:
+            for point in rows_points(spec):
+                size_of(trial_spec(spec, point))  # raises where the layers of the base are not known
         _require_supported(spec)
         prepared = {rows_key(point): (point, prepare(trial_spec(spec, point))) for point in rows_points(spec)}
-        _require_comparable(data for _, data in prepared.values())
+        held_out = {len(data.eval) if data.eval is not None else 0 for _, data in prepared.values()}
+        if len(held_out) > 1:
+            raise ConfigError(
+                "space",
+                f"trials would be scored on {' or '.join(map(str, sorted(held_out)))} held-out rows",
+                "losses are compared on the same rows; a shorter max_length drops long ones",
+                "take max_length, prompt or data out of the space",
+            )
         bases = {key: base_model.resolve(trial_spec(spec, point).base).digest for key, (point, _) in prepared.items()}
         what = {
             "sweep": spec.recipe(),
@@ -115,21 +119,9 @@ class Sweep:
         rows |= {rows_key(point): prepare(trial_spec(spec, point)) for point in repeated_rows(spec)}
         return cls(spec, search, rows, RunPaths(Store(spec.root), spec.name, identity))
 
-    def resolve_trial(self, values: Values) -> TrainSpec:
-        """The training spec of a point, without `auto`. Raises ConfigError when the values contradict each other."""
-        return self.resources(()).resolve_trial(values)
-
     def resources(self, nodes: Sequence[Node]) -> TrialResources:
-        """What the trials ask of a cluster with these nodes."""
+        """Resource requests of the trials on a cluster with these nodes."""
         return TrialResources(self.spec, {key: sizes_of(data.train) for key, data in self.rows.items()}, nodes)
-
-    def job(self, values: Values) -> TrainJob:
-        """What the process of a point is to do."""
-        every = self.spec.report_every
-        data = self.rows[rows_key(values)]
-        return TrainJob(
-            self.resolve_trial(values), data, max_steps=self.spec.steps, report_every=every, eval_every=every
-        )
 
 
 def _require_supported(spec: TuneSpec) -> None:
@@ -151,10 +143,10 @@ def _require_supported(spec: TuneSpec) -> None:
 
 
 def check(spec: TuneSpec) -> list[str]:
-    """Find everything that is wrong with a spec before a cluster is asked for. Raises UserErrors of all kinds.
+    """Find all errors of a spec before a cluster is started. Raises UserErrors of all kinds.
 
-    Returns what one should know before it starts: rows that are too long, ignored keys, held-out rows that are trained
-    on, and how the spec differs from a sweep of its name.
+    Returns warnings: rows that are too long, ignored keys, held-out rows that are trained on, and the differences from
+    an unfinished sweep of the same name.
     """
     sweep = Sweep.resolve(spec)
     spec = sweep.spec
@@ -189,25 +181,26 @@ class _Attempt:
     def __init__(self, sweep: Sweep, on_progress: OnProgress, elsewhere: Elsewhere | None = None) -> None:
         self.elsewhere = elsewhere
         self.sweep, self.spec, self.paths = sweep, sweep.spec, sweep.paths
-        self.ledger = Ledger(sweep.paths, sweep.spec.train.checkpoints.outage_s, self._in_trouble)
+        self.ledger = Ledger(sweep.paths, sweep.spec.train.checkpoints.outage_s, self._set_trouble)
         self.on_progress, self.trouble = on_progress, ""
         self.logs: EventLogs | None = None
-        self.status = self._read_status()
-        self.earlier_s = float(self.status.get("wall_s", 0.0))
+        store = sweep.paths.store
+        found = store.read_json(*sweep.paths.status()) if store.exists(*sweep.paths.status()) else {}
+        self.finished = found.get("state") == "finished"
+        self.earlier_s = float(found.get("wall_s", 0.0))
         self.started = time.monotonic()
         self.at_once = 1
 
     def run(self) -> TuneReport:
-        finished = self.status.get("state") == "finished"
-        self.ledger.resume(failed_too=finished)
+        self.ledger.resume(failed_too=self.finished)
         ends = [trial.started_s + trial.wall_s for trial in self.ledger.trials]
         self.earlier_s = max([self.earlier_s, *ends])  # a killed attempt wrote no status
-        if finished and self.sweep.search.suggest(self.ledger.trials) is None:
+        if self.finished and self.sweep.search.suggest(self.ledger.trials) is None:
             return self._with_page(self._report(reused=True))
         self._write_facts()
         self._set_state("running")
         try:
-            self._fit_logged()
+            self._fit()
             report = self._report(reused=False)
         except KeyboardInterrupt:
             self._set_state("interrupted")
@@ -225,30 +218,37 @@ class _Attempt:
         return self._with_page(report)
 
     def train_winner(self, report: TuneReport) -> TuneReport:
-        """With its winner trained and published, where that is asked for."""
+        """Train and publish the winner where the spec has one."""
         if self.spec.winner is None:
             return report
-        return replace(report, winner=train_winner(self.spec, report.best_spec, self.paths, self._tell))
-
-    def _fit_logged(self) -> None:
-        began = datetime.fromisoformat(self.paths.store.read_json(*self.paths.provenance())["time"]).timestamp()
-        self.logs = EventLogs(self.paths, began, self.spec.train.checkpoints.outage_s)
-        try:
-            self._fit()
-        finally:
-            self.logs.close()
+        return replace(report, winner=train_winner(self.spec, report.best_spec, self.paths, self._notify))
 
     def _fit(self) -> None:
-        where = self.elsewhere
-        sweep, asking = self.sweep, replace(self.sweep.resources(nodes_of_ray()), elsewhere=where.on if where else None)
-        self.at_once = asking.check_capacity(points_to_plan(self.spec))
-        self._tell()
-        told = (self._tell, self._wall_s, asking, self.at_once)
+        began = datetime.fromisoformat(self.paths.store.read_json(*self.paths.provenance())["time"]).timestamp()
+        where, sweep = self.elsewhere, self.sweep
+        self.logs = EventLogs(self.paths, began, self.spec.train.checkpoints.outage_s)
         try:
-            fit(TunePlan(sweep.spec, self.ledger, sweep.search, sweep.rows, asking.resolve_trial, *told, where))
+            resources = replace(sweep.resources(nodes_of_ray()), elsewhere=where.on if where else None)
+            self.at_once = resources.check_capacity(points_to_plan(self.spec))
+            self._notify()
+            plan = TunePlan(
+                sweep.spec,
+                self.ledger,
+                sweep.search,
+                sweep.rows,
+                self._notify,
+                self._wall_s,
+                resources,
+                self.at_once,
+                where,
+            )
+            try:
+                fit(plan)
+            finally:
+                if where is not None:
+                    end_trials(where, self.paths)
         finally:
-            if where is not None:
-                end_trials(where, self.paths)
+            self.logs.close()
 
     def _report(self, *, reused: bool) -> TuneReport:
         choice = choose(self.spec, self.ledger.trials)
@@ -261,30 +261,28 @@ class _Attempt:
             best_spec=self.spec.train.with_(best.values),
             sampler=self.sweep.search.reason,
             choice=choice,
-            eval_rows=self._held_out(),
+            eval_rows=self._eval_rows(),
             wall_s=self.earlier_s if reused else self._wall_s(),
             reused=reused,
         )
 
     def _with_page(self, report: TuneReport) -> TuneReport:
-        ended = SweepEnd("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
-        return replace(report, page=self._show(ended))
+        record = sweep_record(self.spec, self.ledger.trials, SweepEnd.of(report))
+        return replace(report, page=write_page(self.paths, self.spec, record).html_uri)
 
     def _show_unfinished(self, state: Literal["interrupted", "failed"], error: str | None = None) -> None:
-        self._show(SweepEnd(state, self._held_out(), self.sweep.search.reason, self._wall_s(), error=error))
+        ended = SweepEnd(state, self._eval_rows(), self.sweep.search.reason, self._wall_s(), error=error)
+        write_page(self.paths, self.spec, sweep_record(self.spec, self.ledger.trials, ended))
 
-    def _show(self, ended: SweepEnd) -> str:
-        return write_page(self.paths, self.spec, sweep_record(self.spec, self.ledger.trials, ended)).html_uri
-
-    def _held_out(self) -> int:
-        """Equal for all trials."""
+    def _eval_rows(self) -> int:
+        """Number of held-out rows, equal for all trials."""
         held_out = next(iter(self.sweep.rows.values())).eval
         return len(held_out) if held_out is not None else 0
 
     def _wall_s(self) -> float:
         return round(self.earlier_s + time.monotonic() - self.started, 3)
 
-    def _tell(self, winner: Progress | None = None) -> None:
+    def _notify(self, winner: Progress | None = None) -> None:
         if self.logs is not None:
             self.logs.follow(self.ledger.trials)
         train = self.spec.train
@@ -302,13 +300,9 @@ class _Attempt:
             )
         )
 
-    def _in_trouble(self, trouble: str) -> None:
+    def _set_trouble(self, trouble: str) -> None:
         self.trouble = trouble
-        self._tell()
-
-    def _read_status(self) -> dict[str, Any]:
-        store = self.paths.store
-        return dict(store.read_json(*self.paths.status())) if store.exists(*self.paths.status()) else {}
+        self._notify()
 
     def _set_state(self, state: str, **more: Any) -> None:
         status = {"state": state, "run_id": self.paths.run_id, "wall_s": self._wall_s(), **more}
@@ -316,7 +310,7 @@ class _Attempt:
         self.paths.store.with_retries(patience_s).write_json(status, *self.paths.status())
 
     def _write_facts(self) -> None:
-        """The resolved spec and where the code runs, written once, when the sweep first starts."""
+        """Write the resolved spec and the environment once, when the sweep first starts."""
         store = self.paths.store
         if store.exists(*self.paths.provenance()):
             return
@@ -331,23 +325,4 @@ class _Attempt:
             f"stopped by Ctrl-C or SIGTERM; {done} of {len(self.ledger.trials)} trials are kept",
             "a trial that ended is not repeated",
             "run the same command: it continues with the others",
-        )
-
-
-def _require_sizes(spec: TuneSpec) -> None:
-    """Raise BaseModelError when a size is a goal and the base is one whose layers are not known."""
-    if {"trained_parameters", "adapter_bytes"} & {goal.metric for goal in spec.objectives}:
-        for point in rows_points(spec):
-            size_of(trial_spec(spec, point))
-
-
-def _require_comparable(prepared: Iterable[PreparedData]) -> None:
-    """Raise ConfigError when trials would be scored on different numbers of held-out rows."""
-    held_out = {len(data.eval) if data.eval is not None else 0 for data in prepared}
-    if len(held_out) > 1:
-        raise ConfigError(
-            "space",
-            f"trials would be scored on {' or '.join(map(str, sorted(held_out)))} held-out rows",
-            "losses are compared on the same rows; a shorter max_length drops long ones",
-            "take max_length, prompt or data out of the space",
         )

@@ -76,13 +76,13 @@ def digest(values: Values) -> str:
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:8]
 
 
-def trial_spec(spec: "TuneSpec", point: Values, *, gang: bool = False) -> TrainSpec:
+def trial_spec(spec: "TuneSpec", point: Values, *, distributed: bool = False) -> TrainSpec:
     """The training spec of a trial, with the sweep's held-out rows: for one process, where a strategy would have
     nothing to share, or for the workers and the strategy of `train`.
 
     Raises ConfigError when values that are allowed alone contradict each other.
     """
-    alone = {} if gang else {"num_workers": 1, "strategy": {}}
+    alone = {} if distributed else {"num_workers": 1, "strategy": {}}
     return spec.train.with_({**point, **alone, "data.eval_rows": spec.eval_rows})
 
 
@@ -112,8 +112,8 @@ Costs = tuple[float, ...]
 GROWING = ("wall_s", "tokens")
 """Metrics that go with the steps taken."""
 FAR = 3.0
-"""A loss that is so many times as far from the best as the median is is as bad as any. Learning rates that are too high
-end at ten times the loss of others; beside such a value a Gaussian process sees no difference among the good."""
+"""A loss this many times as far from the best as the median counts as no worse. Learning rates that are too high end at
+ten times the loss of others; next to such a value a Gaussian process sees no difference among the good ones."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,10 @@ def as_forecast(trials: "Sequence[TrialRecord]", objectives: Sequence[Goal], ste
     finished = [trial for trial in trials if trial.state == "finished"]
     costs_of = {trial.trial_id: _costs(trial, objectives, steps, finished) for trial in trials}
     known = {trial_id: costs for trial_id, costs in costs_of.items() if costs is not None}
-    known = _without_far(known)
+    losses = sorted(costs[0] for costs in known.values())
+    if len(losses) >= 3:
+        limit = losses[0] + FAR * (statistics.median(losses) - losses[0])
+        known = {trial_id: (min(costs[0], limit), *costs[1:]) for trial_id, costs in known.items()}
     worst = tuple(max(column) for column in zip(*known.values(), strict=True))
     found = []
     for trial in trials:
@@ -164,8 +167,10 @@ def as_forecast(trials: "Sequence[TrialRecord]", objectives: Sequence[Goal], ste
 
 
 def at_furthest_step(trials: "Sequence[TrialRecord]", enough: int) -> list[Outcome] | None:
-    """By the loss at the furthest step that `enough` trials reported at, whatever became of them (BOHB's budgets); None
-    where there is no such step. A failed trial counts as one that reported there, as the worst."""
+    """By the loss at the furthest step that `enough` trials reported at, in any state (BOHB's budgets).
+
+    None where there is no such step. A failed trial counts as one that reported there, as the worst.
+    """
     failed = [trial for trial in trials if trial.state == "failed"]
     reports = {trial.trial_id: dict(trial.losses) for trial in trials if trial.state != "failed"}
     for step in sorted({step for losses in reports.values() for step in losses}, reverse=True):
@@ -182,14 +187,6 @@ def at_furthest_step(trials: "Sequence[TrialRecord]", enough: int) -> list[Outco
     return None
 
 
-def _without_far(known: dict[str, Costs]) -> dict[str, Costs]:
-    losses = sorted(costs[0] for costs in known.values())
-    if len(losses) < 3:
-        return known
-    limit = losses[0] + FAR * (statistics.median(losses) - losses[0])
-    return {name: (min(costs[0], limit), *costs[1:]) for name, costs in known.items()}
-
-
 def _costs(
     trial: "TrialRecord", objectives: Sequence[Goal], steps: int, finished: "Sequence[TrialRecord]"
 ) -> Costs | None:
@@ -197,26 +194,19 @@ def _costs(
 
     if trial.state not in ("finished", "stopped"):
         return None
-    values = [value_of(trial, goal) for goal in objectives]
-    if None in values:
-        return None
-    whole = [value for value in values if value is not None]
-    if trial.state == "stopped":
-        whole = [_forecast(trial, goal, value, steps, finished) for goal, value in zip(objectives, whole, strict=True)]
-    return tuple(value if goal.direction == "min" else -value for goal, value in zip(objectives, whole, strict=True))
-
-
-def _forecast(trial: "TrialRecord", goal: Goal, value: float, steps: int, finished: "Sequence[TrialRecord]") -> float:
-    if goal.metric in GROWING:
-        return value * steps / trial.steps
-    if goal.metric != EVAL_LOSS:
-        return value
-    falls = [
-        other.losses[-1][1] / dict(other.losses)[trial.steps]
-        for other in finished
-        if dict(other.losses).get(trial.steps)
-    ]
-    return value * statistics.median(falls) if falls else value
+    costs = []
+    for goal in objectives:
+        value = value_of(trial, goal)
+        if value is None:
+            return None
+        if trial.state == "stopped" and goal.metric in GROWING:
+            value = value * steps / trial.steps
+        elif trial.state == "stopped" and goal.metric == EVAL_LOSS:
+            ends = [(dict(other.losses).get(trial.steps), other.losses[-1][1]) for other in finished]
+            falls = [end / loss for loss, end in ends if loss]
+            value *= statistics.median(falls) if falls else 1.0
+        costs.append(value if goal.direction == "min" else -value)
+    return tuple(costs)
 
 
 # Search: the protocol.
@@ -240,22 +230,17 @@ class Wait:
 
 
 class Search(Protocol):
-    """Chooses the next point. It holds no state: what it chooses follows from the spec, its seed and `trials` alone, so
-    that a sweep that goes on after a kill chooses as it would have."""
-
-    @property
-    def name(self) -> str:
-        """As in the spec: grid, random, tpe, ..."""
-        ...
+    """Chooses the next point. It has no state: the choice follows from the spec, its seed and `trials` alone, so that a
+    sweep that resumes after a kill chooses as it would have."""
 
     @property
     def total(self) -> int:
-        """Trials that it will choose in all, at most."""
+        """Most trials that it chooses."""
         ...
 
     @property
     def reason(self) -> str:
-        """What it does here, in words."""
+        """The search and its settings as text: `random: 4 by seed 0`."""
         ...
 
     def suggest(self, trials: "Sequence[TrialRecord]") -> Suggestion | Wait | None:
@@ -275,7 +260,6 @@ def select_searched(trials: "Sequence[TrialRecord]") -> "tuple[TrialRecord, ...]
 class FixedPoints:
     """A search whose points do not depend on any result."""
 
-    name: str
     points: tuple[Values, ...]
     reason: str
 
@@ -342,11 +326,9 @@ def require_runnable(spec: "TuneSpec", point: Values) -> None:
             f"space: {values}",
             found,
             wrong.rule or "every combination must be a spec that can be run",
-            hint_for_key(_key_of(spec, wrong), wrong) or _WHOLE,
+            hint_for_key(_key_of(spec, wrong), wrong)
+            or "give whole parts, e.g. adapter: {kind: choice, values: [{kind: lora, rank: 8}, {kind: ia3}]}",
         )
-
-
-_WHOLE = "give whole parts, e.g. adapter: {kind: choice, values: [{kind: lora, rank: 8}, {kind: ia3}]}"
 
 
 def _key_of(spec: "TuneSpec", wrong: ConfigError) -> str:

@@ -54,7 +54,7 @@ class TpeSpec(Spec):
 
     def start(self, spec: "TuneSpec") -> "OptunaSearch":
         """Return the search. Raises ConfigError when it can't search this space."""
-        return optuna_search(spec, self)
+        return OptunaSearch.create(spec, self)
 
 
 class GpSpec(Spec):
@@ -66,7 +66,7 @@ class GpSpec(Spec):
 
     def start(self, spec: "TuneSpec") -> "OptunaSearch":
         """Return the search. Raises ConfigError when it can't search this space."""
-        return optuna_search(spec, self)
+        return OptunaSearch.create(spec, self)
 
 
 class BohbSpec(Spec):
@@ -78,8 +78,15 @@ class BohbSpec(Spec):
     """Points that are drawn at random all the same, so that a misleading early step can't lock the search."""
 
     def start(self, spec: "TuneSpec") -> "OptunaSearch":
-        """Return the search. Raises ConfigError when it can't search this space."""
-        return optuna_search(spec, self)
+        """Return the search. Raises ConfigError for several objectives, and when it can't search this space."""
+        if len(spec.objectives) > 1:
+            raise ConfigError(
+                f"search.kind=bohb with objectives={[goal.metric for goal in spec.objectives]}",
+                "bohb learns from losses at early steps, where other objectives mean little",
+                "bohb optimizes one objective, the held-out loss",
+                "take search: {kind: tpe} or {kind: gp}, or leave the other objectives out",
+            )
+        return OptunaSearch.create(spec, self)
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,12 @@ class OptunaSearch:
     asked: TpeSpec | GpSpec | BohbSpec
     total: int
 
-    @property
-    def name(self) -> str:
-        """Its kind."""
-        return self.asked.kind
+    @classmethod
+    def create(cls, spec: "TuneSpec", asked: TpeSpec | GpSpec | BohbSpec) -> "OptunaSearch":
+        """Return a search that has a first point. Raises ConfigError when the values contradict each other."""
+        search = cls(spec, asked, most(spec))
+        search._at_random(0, set())
+        return search
 
     @property
     def reason(self) -> str:
@@ -107,7 +116,7 @@ class OptunaSearch:
         apart = ""
         if isinstance(self.asked, TpeSpec) and len(self.spec.space) > 1:
             apart = ", all keys together" if self.asked.multivariate else ", each key by itself"
-        return f"{self.name}: {first}{model}{apart}; {self.total} in all"
+        return f"{self.asked.kind}: {first}{model}{apart}; {self.total} in all"
 
     def suggest(self, trials: "Sequence[TrialRecord]") -> Suggestion | None:
         """None after `total` trials, or when the space has no other point."""
@@ -116,15 +125,18 @@ class OptunaSearch:
             return None
         known = {digest(trial.values) for trial in chosen}
         outcomes = self._outcomes(chosen)
-        point = None if outcomes is None else self._by_model(outcomes, len(chosen), known)
-        point = point or self._at_random(len(chosen), known)
-        return Suggestion(point) if point is not None else None
+        proposed = () if outcomes is None else points(self.spec, self.asked, outcomes, self._seed(len(chosen), "model"))
+        for point in proposed:
+            if digest(point) not in known and contradiction(self.spec, point) is None:
+                return Suggestion(point)
+        drawn = self._at_random(len(chosen), known)
+        return Suggestion(drawn) if drawn is not None else None
 
     def _outcomes(self, chosen: "Sequence[TrialRecord]") -> list[Outcome] | None:
-        """What the model is to learn from; None: the next point is drawn at random."""
+        """Outcomes that the model learns from; None: the next point is drawn at random."""
         objectives, number = self.spec.objectives, len(chosen)
         if isinstance(self.asked, BohbSpec):
-            at_random = random.Random(_seed(self.spec, number, "share")).random() < self.asked.random_share
+            at_random = random.Random(self._seed(number, "share")).random() < self.asked.random_share
             return None if at_random else at_furthest_step(chosen, min_reports(self.spec))
         if number < self.asked.n_startup:
             return None
@@ -132,44 +144,21 @@ class OptunaSearch:
             return as_reported(chosen)
         return as_forecast(chosen, objectives, self.spec.steps)
 
-    def _by_model(self, outcomes: list[Outcome], number: int, known: set[str]) -> Values | None:
-        """The model's first point that is new and can be run; None where it brings none within its tries."""
-
-        for point in points(self.spec, self.asked, outcomes, _seed(self.spec, number, "model")):
-            if digest(point) not in known and contradiction(self.spec, point) is None:
-                return point
-        return None
-
     def _at_random(self, number: int, known: set[str]) -> Values | None:
         """First the points of `kind: random` with the same seed, later one drawn for this trial."""
         if not isinstance(self.asked, BohbSpec) and number < self.asked.n_startup:
             first = fresh_points(self.spec, random.Random(self.spec.seed), ())
             return next(itertools.islice(first, number, None), None)
-        return next(fresh_points(self.spec, random.Random(_seed(self.spec, number, "drawn")), known), None)
+        return next(fresh_points(self.spec, random.Random(self._seed(number, "drawn")), known), None)
 
-
-def optuna_search(spec: "TuneSpec", asked: TpeSpec | GpSpec | BohbSpec) -> OptunaSearch:
-    """Raises ConfigError when values contradict each other, or the kind can't seek several objectives."""
-    if isinstance(asked, BohbSpec) and len(spec.objectives) > 1:
-        raise ConfigError(
-            f"search.kind=bohb with objectives={[goal.metric for goal in spec.objectives]}",
-            "bohb learns from losses at early steps, where other objectives mean little",
-            "bohb optimizes one objective, the held-out loss",
-            "take search: {kind: tpe} or {kind: gp}, or leave the other objectives out",
-        )
-    search = OptunaSearch(spec, asked, most(spec))
-    search._at_random(0, set())
-    return search
+    def _seed(self, number: int, use: str) -> int:
+        """Return the seed of one trial, so that a search that resumes needs no state of a generator."""
+        return int.from_bytes(hashlib.sha256(f"{self.spec.seed}/{number}/{use}".encode()).digest()[:4], "big")
 
 
 def min_reports(spec: "TuneSpec") -> int:
     """Reports at a step from which BOHB fits a model there: two more than keys and one (Falkner et al. 2018)."""
     return len(spec.space) + 3
-
-
-def _seed(spec: "TuneSpec", number: int, use: str) -> int:
-    """One of its own for each trial: a search that goes on needs no state of a generator."""
-    return int.from_bytes(hashlib.sha256(f"{spec.seed}/{number}/{use}".encode()).digest()[:4], "big")
 
 
 TRIES = 20

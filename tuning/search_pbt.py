@@ -17,7 +17,7 @@ from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.training.strategies import ZERO
 from graftwork.tuning.search import Suggestion, Values, Wait, select_searched
-from graftwork.tuning.search_grid_random import random_search
+from graftwork.tuning.search_grid_random import RandomSpec
 
 if TYPE_CHECKING:
     from graftwork.tuning.spec import TuneSpec
@@ -66,12 +66,20 @@ class PbtSpec(Spec):
         if spec.train.strategy.kind in ZERO:
             raise ValueError(
                 f"train.strategy.kind={spec.train.strategy.kind} can't go with search.kind=pbt: DeepSpeed's optimizer "
-                "keeps the rate to itspec. Set train.strategy.kind=ddp or fsdp2"
+                "keeps the rate to itself. Set train.strategy.kind=ddp or fsdp2"
             )
 
     def start(self, spec: "TuneSpec") -> "PbtSearch":
-        """Return the search. Raises ConfigError when it can't search this space."""
-        return pbt_search(spec, self)
+        """Return the search. Raises ConfigError when the space has fewer points than the population members."""
+        points = RandomSpec().start(spec.model_copy(update={"num_trials": self.population})).points
+        if len(points) < self.population:
+            raise ConfigError(
+                f"search.population={self.population}",
+                f"the space has {len(points)} points",
+                "members begin at different points",
+                f"set it to {len(points)} or less, or widen the space",
+            )
+        return PbtSearch(self, points, spec.steps, spec.seed)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,6 @@ class PbtSearch:
     """Values that the members begin with."""
     steps: int
     seed: int
-    name: str = "pbt"
 
     @property
     def generations(self) -> int:
@@ -129,40 +136,21 @@ class PbtSearch:
         ranked = sorted(range(len(before)), key=lambda member: (_loss(before[member]), member))
         alive = [member for member in ranked if before[member].state != "failed"]
         best = alive[: _count(self.asked)]
-        worst = [member for member in ranked if member not in alive or ranked.index(member) >= self._survivors()]
-        rng = random.Random(f"{self.seed} generation {generation}")
+        survivors = self.asked.population - _count(self.asked)
+        worst = [member for member in ranked if member not in alive or ranked.index(member) >= survivors]
+        rng, factors = random.Random(f"{self.seed} generation {generation}"), self.asked.factors
         rng.shuffle(best)
         lines = [(trial, 1.0) for trial in before]
         for place, member in enumerate(one for one in worst if one not in best):
             copies, one = divmod(place, len(best))
-            lines[member] = (before[best[one]], self._explored(rng.random(), copies))
+            power, other = divmod(copies, len(factors))  # a further copy gets another factor, then a power of it
+            factor = factors[(int(rng.random() * len(factors)) + other) % len(factors)] ** (power + 1)
+            lines[member] = (before[best[one]], float(factor))
         return lines
-
-    def _survivors(self) -> int:
-        return self.asked.population - _count(self.asked)
-
-    def _explored(self, u: float, copies: int) -> float:
-        """A factor at random; further copies of the same parent get the other factors, then their powers."""
-        factors = self.asked.factors
-        again, other = divmod(copies, len(factors))
-        return float(factors[(int(u * len(factors)) + other) % len(factors)] ** (again + 1))
-
-
-def pbt_search(spec: "TuneSpec", asked: PbtSpec) -> PbtSearch:
-    """Raises ConfigError when the space has fewer points than the population members."""
-    points = random_search(spec.model_copy(update={"num_trials": asked.population})).points
-    if len(points) < asked.population:
-        raise ConfigError(
-            f"search.population={asked.population}",
-            f"the space has {len(points)} points",
-            "members begin at different points",
-            f"set it to {len(points)} or less, or widen the space",
-        )
-    return PbtSearch(asked, points, spec.steps, spec.seed)
 
 
 def finished_trials(trials: "Sequence[TrialRecord]") -> set[str]:
-    """Trials whose checkpoints nobody goes on from any more: they ended, and so did all that could begin from them."""
+    """Return the trials whose checkpoints are not needed: they ended, and so did all that could begin from them."""
     segments = [trial for trial in trials if trial.until is not None and trial.repeat_of is None]
     size = sum(trial.until == segments[0].until for trial in segments) if segments else 1
     open_from = next(
@@ -183,7 +171,7 @@ def _loss(trial: "TrialRecord") -> float:
 
 
 def _extended(known: JsonValue, share: float, factor: float) -> JsonValue:
-    """The schedule so far, with one more factor on top of the last."""
+    """Return the schedule with one more factor, multiplied by the last."""
     pieces: list[JsonValue] = [*known] if isinstance(known, list | tuple) else []
     last = pieces[-1] if pieces else None
     reached = float(str(last[1])) if isinstance(last, list | tuple) else 1.0

@@ -4,8 +4,8 @@ The surface is a polynomial chaos expansion (Sudret 2008): a line and a parabola
 there are trials enough, ridge-fitted to the ranks of the losses as normal scores, because losses of diverging trials
 have no scale. Its functions are orthonormal over the space, so the variance that a key accounts for is the sum of
 its squared coefficients: a functional ANOVA over the space itself, wherever a search has gathered its trials.
-Intervals: percentile bootstrap over trials with the ridge kept. Nothing is told where shuffled losses are predicted as
-well.
+Intervals: percentile bootstrap over trials with the same ridge. Where shuffled losses are predicted as well, nothing is
+reported.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm, rankdata
 
-from graftwork.report import format as words
+from graftwork.report.format import format_setting
 from graftwork.report.sweep_schema import (
     HeatCell,
     HeatRecord,
@@ -30,10 +30,6 @@ from graftwork.report.sweep_schema import (
     SweepTrial,
 )
 
-# A key of the space as an axis: where a value lies, in which cell of a table, and the functions that a surface is
-# fitted with.
-
-
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 BINS = 6
@@ -42,41 +38,25 @@ MOST_VALUES = 12
 """A choice of more is no axis of a table."""
 
 
-def is_number(value: Plain) -> bool:
-    """True and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def numeric(key: SweepKey) -> bool:
-    """Every value is a number."""
-    return not key.values or all(is_number(value) for value in key.values)
+    """Return whether every value is a number; booleans are none."""
+    return not key.values or all(isinstance(one, int | float) and not isinstance(one, bool) for one in key.values)
 
 
 def number(value: Plain) -> float:
-    """A value that is one."""
+    """Return a numeric value as float."""
     assert isinstance(value, int | float), f"{value!r} is no number"
     return float(value)
 
 
-def logarithmic(key: SweepKey) -> bool:
-    """A log range, or positive choices that span a factor of four."""
-    if not key.values:
-        return key.log
-    if not numeric(key):
-        return False
-    low, high = min(map(number, key.values)), max(map(number, key.values))
-    return low > 0 and high / low >= 4
-
-
 class Cells:
-    """A key cut into the rows or columns of a table: the values of a choice in rising order, equal parts of a range,
-    named by their middles."""
+    """Rows or columns of a table: the values of a choice in rising order, or equal parts of a range."""
 
     def __init__(self, key: SweepKey) -> None:
         self.key = key
         if key.values:
             self._listed = sorted(key.values, key=number) if numeric(key) else list(key.values)
-            self.labels = tuple(words.format_setting(value) for value in self._listed)
+            self.labels = tuple(format_setting(value) for value in self._listed)
             self.centres = tuple(number(value) for value in self._listed) if numeric(key) else ()
             return
         assert key.low is not None
@@ -88,21 +68,28 @@ class Cells:
         self.labels = tuple(f"{centre:.2g}" for centre in self.centres)
 
     def index(self, value: Plain) -> int:
-        """The cell of a value."""
+        """Return the cell of a value."""
         if self.key.values:
             return self._listed.index(value)
         return min(max(int(np.searchsorted(self._edges, number(value), side="right")) - 1, 0), BINS - 1)
 
 
 def terms(key: SweepKey, values: Sequence[Plain]) -> Floats:
-    """(trials, functions): a line and a parabola of a number, contrasts of other choices. They are orthonormal and of
-    mean 0 when the key is drawn evenly from its domain, so that squared coefficients are shares of the variance."""
+    """Functions of a key at values, (trials, functions): a line and a parabola of a number, contrasts of other choices.
+
+    They are orthonormal and of mean 0 over the key's domain, so that squared coefficients are shares of the variance.
+    """
     if not key.values:
-        u = np.array([_unit(key, value) for value in values])
+        assert key.low is not None
+        assert key.high is not None
+        scale = math.log if key.log else float
+        low, high = scale(key.low), scale(key.high)
+        u = np.array([(scale(number(value)) - low) / (high - low) for value in values])
         return np.column_stack([math.sqrt(3) * (2 * u - 1), math.sqrt(5) * (6 * u * u - 6 * u + 1)])
     listed = list(key.values)
     if numeric(key):
-        at = np.array([math.log(number(v)) if logarithmic(key) else number(v) for v in listed])
+        at = np.array([number(value) for value in listed])
+        at = np.log(at) if at.min() > 0 and at.max() / at.min() >= 4 else at
         at = (at - at.mean()) / (at.std() or 1.0)
         raw = np.column_stack([np.ones(len(at)), at, at * at][: min(3, len(listed))])
     else:
@@ -110,18 +97,6 @@ def terms(key: SweepKey, values: Sequence[Plain]) -> Floats:
     orthonormal = np.linalg.qr(raw)[0][:, 1:] * math.sqrt(len(listed))
     table: Floats = orthonormal[[listed.index(value) for value in values]]
     return table
-
-
-def _unit(key: SweepKey, value: Plain) -> float:
-    assert key.low is not None
-    assert key.high is not None
-    low, high, at = key.low, key.high, number(value)
-    if key.log:
-        low, high, at = math.log(low), math.log(high), math.log(at)
-    return (at - low) / (high - low)
-
-
-# Two keys against each other: the lowest loss of each pair of their values.
 
 
 USUAL = ("adapter.rank", "optim.lr")
@@ -151,7 +126,7 @@ def heat(keys: Sequence[SweepKey], trials: Sequence[SweepTrial], found: Importan
 
 
 def _cells(trials: Sequence[SweepTrial], rows: Cells, columns: Cells) -> tuple[HeatCell, ...]:
-    """Those that have a trial, row by row."""
+    """Return the cells that have a trial, row by row."""
     last_step = max(trial.last_step for trial in trials)
     groups: dict[tuple[int, int], list[SweepTrial]] = {}
     for trial in trials:
@@ -184,7 +159,7 @@ def _cell(where: tuple[int, int], group: Sequence[SweepTrial], last_step: int) -
 
 
 RIDGES = (0.003, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Tried, a share of the number of trials."""
+"""Ridges to try, as shares of the number of trials."""
 RESAMPLES = 400
 SHUFFLES = 399
 LEVEL = 0.95
@@ -192,7 +167,8 @@ LEVEL = 0.95
 
 def importance(keys: Sequence[SweepKey], trials: Sequence[SweepTrial], seed: int) -> ImportanceRecord:
     """Importance of each key by the losses at the last step that every trial reported which ended."""
-    step = common_step(trials)
+    ended = [trial for trial in trials if trial.state in ("finished", "stopped") and trial.losses]
+    step = min((trial.last_step for trial in ended), default=0)
     shown = [trial for trial in trials if trial.state == "failed" or trial.loss_at(step) is not None]
     losses = [loss if (loss := trial.loss_at(step)) is not None else math.inf for trial in shown]
     diverged = sum(not math.isfinite(loss) for loss in losses)
@@ -200,8 +176,10 @@ def importance(keys: Sequence[SweepKey], trials: Sequence[SweepTrial], seed: int
     main = sum(block.shape[1] for block in blocks)
 
     def record(silent: str | None, surface: "_Surface | None" = None, p: float | None = None) -> ImportanceRecord:
-        told = zip(keys, surface.shares(y), *_interval(surface, y, seed), strict=True) if surface and not silent else ()
-        every = [KeyImportance(key=key.name, value=value, low=low, high=high) for key, value, low, high in told]
+        shares = (
+            zip(keys, surface.shares(y), *_interval(surface, y, seed), strict=True) if surface and not silent else ()
+        )
+        every = [KeyImportance(key=key.name, value=value, low=low, high=high) for key, value, low, high in shares]
         return ImportanceRecord(
             step=step,
             n=len(shown),
@@ -228,13 +206,6 @@ def importance(keys: Sequence[SweepKey], trials: Sequence[SweepTrial], seed: int
     return record(silent, max(fits, key=lambda fit: fit.predicts(y)), p)
 
 
-def common_step(trials: Sequence[SweepTrial]) -> int:
-    """The last step at which every trial reported that finished or was stopped; 0 where none did."""
-    return min(
-        (trial.last_step for trial in trials if trial.state in ("finished", "stopped") and trial.losses), default=0
-    )
-
-
 def scores(losses: Sequence[float]) -> Floats:
     """Normal scores of the ranks, ties averaged, of mean 0."""
     y: Floats = norm.ppf((rankdata(losses) - 0.5) / len(losses))
@@ -243,7 +214,7 @@ def scores(losses: Sequence[float]) -> Floats:
 
 
 class _Surface:
-    """A polynomial over the keys with a ridge: how well it predicts left-out trials, and the shares of the keys."""
+    """Polynomial over the keys with a ridge: its prediction of left-out trials, and the shares of the keys."""
 
     def __init__(self, blocks: Sequence[Floats], pairs: bool, ridge: float) -> None:
         columns: list[Floats] = []
@@ -262,7 +233,7 @@ class _Surface:
         self._hat = x @ self._solve(x, np.eye(len(x)))
 
     def shares(self, y: Floats, rows: Indices | None = None) -> Floats:
-        """Total index of each key; over a resample of the trials where `rows` names one."""
+        """Total index of each key; over a resample of the trials where `rows` is given."""
         x, y = (self._x, y) if rows is None else (self._x[rows], y[rows])
         squared = self._solve(x - x.mean(axis=0), y - y.mean()) ** 2
         by_key = [squared[[key in owners for owners in self._owners]].sum() for key in range(self._keys)]
@@ -285,7 +256,7 @@ class _Surface:
 
 
 def _shuffled(fits: Sequence[_Surface], y: Floats, seed: int) -> float:
-    """How often the best fit predicts shuffled losses as well as the real ones: the p value of a permutation test."""
+    """p value of a permutation test: share of shuffles whose losses the best fit predicts as well as the real ones."""
     rng = np.random.default_rng(seed)
     every = np.column_stack([y, *(rng.permutation(y) for _ in range(SHUFFLES))])
     best = np.max([fit.predict_each(every) for fit in fits], axis=0)
@@ -300,20 +271,21 @@ def _interval(surface: _Surface, y: Floats, seed: int) -> Floats:
     return bounds
 
 
-# Whether the best learning rate moves with the rank ("LoRA Without Regret", Schulman et al. 2025: hardly), read from
-# the trials there are; any two numeric keys will do.
-
+# Movement of the best learning rate with the rank ("LoRA Without Regret", Schulman et al. 2025: hardly any), read from
+# the trials; works for any two numeric keys.
 
 Verdict = Literal["hardly moves", "moves", "can't be told"]
 LEAST_RATES = 3
 """Values of the column key that a row needs."""
 Grid = Mapping[int, Mapping[int, float]]
-"""Row -> column -> mean loss; infinite where a trial has none."""
+"""Row -> column -> mean loss; infinite for a trial without one."""
 
 
 def rates(trials: Sequence[SweepTrial], row_key: SweepKey, column_key: SweepKey) -> RatesRecord | None:
-    """The best value of `column_key` for each of `row_key`, both numeric, at the last step at which that can be read;
-    None where it can be at none: two rows are needed, and three columns in each."""
+    """Best value of `column_key` for each of `row_key`, both numeric, at the last step that has enough trials.
+
+    None without such a step: two rows are needed, and three columns in each.
+    """
     rows, columns = Cells(row_key), Cells(column_key)
     for step in sorted({step for trial in trials for step, _ in trial.losses}, reverse=True):
         grid = grid_at(trials, rows, columns, step)
@@ -339,9 +311,9 @@ def grid_at(trials: Sequence[SweepTrial], rows: Cells, columns: Cells, step: int
 
 
 def of_grid(grid: Grid, rows: Cells, columns: Cells, step: int) -> RatesRecord:
-    """What a grid says."""
+    """Return the best value of each row of a grid, and whether it moves."""
     at = columns.centres
-    found = [rate_row(words.format_setting(rows.centres[row]), cells, at) for row, cells in grid.items()]
+    found = [rate_row(format_setting(rows.centres[row]), cells, at) for row, cells in grid.items()]
     used = sorted({column for cells in grid.values() for column in cells})
     grid_step = max(at[b] / at[a] for a, b in itertools.pairwise(used))
     moves_by = max(row.best for row in found) / min(row.best for row in found)
@@ -367,7 +339,7 @@ def of_grid(grid: Grid, rows: Cells, columns: Cells, step: int) -> RatesRecord:
 
 
 def rate_row(label: str, cells: Mapping[int, float], at: Sequence[float]) -> RateRow:
-    """The lowest of a row, half a step of its grid around it, and the parabola's lowest point."""
+    """Return the lowest of a row, half a step of its grid around it, and the parabola's lowest point."""
     tried = sorted(cells)
     here = min(range(len(tried)), key=lambda index: cells[tried[index]])
     best = at[tried[here]]
@@ -389,7 +361,7 @@ def rate_row(label: str, cells: Mapping[int, float], at: Sequence[float]) -> Rat
 
 
 def _vertex(points: Sequence[tuple[float, float]]) -> float | None:
-    """The lowest point of the parabola through three, back from its log axis; None where one is infinite."""
+    """Lowest point of the parabola through three points, back from its log axis; None where one is infinite."""
     if not points or not all(math.isfinite(y) for _, y in points):
         return None
     (x0, y0), (x1, y1), (x2, y2) = points

@@ -33,7 +33,7 @@ SearchSpec = Annotated[GridSpec | RandomSpec | TpeSpec | GpSpec | BohbSpec | Pbt
 
 
 class FinalsSpec(Spec):
-    """The best trials run again, each with the same other seeds, until it is known whether the best is better."""
+    """Runs the best trials again, each with the same other seeds, to test whether the best is better."""
 
     finalists: int = Field(default=2, ge=2)
     """Best trials of the search that take part: those that ran to their end."""
@@ -44,7 +44,7 @@ class FinalsSpec(Spec):
 
 
 class ShadowSpec(Spec):
-    """An experiment in which the winner answers copies of live requests, unseen, beside the version that answers."""
+    """An experiment in which the winner answers copies of live requests; users see the current version's answers."""
 
     against: Annotated[str, Field(pattern=NAME_PATTERN)] = "latest"
     """Alias of the same task: the version that it points at before the winner is published is the control."""
@@ -67,7 +67,7 @@ class WinnerSpec(Spec):
 
 
 def require_finals(finals: FinalsSpec | None, key: str, most: int, space: Container[str]) -> None:
-    """Raise ConfigError where a sweep can't have these finals. `key` of the sweep says how many trials there are."""
+    """Raise ConfigError where a sweep can't have these finals. `key` of the sweep sets the number of trials."""
     if finals is not None and "seed" in space:
         raise ConfigError(
             "finals with space.seed",
@@ -85,7 +85,7 @@ def require_finals(finals: FinalsSpec | None, key: str, most: int, space: Contai
 
 
 def require_placeable(winner: WinnerSpec | None, train: TrainSpec) -> None:
-    """Raise ConfigError where the winner of this training spec can't be treated so."""
+    """Raise ConfigError where the winner of this training spec can't be published so."""
     if winner is None:
         return
     if train.alias is not None and "alias" in train.model_fields_set:
@@ -111,7 +111,7 @@ def require_placeable(winner: WinnerSpec | None, train: TrainSpec) -> None:
 NOT_TUNABLE = {
     "kind": "it names the stage",
     "name": "a trial publishes nothing",
-    "root": "a trial's records lie with the sweep's",
+    "root": "a trial's records are in the sweep's folder",
     "alias": "a trial publishes nothing",
     "num_workers": "it changes the time of a trial, not its result; optim.rows_per_step does",
     "cpus_per_worker": "it changes the time of a trial, not its result",
@@ -148,7 +148,7 @@ NO_PART = {
 
 
 class PriceSpec(Spec):
-    """What the resources of trials cost, in any currency, so that a plan tells a sum."""
+    """Prices of the resources of trials, in any currency, for the cost of a plan."""
 
     cpu_hour: float = Field(default=0.0, ge=0)
     gpu_hour: float = Field(default=0.0, ge=0)
@@ -161,7 +161,7 @@ class TuneSpec(Spec):
     kind: Literal["tune"] = "tune"
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     root: str = DEFAULT_ROOT
-    """Where the sweep's records live. No part of its identity."""
+    """Store of the sweep's records. No part of its identity."""
     train: TrainSpec
     """The run that is tuned. Trials publish nothing."""
     space: Space = Field(default_factory=lambda given: default_space(given["train"].adapter))
@@ -177,7 +177,7 @@ class TuneSpec(Spec):
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at a time, at most. auto: as many as have room by their predicted memory, CPUs and shares of a GPU."""
     reserve_memory: bool = True
-    """Each trial asks the cluster for its predicted memory. false: where nodes declare less than they have."""
+    """Each trial requests its predicted memory. false: for clusters whose nodes declare less than they have."""
     distributed: Literal["auto", "never", "always"] = "auto"
     """Train each trial on `train.num_workers` Ray Train workers with `train.strategy`. auto: only a trial that does not
     fit one process, if the strategy shards (zero3, fsdp2) or offloads."""
@@ -195,8 +195,8 @@ class TuneSpec(Spec):
     report_every: int = Field(default=4, ge=1)
     """Optimizer steps between reports, where the scheduler may stop a trial."""
     checkpoint_every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between checkpoints of a trial, from which it goes on when its process or the sweep was lost;
-    null: it begins anew. They are removed when it has ended."""
+    """Optimizer steps between checkpoints of a trial, from which it resumes when its process or the sweep was lost;
+    null: it starts again. They are removed when it has ended."""
     scheduler: SchedulerSpec | None = AshaSpec()
     """null runs every trial to its end."""
     finals: FinalsSpec | None = None
@@ -248,7 +248,7 @@ class TuneSpec(Spec):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """What decides the result, `train` left out, whose own recipe does."""
+        """Return the keys that decide the result, without `train`, which has its own recipe."""
         return self.model_dump(mode="json", exclude=NO_PART)
 
     def _check_key(self, key: str) -> None:

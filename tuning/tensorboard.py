@@ -28,7 +28,7 @@ class EventLogs:
     """The event files of one sweep. The driver alone writes them."""
 
     def __init__(self, run: RunPaths, began: float, patience_s: float = 0.0) -> None:
-        """began: when the sweep first started, in seconds since 1970. patience_s: `close` waits so long for storage."""
+        """began: first start of the sweep, in seconds since 1970. patience_s: longest wait of `close` for storage."""
         self._run, self._began, self._patience_s = run, began, patience_s
         self._folder = run.store.local_dir(*run.file(FOLDER))
         self._files: dict[str, _EventFile] = {}
@@ -64,12 +64,12 @@ class EventLogs:
             raise StorageError(
                 f"write {self._folder}",
                 str(error),
-                "TensorBoard logs lie in the sweep's folder",
+                "TensorBoard logs are in the sweep's folder",
                 "make room on that disk, or set another root",
             ) from error
 
     def _send(self, patience_s: float) -> None:
-        """Nothing where the store's own folder was written."""
+        """Upload the files of trials that ended, if the store is not a local folder."""
         if self._run.store.is_local:
             return self._unsent.clear()
         store = self._run.store.with_retries(patience_s)
@@ -98,21 +98,24 @@ class _EventFile:
         self._events = 0
 
     def goes_on(self, trial: TrialRecord) -> bool:
-        """Whether the record only adds to what is here: not so for a trial that is run again."""
-        return trial.losses[: len(self._losses)] == self._losses and not (self._ended and not _ended(trial))
+        """Return whether the record only adds to the file, which is not so for a trial that is run again."""
+        return trial.losses[: len(self._losses)] == self._losses and not (self._ended and not _has_ended(trial))
 
     def add(self, trial: TrialRecord) -> bool:
-        """Append what is new; whether the trial has just ended."""
+        """Append what is new; return whether the trial has just ended."""
+        from tensorboardX.summary import hparams
+
         if self._ended:
             return False
         if not self._events:
             self._event(self._clock(trial, 0), file_version="brain.Event:2")
-            for summary in _asked(trial):
+            values = {key: to_plain(value) for key, value in trial.values.items()}
+            for summary in hparams(values, {EVAL_LOSS: 0.0})[:2]:  # its keys and figures, and this trial's values
                 self._event(self._clock(trial, 0), summary=summary)
         for step, loss in trial.losses[len(self._losses) :]:
             self._event(self._clock(trial, step), step=step, summary=_scalars({EVAL_LOSS: loss}))
         self._losses = trial.losses
-        just_ended = _ended(trial)
+        just_ended = _has_ended(trial)
         if just_ended:
             for summary in _outcome(trial):
                 self._event(self._clock(trial, trial.steps), step=trial.steps, summary=summary)
@@ -122,14 +125,14 @@ class _EventFile:
         return just_ended
 
     def close(self) -> bool:
-        """Close the file; whether it was open."""
+        """Close the file; return whether it was open."""
         was_open, self._ended = not self._ended, True
         if was_open:
             self._writer.close()
         return was_open
 
     def _clock(self, trial: TrialRecord, step: int) -> float:
-        """Seconds since 1970, its steps taken to be equally long: the ledger keeps no time of each report."""
+        """Return seconds since 1970 for steps of equal length: the ledger has no time of each report."""
         return self._began + trial.started_s + (trial.wall_s * step / trial.steps if trial.steps else 0.0)
 
     def _event(self, wall_time: float, **fields: Any) -> None:
@@ -139,7 +142,7 @@ class _EventFile:
         self._writer.write(Event(wall_time=wall_time, **fields).SerializeToString())
 
 
-def _ended(trial: TrialRecord) -> bool:
+def _has_ended(trial: TrialRecord) -> bool:
     return trial.ended or trial.state == "failed"
 
 
@@ -149,17 +152,8 @@ def _scalars(figures: Mapping[str, float]) -> Any:
     return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in figures.items()])
 
 
-def _asked(trial: TrialRecord) -> Iterator[Any]:
-    """For the hparams plugin: which keys and figures there are, and this trial's values."""
-    from tensorboardX.summary import hparams
-
-    experiment, start, _ = hparams({key: to_plain(value) for key, value in trial.values.items()}, {EVAL_LOSS: 0.0})
-    yield experiment
-    yield start
-
-
 def _outcome(trial: TrialRecord) -> Iterator[Any]:
-    """What it cost, and for the hparams plugin that it ended."""
+    """Yield the costs, and the end of the session for the hparams plugin."""
     from tensorboardX.proto.api_pb2 import Status
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
     from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata

@@ -20,17 +20,15 @@ from graftwork.tuning.trials import TrialRecord
 TRIALS_FILE = "trials.json"
 
 
-def _nothing(_: str) -> None:
-    """Nobody is told."""
-
-
 class Ledger:
     """The trials in the order in which they were chosen. The driver alone writes it.
 
-    patience_s: seconds that storage may be out of reach. on_trouble is told when it is, and with "" when it is back.
+    patience_s: seconds that storage may be out of reach. on_trouble is called when it is, and with "" when it is back.
     """
 
-    def __init__(self, run: RunPaths, patience_s: float = 0.0, on_trouble: Callable[[str], None] = _nothing) -> None:
+    def __init__(
+        self, run: RunPaths, patience_s: float = 0.0, on_trouble: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.run, self._patience_s, self._on_trouble = run, patience_s, on_trouble
         fence = Fence.from_environment()
         self._fence_monitor = FenceMonitor(fence) if fence is not None else None
@@ -43,13 +41,13 @@ class Ledger:
         return tuple(self.records.values())
 
     def resume(self, *, failed_too: bool = False) -> None:
-        """Take over the trials of earlier attempts; those that did not end (without `failed_too` the failed ones as
-        well, but for those that would fail again) are pending again, with their values.
+        """Take over the trials of earlier attempts. Those that did not end are pending again, with their values.
 
-        Raises StorageError when the file is not as it was written.
+        So are failed ones without `failed_too`, except for those that would fail again. Raises StorageError when the
+        file is not as it was written.
         """
         data = self.run.store.find_bytes(*self.run.file(TRIALS_FILE))
-        for record in self._parsed(data) if data is not None else ():
+        for record in self._parse(data) if data is not None else ():
             keep = record.ended or record.hopeless or (failed_too and record.state == "failed")
             self.records[record.trial_id] = record if keep else _pending(record)
 
@@ -61,9 +59,15 @@ class Ledger:
         return self.next_trial(search)
 
     def next_trial(self, search: Search) -> TrialRecord | Wait | None:
-        """What the search suggests, pending from now on."""
+        """What the search suggests, as a pending trial."""
         chosen = search.suggest(self.trials)
-        return self._add(chosen) if isinstance(chosen, Suggestion) else chosen
+        if not isinstance(chosen, Suggestion):
+            return chosen
+        more = {key: value for key in ("parent", "until") if (value := getattr(chosen, key)) is not None}
+        record = TrialRecord(digest({**chosen.values, **more}), **vars(chosen))
+        assert record.trial_id not in self.records, "a search repeats no point"
+        self.records[record.trial_id] = record
+        return record
 
     def update(self, trial_id: str, **changes: Any) -> None:
         """Change fields of one trial and write all."""
@@ -75,36 +79,29 @@ class Ledger:
         SupersededError where another attempt of the job is at work."""
         if self._fence_monitor is not None and self._fence_monitor.stop_reason == "superseded":
             self._fence_monitor.fence.require(self._patience_s)
-        content = self._content()
-        try:
-            self.run.store.write_bytes(content, *self.run.file(TRIALS_FILE))
-        except StoreUnreachable:
-            self._on_trouble(f"storage is out of reach; trying for {self._patience_s:g} s")
-            self._write_patiently(content)
-            self._on_trouble("")
-
-    def _content(self) -> bytes:
-        """A line a trial. A record never changes, so each is put into words once: 1,000 trials are written in 2 ms, and
-        81 when all are (docs/log.md)."""
+        # A record never changes, so each becomes JSON once: 1,000 trials are written in 2 ms, else in 81 (docs/log.md).
         for trial_id, record in self.records.items():
             known = self._lines.get(trial_id)
             if known is None or known[0] is not record:
                 self._lines[trial_id] = (record, json.dumps(asdict(record)))
         lines = ",\n ".join(self._lines[trial_id][1] for trial_id in self.records)
-        return f'{{"trials": [\n {lines}\n]}}\n'.encode()
-
-    def _write_patiently(self, content: bytes) -> None:
+        content, file = f'{{"trials": [\n {lines}\n]}}\n'.encode(), self.run.file(TRIALS_FILE)
         try:
-            self.run.store.with_retries(self._patience_s).write_bytes(content, *self.run.file(TRIALS_FILE))
-        except StoreUnreachable as error:
-            raise StoreUnreachable(
-                f"{TRIALS_FILE} of sweep {self.run.run_id}",
-                f"not written for {self._patience_s:g} s: {error.problem}",
-                "storage may be out of reach for train.checkpoints.outage_s seconds",
-                "run the same command when it is back: trials that had ended are kept, the others are run again",
-            ) from error
+            self.run.store.write_bytes(content, *file)
+        except StoreUnreachable:
+            self._on_trouble(f"storage is out of reach; trying for {self._patience_s:g} s")
+            try:
+                self.run.store.with_retries(self._patience_s).write_bytes(content, *file)
+            except StoreUnreachable as error:
+                raise StoreUnreachable(
+                    f"{TRIALS_FILE} of sweep {self.run.run_id}",
+                    f"not written for {self._patience_s:g} s: {error.problem}",
+                    "storage may be out of reach for train.checkpoints.outage_s seconds",
+                    "run the same command when it is back: trials that ended are not repeated, the others run again",
+                ) from error
+            self._on_trouble("")
 
-    def _parsed(self, data: bytes) -> list[TrialRecord]:
+    def _parse(self, data: bytes) -> list[TrialRecord]:
         try:
             records = [TrialRecord.from_json(tree) for tree in json.loads(data)["trials"]]
             known = [record.trial_id for record in records]
@@ -114,24 +111,11 @@ class Ledger:
             where = self.run.store.path(*self.run.file(TRIALS_FILE))
             raise StorageError(
                 f"read {where}",
-                f"it is not as a sweep writes it: {_in_one_line(error)}",
+                f"it is not as a sweep writes it: {_error_line(error)}",
                 "the trials of a sweep are written whole, by its driver alone",
-                "put back the file as it was; or delete it, and the sweep begins anew",
+                "put back the file as it was; or delete it, and the sweep begins again",
             ) from None
         return records
-
-    def _add(self, chosen: Suggestion) -> TrialRecord:
-        more = {key: value for key in ("parent", "until") if (value := getattr(chosen, key)) is not None}
-        record = TrialRecord(
-            digest({**chosen.values, **more}),
-            chosen.values,
-            repeat_of=chosen.repeat_of,
-            parent=chosen.parent,
-            until=chosen.until,
-        )
-        assert record.trial_id not in self.records, "a search repeats no point"
-        self.records[record.trial_id] = record
-        return record
 
 
 def _pending(record: TrialRecord) -> TrialRecord:
@@ -145,7 +129,7 @@ def _pending(record: TrialRecord) -> TrialRecord:
     return replace(again, losses=(), steps=0, smaller=0)
 
 
-def _in_one_line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {str(first['input'])[:60]!r}"
@@ -154,29 +138,28 @@ def _in_one_line(error: Exception) -> str:
 
 # Checkpoints of running trials: runs/<sweep>/trials/<trial_id>/checkpoints/.
 
-
 TRIALS = "trials"
 
 
 @dataclass(frozen=True)
 class TrialPaths:
-    """The places of all trials of one sweep."""
+    """Folders of all trials of one sweep."""
 
     sweep: RunPaths
     every: int | None
     """Optimizer steps between checkpoints; None: none but at the end of a segment."""
 
     def job(self, job: TrainJob, trial_id: str, until: int | None, parent: str | None) -> TrainJob:
-        """The job of a trial, with a place for its checkpoints where it makes any."""
+        """The job of a trial, with a folder for its checkpoints where it makes any."""
         if self.every is None and until is None:
             return job
-        kept = {"checkpoint_every": self.every or job.max_steps, "checkpoints": {"keep_last": 1}}
+        keys = {"checkpoint_every": self.every or job.max_steps, "checkpoints": {"keep_last": 1}}
         begin_from = self.sweep.part(TRIALS, parent) if parent is not None else None
         own = self.sweep.part(TRIALS, trial_id)
-        return replace(job, spec=job.spec.with_(kept), run=own, begin_from=begin_from)
+        return replace(job, spec=job.spec.with_(keys), run=own, begin_from=begin_from)
 
     def tidy(self, trials: Sequence[TrialRecord]) -> None:
-        """Remove the checkpoints that nobody goes on from any more. Raises StorageError."""
+        """Remove the checkpoints from which no trial resumes or begins any more. Raises StorageError."""
         if self.every is None and all(trial.until is None for trial in trials):
             return
         for trial_id in finished_trials(trials) & set(self.sweep.store.list(*self.sweep.file(TRIALS))):
@@ -200,12 +183,12 @@ class TrialSpec(Spec):
     sweep: str
     """Name of the sweep."""
     sweep_digest: str
-    """With the name, where the sweep's records lie."""
+    """With the name, the folder of the sweep's records."""
     trial_id: str
     train: TrainSpec
     steps: int = Field(ge=1)
     report_every: int = Field(ge=1)
 
     def paths(self) -> RunPaths:
-        """Where its steps and checkpoints are kept: in the sweep's run."""
+        """Folder of its steps and checkpoints, in the sweep's run."""
         return RunPaths(Store(self.root), self.sweep, self.sweep_digest).part(TRIALS, self.trial_id)

@@ -1,7 +1,9 @@
-"""Records of a sweep: one per trial, its progress, and the report at its end."""
+"""Records of a sweep: one per trial, its progress with the predicted time left (ETA), and the report at its end."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from statistics import fmean, stdev
 from typing import Any, Literal, Self
 
 from pydantic import JsonValue, TypeAdapter
@@ -15,16 +17,14 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport
 from graftwork.tuning.search_space import EVAL_LOSS, Goal
 
-# Costs of a trial for `TrialRecord.metrics`, counted in the trial's process.
-
 
 class Costs:
-    """One trial's figures so far. Every step's report goes in, so that the seconds are a mean over all steps."""
+    """Costs of one trial for `TrialRecord.metrics`, counted in its process: seconds are a mean over all steps."""
 
     def __init__(self, trial: TrainSpec) -> None:
         try:
             self._known = size_of(trial)
-        except BaseModelError:  # trained all the same; a sweep that has a size for its goal was refused (tuning.run)
+        except BaseModelError:  # a sweep with a size as objective is rejected before it starts (tuning.run)
             self._known = {}
         self._steps, self._step_s, self._tokens = 0, 0.0, 0
 
@@ -40,7 +40,7 @@ class Costs:
 
 
 def size_of(trial: TrainSpec) -> dict[str, float]:
-    """What the adapter of a trial has, as published: in fp32. Reads the base's config.json.
+    """Sizes of a trial's adapter as published, in fp32. Reads the base's config.json.
 
     Raises BaseModelError for an architecture whose layers are not known (`model_shape`).
     """
@@ -153,6 +153,65 @@ class TuneProgress:
         return f"best so far {best.losses[-1][1]:.3f} at step {best.steps} ({label_points([best.values])[0]})"
 
 
+LEAST_ENDED = 3
+"""Trials that must have ended before their steps say what the others will take."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Remaining time and cost of a sweep at its pace so far."""
+
+    left_s: float | None
+    """None before the first report."""
+    low_s: float | None = None
+    high_s: float | None = None
+    """Two standard errors of the mean steps of a trial; None where `left_s` takes every trial to its last step."""
+    ended: int = 0
+    """Trials behind the expected steps of the others."""
+    device_s: float = 0.0
+    """Of all trials so far: core seconds, of GPUs where trials have some."""
+    device_total_s: float | None = None
+
+
+def pace(progress: TuneProgress) -> Pace:
+    """Steps that are left over steps taken a second, starts of processes included.
+
+    A trial that is to come takes as many steps as those that ended took on average, early stops included; before three
+    have ended every step is counted, so that the time is one at most.
+    """
+    reached = {trial.trial_id: trial.steps for trial in progress.trials}
+    begun = {trial.trial_id: reached.get(trial.parent, 0) if trial.parent else 0 for trial in progress.trials}
+    own = {trial_id: max(steps - begun[trial_id], 0) for trial_id, steps in reached.items()}
+    taken = sum(own.values())
+    each = progress.gpus or progress.cpus
+    device_s = each * sum(took_s(trial, progress.elapsed_s) for trial in progress.trials)
+    ended = [own[trial.trial_id] for trial in progress.trials if trial.ended]
+    if not taken or not progress.elapsed_s:
+        return Pace(None, ended=len(ended), device_s=device_s)
+    known = len(ended) >= LEAST_ENDED
+    expected = fmean(ended) if known else float(progress.steps)
+    error = stdev(ended) / math.sqrt(len(ended)) if known else 0.0
+
+    few, many = max(expected - 2 * error, 0.0), min(expected + 2 * error, progress.steps)
+    shares = [_remaining_steps(progress, own, steps) / taken for steps in (expected, few, many)]
+    left, low, high = (share * progress.elapsed_s for share in shares)
+    return Pace(left, low if known else None, high if known else None, len(ended), device_s, device_s * (1 + shares[0]))
+
+
+def took_s(trial: TrialRecord, now_s: float) -> float:
+    """Seconds of a trial on the sweep's clock: `wall_s` of one that runs is that of its last report."""
+    return max(now_s - trial.started_s, 0.0) if trial.state == "running" and trial.started_s else trial.wall_s
+
+
+def _remaining_steps(progress: TuneProgress, own: Mapping[str, int], expected: float) -> float:
+    """Steps that remain when a trial takes `expected`; the last trials leave the resources of the others idle."""
+    running = [max(expected - own[trial.trial_id], 0.0) for trial in progress.trials if trial.state == "running"]
+    begun = sum(trial.state != "pending" for trial in progress.trials)
+    to_come = max(progress.total - begun, 0)
+    longest = expected if to_come else max(running, default=0.0)
+    return max(sum(running) + to_come * expected, longest * min(progress.at_once, max(begun, 1)))
+
+
 @dataclass(frozen=True)
 class FinalistComparison:
     """The best of the finals against another finalist, paired by seed."""
@@ -171,7 +230,7 @@ class FinalistComparison:
 
     @property
     def tied(self) -> bool:
-        """The interval holds 0. One that is neither beaten nor tied is told apart by this pair alone."""
+        """The interval holds 0. One that is neither beaten nor tied differs in this pair only."""
         return self.low <= 0
 
 
@@ -232,7 +291,7 @@ class TuneReport:
     reused: bool
     """The sweep was done before; no trial ran."""
     winner: Winner | None = None
-    """Where the spec asks for it."""
+    """Set where the spec has `winner`."""
     page: str = ""
     """Where its `report.html` is."""
 
@@ -272,20 +331,14 @@ def pareto(records: Sequence[TrialRecord], objectives: Sequence[Goal]) -> tuple[
 
     In the order of `records`. Repeats of finalists, and trials that lack a value, take no part.
     """
-    rated = [
-        (record, tuple(_cost(value, goal) for value, goal in zip(values, objectives, strict=True)))
-        for record in records
-        if record.state == "finished" and record.repeat_of is None
-        for values in [[value_of(record, goal) for goal in objectives]]
-        if None not in values
-    ]
-    return tuple(record for record, mine in rated if not any(_dominates(other, mine) for _, other in rated))
+    rated: list[tuple[TrialRecord, tuple[float, ...]]] = []
+    for record in records:
+        values = [value for goal in objectives if (value := value_of(record, goal)) is not None]
+        if record.state == "finished" and record.repeat_of is None and len(values) == len(objectives):
+            signs = [1 if goal.direction == "min" else -1 for goal in objectives]
+            rated.append((record, tuple(sign * value for sign, value in zip(signs, values, strict=True))))
 
+    def dominated(mine: tuple[float, ...]) -> bool:
+        return any(costs != mine and all(x <= y for x, y in zip(costs, mine, strict=True)) for _, costs in rated)
 
-def _cost(value: float | None, goal: Goal) -> float:
-    assert value is not None
-    return value if goal.direction == "min" else -value
-
-
-def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+    return tuple(record for record, costs in rated if not dominated(costs))

@@ -1,7 +1,7 @@
 """The trials under Ray Tune: the only module that starts it.
 
-A process trains one trial, or with `share_base` several. Tune gives it its place in the cluster and takes it back;
-which trials there are is the ledger's and the search's business, which go on the judge's.
+A process trains one trial, or with `share_base` several. Tune reserves its resources and releases them. The ledger and
+the search choose the trials; the stopping rule decides which continue.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ from graftwork.tuning.trials import State, TrialRecord
 
 
 class TrialControlActor:
-    """The trials that are to stop. The driver writes it before a trial's report returns, the trial reads it after."""
+    """The trials that must stop: the driver sets them before a trial's report returns, the trial reads them after."""
 
     def __init__(self) -> None:
         self._stopped: set[str] = set()
-        self._held: dict[str, str] = {}
+        self._placement_groups: dict[str, str] = {}
 
     def stop(self, trial_ids: Iterable[str]) -> None:
         """These trials leave their loop at the report they are in."""
@@ -58,27 +58,13 @@ class TrialControlActor:
         return [trial_id not in self._stopped for trial_id in trial_ids]
 
     def hold(self, trial_id: str, group: str) -> None:
-        """The workers of a gang say in which placement group they are: Ray (2.60) keeps it when the process that
+        """Record the placement group of a distributed trial's workers: Ray (2.60) keeps it when the process that
         started them is killed, and Ray Train's own cleaner needs a dashboard to see that."""
-        self._held[trial_id] = group
+        self._placement_groups[trial_id] = group
 
     def release(self, trial_id: str) -> str | None:
-        """The group that a trial held, told once; the driver frees it when the trial's process was lost."""
-        return self._held.pop(trial_id, None)
-
-
-def free(board: Any, trial_id: str) -> None:
-    """Give back what a gang held whose process is gone, its workers with it. Nothing happens for any other trial."""
-    group = ray.get(board.release.remote(trial_id))
-    if group is not None:
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
-
-
-def start_trial_control() -> Any:
-    """A handle of a new board, on the driver's machine: any other may be lost. Needs an initialised Ray; `ray.kill`
-    ends it."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(TrialControlActor).remote()
+        """Forget and return the placement group of a trial whose process was lost, for the driver to remove."""
+        return self._placement_groups.pop(trial_id, None)
 
 
 # Callbacks of Tune, which write the ledger, and Ctrl-C: all in the driver.
@@ -91,7 +77,7 @@ class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
     (Ray 2.60). Trials that are in the middle of a step are given ten seconds, then killed.
     """
 
-    asked = False
+    requested = False
     error: GraftworkError | None = None
 
     def give_up(self, error: GraftworkError) -> None:
@@ -99,12 +85,12 @@ class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
         self.error = self.error or error
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial is stopped for its result; that is the scheduler's."""
+        """Stop no trial for its result: the stopping rule does."""
         return False
 
     def stop_all(self) -> bool:
-        """Tune asks after each of its steps."""
-        return self.asked or self.error is not None
+        """Called by Tune after each of its steps."""
+        return self.requested or self.error is not None
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -117,42 +103,38 @@ class Interrupt(Stopper):  # type: ignore[misc]  # Ray carries no types
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-        def ask(_number: int, _frame: FrameType | None) -> None:
-            if self.asked:
+        def request(_number: int, _frame: FrameType | None) -> None:
+            if self.requested:
                 raise KeyboardInterrupt
-            self.asked = True
+            self.requested = True
 
         for number in before:
-            signal.signal(number, ask)
+            signal.signal(number, request)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
         if self.error is not None:
             raise self.error
 
 
 class TuneCallback(Callback):  # type: ignore[misc]  # Ray carries no types
-    """Tune calls these between its steps, one at a time: each report goes into the ledger and before the judge, and the
-    verdict onto the board before Tune lets the trial go on. `on_change` is called after each."""
+    """Tune calls these between its steps, one at a time: each report goes into the ledger and to the stopping rule, and
+    its decision to the control actor before Tune lets the trial go on. `on_change` is called after each."""
 
     def __init__(
         self,
-        ledger: Ledger,
-        judge: StoppingRule,
-        board: Any,
-        last_step: int,
-        on_change: Callable[[], None],
-        after_failure: Callable[[TrialRecord, TrialFailure], dict[str, Any]],
+        sweep: "TunePlan",
+        rule: StoppingRule,
+        control: Any,
         places: TrialPaths,
         interrupt: Interrupt,
     ) -> None:
-        self._ledger, self._judge, self._board = ledger, judge, board
-        self._last_step, self._on_change = last_step, on_change
-        self._after_failure, self._places, self._interrupt = after_failure, places, interrupt
+        self._sweep, self._ledger, self._last_step = sweep, sweep.ledger, sweep.spec.steps
+        self._rule, self._control, self._places, self._interrupt = rule, control, places, interrupt
         self._started: dict[str, float] = {}
         self._attempt: dict[str, str] = {}
         """Tune's id of the newest attempt of each trial."""
@@ -160,7 +142,7 @@ class TuneCallback(Callback):  # type: ignore[misc]  # Ray carries no types
         """The last step of the newest attempt."""
         self._kernel_kills: dict[str, int] = {}
         self._judged: dict[str, int] = {}
-        """The last step of each trial that the judge has seen: once, however often the trial is run."""
+        """The last step of each trial that the stopping rule has seen: once, however often the trial is run."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks for a restore that never comes: a rerun goes by the ledger."""
@@ -175,7 +157,7 @@ class TuneCallback(Callback):  # type: ignore[misc]  # Ray carries no types
                 self._kernel_kills[trial_id] = kernel_kills()
                 self._attempt[trial_id], self._reported[trial_id] = trial.trial_id, 0
                 self._change(trial_id, state="running")
-            self._on_change()
+            self._sweep.on_change()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
@@ -185,16 +167,19 @@ class TuneCallback(Callback):  # type: ignore[misc]  # Ray carries no types
         with self._giving_up():
             stopped = []
             for trial_id, (step, loss) in result["trials"].items():
-                if self._is_news(trial, trial_id, step) and self._report(trial_id, step, loss, result) == "stopped":
+                record, is_newest = self._ledger.records[trial_id], self._attempt.get(trial_id) == trial.trial_id
+                if not is_newest or record.state != "running" or step <= self._reported[trial_id]:
+                    continue  # of an attempt that is over, or reported before
+                if self._report(record, step, loss, result) == "stopped":
                     stopped.append(trial_id)
             for trial_id, message in result.get("lost", {}).items():
                 self._record_failure(trial, trial_id, TrialFailure("diverged", message))
             if stopped:
-                ray.get(self._board.stop.remote(stopped))
-            self._on_change()
+                ray.get(self._control.stop.remote(stopped))
+            self._sweep.on_change()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        """Its process has left the loop, by itself or because all were told to."""
+        """Its process has left the loop, by itself or because all had to."""
         if self._interrupt.stop_all():
             return
         with self._giving_up():
@@ -202,7 +187,7 @@ class TuneCallback(Callback):  # type: ignore[misc]  # Ray carries no types
                 if self._ledger.records[trial_id].state == "running":
                     self._change(trial_id, state="failed", failure="error", error="its process left before its end")
             self._places.tidy(self._ledger.trials)
-            self._on_change()
+            self._sweep.on_change()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         if self._interrupt.error is not None:
@@ -211,35 +196,27 @@ class TuneCallback(Callback):  # type: ignore[misc]  # Ray carries no types
             for trial_id in trial.config["trials"]:
                 kills = kernel_kills() - self._kernel_kills.get(trial_id, kernel_kills())
                 self._record_failure(trial, trial_id, failure_of(_error(trial), kills))
-                free(self._board, trial_id)
+                if (group := ray.get(self._control.release.remote(trial_id))) is not None:
+                    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
             if (error := hopeless(self._ledger.trials)) is not None:
                 raise error
-            self._on_change()
+            self._sweep.on_change()
 
     def _record_failure(self, trial: Trial, trial_id: str, failure: TrialFailure) -> None:
         """Enter why this attempt of a trial ended, unless it is over already."""
         record = self._ledger.records[trial_id]
         if record.state == "running" and self._attempt.get(trial_id, trial.trial_id) == trial.trial_id:
-            self._change(trial_id, **self._after_failure(record, failure))
+            self._change(trial_id, **self._sweep.after_failure(record, failure))
             self._attempt.pop(trial_id, None)
 
-    def _is_news(self, trial: Trial, trial_id: str, step: int) -> bool:
-        """Neither a report of an attempt that is over nor one that was there before."""
-        record = self._ledger.records[trial_id]
-        return (
-            self._attempt.get(trial_id) == trial.trial_id
-            and record.state == "running"
-            and step > self._reported[trial_id]
-        )
-
-    def _report(self, trial_id: str, step: int, loss: float, result: dict[str, Any]) -> State:
+    def _report(self, record: TrialRecord, step: int, loss: float, result: dict[str, Any]) -> State:
         """Enter a report; returns the state that the trial is in now."""
-        record = self._ledger.records[trial_id]
+        trial_id = record.trial_id
         before = tuple(known for known in record.losses if known[0] < step)  # an earlier attempt may have come further
         losses, notes, why = (*before, (step, loss)), record.notes, None
         self._reported[trial_id] = step
         if record.repeat_of is None and step > self._judged.get(trial_id, 0):  # all of the finals run to their end
-            self._judged[trial_id], why = step, self._judge.reason_to_stop(trial_id, step, loss)
+            self._judged[trial_id], why = step, self._rule.reason_to_stop(trial_id, step, loss)
         if record.until is not None and step >= record.until:
             why = why or f"its segment ends at step {step}"
         state: State = "finished" if step >= self._last_step else "stopped" if why else "running"
@@ -251,7 +228,7 @@ class TuneCallback(Callback):  # type: ignore[misc]  # Ray carries no types
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
-        """An error of ours ends the sweep, cleanly; what Tune tells after that is told to nobody."""
+        """An error of ours ends the sweep, cleanly; later calls of Tune are ignored."""
         try:
             yield
         except GraftworkError as error:
@@ -274,7 +251,7 @@ QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a spec stay valid in a trial
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # tuning.watch.Interrupt takes its place, for SIGTERM as well
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `Interrupt` takes its place, for SIGTERM as well
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # default 600: how long a stopped trial that does not leave keeps its CPU
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
@@ -282,15 +259,13 @@ QUIET = {
 
 @dataclass(frozen=True)
 class TunePlan:
-    """What the running of a sweep's trials needs of it."""
+    """The parts of a sweep that its trials need."""
 
     spec: TuneSpec
     ledger: Ledger
     search: Search
     rows: Mapping[str, PreparedData]
     """By `space.rows_key`."""
-    settled: Callable[[Values], TrainSpec]
-    """The training spec of a point, without `auto`. Raises ConfigError when the values contradict each other."""
     on_change: Callable[[], None]
     clock: Callable[[], float]
     """Seconds of the sweep so far."""
@@ -302,8 +277,8 @@ class TunePlan:
 
     def spec_of(self, record: TrialRecord) -> TrainSpec:
         """What a trial is to train, in as little memory as it has been found to need."""
-        spec = shrunk(self.settled(record.values), record.smaller)
-        assert spec is not None, "a trial is asked for no more than there is"
+        spec = shrunk(self.resources.resolve_trial(record.values), record.smaller)
+        assert spec is not None, "after() takes no more steps down than there are"
         return spec
 
     def after_failure(self, record: TrialRecord, failure: TrialFailure) -> dict[str, Any]:
@@ -317,25 +292,24 @@ def fit(sweep: TunePlan) -> None:
     Raises KeyboardInterrupt on Ctrl-C and SIGTERM.
     """
     spec, ledger = sweep.spec, sweep.ledger
-    interrupt, board = Interrupt(), start_trial_control()
-    judge = stopping_rule(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
+    interrupt = Interrupt()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may be lost
+    control = ray.remote(num_cpus=0, scheduling_strategy=here)(TrialControlActor).remote()
+    rule = stopping_rule(spec, [trial for trial in ledger.trials if trial.ended and trial.repeat_of is None])
     places = TrialPaths(ledger.run.patiently(spec.train.checkpoints.outage_s), spec.checkpoint_every)
-    watch = TuneCallback(ledger, judge, board, spec.steps, sweep.on_change, sweep.after_failure, places, interrupt)
-    told: dict[str, Any] = {
-        "rows": dict(sweep.rows),
-        "steps": spec.steps,
-        "report_every": spec.report_every,
-        "board": board,
-        "places": places,
-        "elsewhere": sweep.elsewhere,
-    }
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, **told), lambda config: tune.PlacementGroupFactory(config["asks"])
+    trainable = tune.with_parameters(
+        run_trial,
+        rows=dict(sweep.rows),
+        steps=spec.steps,
+        report_every=spec.report_every,
+        control=control,
+        places=places,
+        elsewhere=sweep.elsewhere,
     )
     scratch = tempfile.TemporaryDirectory(prefix="gw-tune-")  # Tune's own notes; a rerun goes by the ledger
     with environment_of(QUIET), _quiet_log(), scratch as folder, interrupt.on_signals():
         tune.Tuner(
-            trainable,
+            tune.with_resources(trainable, lambda config: tune.PlacementGroupFactory(config["bundles"])),
             tune_config=tune.TuneConfig(
                 search_alg=FromLedger(sweep, interrupt),
                 num_samples=-1,  # until the search has no more
@@ -348,85 +322,78 @@ def fit(sweep: TunePlan) -> None:
                 storage_path=folder,
                 verbose=0,
                 stop=interrupt,
-                callbacks=[watch],
+                callbacks=[TuneCallback(sweep, rule, control, places, interrupt)],
             ),
         ).fit()
-    ray.kill(board)
+    ray.kill(control)
     places.clear()
 
 
 class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
-    """Tune asks for the next process to start; the ledger says which trials it is to train."""
+    """Gives Tune the next process to start, with the trials of the ledger that it trains."""
 
     def __init__(self, sweep: TunePlan, interrupt: Interrupt) -> None:
         super().__init__()
         self._sweep, self._interrupt = sweep, interrupt
-        self._asked: dict[str, Request] = {}
+        self._requests: dict[str, Request] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher for a restore that never comes; a progress bar of the driver's can't be pickled."""
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Tune's word for nothing yet is None, for no more FINISHED."""
+        """Return None where Tune must ask again, FINISHED where there is no more."""
         try:
-            return self._next()
+            chosen = self._sweep.ledger.next(self._sweep.search)
+            if chosen is None and not any(trial.state == "running" for trial in self._sweep.ledger.trials):
+                return str(Searcher.FINISHED)  # not before: a trial that fails may be run again
+            if chosen is None or isinstance(chosen, Wait):
+                return None
+            return self._trial_config(chosen, self._sweep.spec_of(chosen))
         except GraftworkError as error:
             self._interrupt.give_up(error)
             return str(Searcher.FINISHED)
 
-    def _next(self) -> dict[str, Any] | str | None:
-        chosen = self._sweep.ledger.next(self._sweep.search)
-        if chosen is None and not any(trial.state == "running" for trial in self._sweep.ledger.trials):
-            return str(Searcher.FINISHED)  # not before: a trial that fails may be run again
-        if chosen is None or isinstance(chosen, Wait):
-            return None
-        return self._trial_config(chosen, self._sweep.spec_of(chosen))
-
     def _trial_config(self, chosen: TrialRecord, spec: TrainSpec) -> dict[str, Any] | None:
-        """What the process is told; None while there is no room for it. One that will never have room has failed."""
-        sweep, asking, rows = self._sweep, self._sweep.resources, rows_key(chosen.values)
-        if not fits_one(asking.request([spec], chosen.values), asking.nodes):
-            sweep.ledger.update(
-                chosen.trial_id, state="failed", error=str(asking.unschedulable_error(spec, chosen.values))
-            )
+        """The config of the process; None while there is no room for it. One that will never have room has failed."""
+        sweep, resources, ledger = self._sweep, self._sweep.resources, self._sweep.ledger
+        if not fits_one(resources.request([spec], chosen.values), resources.nodes):
+            error = str(resources.unschedulable_error(spec, chosen.values))
+            ledger.update(chosen.trial_id, state="failed", error=error)
             return None
         most = self._most_together(spec, chosen.values)
         if not most:
             return None
-        group = group_of(chosen, most, sweep.ledger, sweep.search, sweep.spec_of, sweep.rows[rows])
-        request = asking.request(list(group.values()), chosen.values)
-        self._note_gang(chosen.trial_id, asking.explain_placement(spec, chosen.values))
+        rows = rows_key(chosen.values)
+        group = group_of(chosen, most, ledger, sweep.search, sweep.spec_of, sweep.rows[rows])
+        request = resources.request(list(group.values()), chosen.values)
+        why, notes = resources.explain_placement(spec, chosen.values), ledger.records[chosen.trial_id].notes
+        if why is not None and why not in notes:
+            ledger.update(chosen.trial_id, notes=(*notes, why))
         for trial_id in group:
-            self._asked[trial_id] = request
-            sweep.ledger.update(trial_id, started_s=sweep.clock(), wall_s=0.0)
+            self._requests[trial_id] = request
+            ledger.update(trial_id, started_s=sweep.clock(), wall_s=0.0)
         specs = {trial_id: spec.model_dump_json() for trial_id, spec in group.items()}
-        return TrialConfig(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent).config()
+        return vars(TrialConfig(specs, rows, request.bundles[:1], request.worker, chosen.until, chosen.parent))
 
     def _most_together(self, spec: TrainSpec, values: Values) -> int:
-        """Trials that may share the process now: at most `share_base`, 0 where there is no room for one."""
+        """Trials that may share the process now: at most `share_base`, 0 where there is no room for one.
+
+        Ray may wait for nodes while no process runs. Tune does not see the workers of a distributed trial: Ray Train
+        reserves them itself, and gives up after a wait.
+        """
         most = 1 if is_distributed(spec) or self._sweep.elsewhere else self._sweep.spec.share_base
-        asking, asked = self._sweep.resources, self._asked_now()
-        nodes = nodes_of_ray() if asked else []
+        running = [self._requests[one.trial_id] for one in self._sweep.ledger.trials if one.state == "running"]
+        current = list({id(request): request for request in running}.values())  # one for a whole group
+        resources, nodes = self._sweep.resources, nodes_of_ray() if current else []
         for count in range(most, 0, -1):
-            request = asking.request([spec] * count, values)
-            if fits_one(request, asking.nodes) and (not asked or fits(nodes, [*asked, request])):
+            request = resources.request([spec] * count, values)
+            if fits_one(request, resources.nodes) and (not current or fits(nodes, [*current, request])):
                 return count
         return 0
 
-    def _note_gang(self, trial_id: str, why: str | None) -> None:
-        notes = self._sweep.ledger.records[trial_id].notes
-        if why is not None and why not in notes:
-            self._sweep.ledger.update(trial_id, notes=(*notes, why))
-
-    def _asked_now(self) -> list[Request]:
-        """Of the processes that run; where none does, Ray may wait for nodes. Tune knows nothing of a gang's workers:
-        Ray Train reserves them apart, and gives up when it waits for long."""
-        running = [trial.trial_id for trial in self._sweep.ledger.trials if trial.state == "running"]
-        return list({id(self._asked[one]): self._asked[one] for one in running}.values())  # one for a whole group
-
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The ledger knows."""
+        """Nothing to do: the ledger has the outcome."""
 
     def save(self, checkpoint_path: str) -> None:
         """Tune would restore from it; a rerun goes by the ledger."""
@@ -437,7 +404,7 @@ class FromLedger(Searcher):  # type: ignore[misc]  # Ray carries no types
 
 @contextlib.contextmanager
 def _quiet_log() -> Iterator[None]:
-    """Tune logs an error for each failed trial; the ledger tells it better."""
+    """Silence Tune's log of each failed trial: the ledger has its error."""
     log = logging.getLogger("ray.tune")
     before = log.level
     log.setLevel(logging.CRITICAL)

@@ -2,8 +2,7 @@
 
     runs/<sweep>/winner.json    what was published, and where the aliases pointed before
 
-A sweep that was killed here goes on here: the training from its last checkpoint, and an alias that is moved already
-stays.
+A sweep that was killed here resumes here: the training from its last checkpoint, and an alias that was moved stays.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from graftwork.artifacts import publish as artifact
+from graftwork.artifacts import publish
 from graftwork.artifacts.manifest import AdapterManifest, aliases
 from graftwork.artifacts.registry import locate, open_adapter
 from graftwork.errors import StorageError, StoreUnreachable
@@ -45,7 +44,7 @@ class WinnerRecord:
 
 
 def root_of(spec: TuneSpec) -> str:
-    """Where the winner is kept: `train.root` where that is given, else with the sweep."""
+    """Store of the winner: `train.root` where that is given, else the sweep's."""
     return spec.train.root if "root" in spec.train.model_fields_set else spec.root
 
 
@@ -59,7 +58,7 @@ def winner_spec(spec: TuneSpec, best: TrainSpec) -> TrainSpec:
 
 
 def require_winner(spec: TuneSpec) -> None:
-    """Find what is wrong with the winner's training before the first trial. Raises UserErrors of all kinds."""
+    """Find the errors of the winner's training before the first trial. Raises UserErrors of all kinds."""
     if spec.winner is None:
         return
     wanted = winner_spec(spec, spec.train)
@@ -76,15 +75,15 @@ def train_winner(spec: TuneSpec, best: TrainSpec, sweep: RunPaths, on_progress: 
     if report.adapter is None:
         return Winner(report, None, None, None, False, "a base has no alias")
     store = Store(wanted.root)
-    placed = _began(spec, store, wanted.name, report, sweep)
+    placed = _record_aliases(spec, store, wanted.name, report, sweep)
     if placed.moved is None:
         placed = move(store, wanted.name, placed)
         _write(sweep, placed)
     return Winner(report, placed.alias, placed.before, placed.beside, bool(placed.moved), placed.why)
 
 
-def _began(spec: TuneSpec, store: Store, task: str, report: TrainReport, sweep: RunPaths) -> WinnerRecord:
-    """Where the aliases pointed before this version was published, noted before one of them moves."""
+def _record_aliases(spec: TuneSpec, store: Store, task: str, report: TrainReport, sweep: RunPaths) -> WinnerRecord:
+    """Record the versions that the aliases point at before one of them moves."""
     assert spec.winner is not None
     alias, against = spec.winner.alias, spec.winner.shadow.against if spec.winner.shadow else None
     if sweep.store.exists(*sweep.file(WINNER)):
@@ -119,12 +118,12 @@ def move(store: Store, task: str, placed: WinnerRecord) -> WinnerRecord:
             return replace(placed, moved=False, why=why)
         else:
             why = f"held-out loss {new:.4f} against {old:.4f} of {placed.before}, by one run each"
-    artifact.promote(store, task, placed.alias, placed.version)
+    publish.promote(store, task, placed.alias, placed.version)
     return replace(placed, moved=True, why=why)
 
 
 def _scored_alike(store: Store, a: AdapterManifest, b: AdapterManifest) -> bool:
-    """Whether both were measured on the same held-out rows of the same base, by the specs of their runs."""
+    """Return whether both were measured on the same held-out rows of the same base, by the specs of their runs."""
     if a.base_digest != b.base_digest:
         return False
     try:
@@ -133,10 +132,10 @@ def _scored_alike(store: Store, a: AdapterManifest, b: AdapterManifest) -> bool:
         raise
     except StorageError:  # its run is gone, or was another's
         return False
-    return all(_at(specs[0], key) == _at(specs[1], key) for key in SCORED_BY)
 
+    def value_at(tree: Any, dotted: str) -> Any:
+        for key in dotted.split("."):
+            tree = tree.get(key) if isinstance(tree, dict) else None
+        return tree
 
-def _at(tree: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
+    return all(value_at(specs[0], key) == value_at(specs[1], key) for key in SCORED_BY)

@@ -1,6 +1,6 @@
 """The real model class of a base on PyTorch's meta device: shapes without weights, in a second and a few MiB.
 
-`count` reads sizes and traits from it, `training/planning/fake_step.py` takes a training step on it.
+`count` reads sizes and traits from it, `tests/fake_step.py` takes a training step on it.
 """
 
 import importlib

@@ -7,7 +7,7 @@ environment variable that `--token-env` names.
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,7 +27,7 @@ def publish(
     base: Annotated[str, typer.Option("--base", metavar="URI", help="Base that the adapter was trained on.")],
     alias: Alias = "latest",
     system: Annotated[
-        str | None, typer.Option("--system", help="System prompt that the adapter was trained with.")
+        str | None, typer.Option("--system", metavar="TEXT", help="System prompt that the adapter was trained with.")
     ] = None,
     bf16: Annotated[
         bool,
@@ -38,7 +38,7 @@ def publish(
 ) -> None:
     """Publish a PEFT adapter folder, so that endpoints on the same base can serve it."""
     from graftwork import environment
-    from graftwork.artifacts import publish as artifact
+    from graftwork.artifacts.publish import publish as publish_adapter
     from graftwork.base import load as base_model
     from graftwork.base.source import BaseSpec
     from graftwork.prompts.render import PromptSpec
@@ -48,10 +48,10 @@ def publish(
     template = base_model.template(resolved)
     config = ConfigFile.read(folder).values
     with tempfile.TemporaryDirectory(prefix="gw-publish-") as name:
-        made = artifact.publish(
+        made = publish_adapter(
             Store(root),
             task,
-            _rounded(folder, Path(name)) if bf16 else folder,
+            _round_to_bf16(folder, Path(name)) if bf16 else folder,
             base_digest=resolved.digest,
             quant={"kind": "none"},
             template_digest=template.digest,
@@ -70,8 +70,8 @@ def publish(
     echo(f"published {made.ref}, alias {task}@{alias}")
 
 
-def _rounded(folder: Path, into: Path) -> Path:
-    """The folder's files, LoRA halves in bf16."""
+def _round_to_bf16(folder: Path, into: Path) -> Path:
+    """Write the folder's files with the LoRA weights in bf16."""
     import torch
     from safetensors.torch import save_file
 
@@ -93,8 +93,9 @@ def merge(
         str,
         typer.Option(
             "--method",
-            help="cat (the exact sum), svd (its nearest of a lower rank), linear, ties, "
-            "dare_linear, dare_ties, magnitude_prune; the last four also with _svd.",
+            metavar="METHOD",
+            help="cat (exact sum), svd (best approximation of a lower rank), linear, ties, dare_linear, dare_ties or "
+            "magnitude_prune. The last four also with the suffix _svd.",
         ),
     ] = "cat",
     weights: Annotated[
@@ -143,7 +144,9 @@ Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="URL of
 MaybeEndpoint = Annotated[
     str | None, typer.Option("--endpoint", metavar="URL", help="URL of a running endpoint, to use instead of --root.")
 ]
-TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable that holds the admin token.")]
+TokenEnv = Annotated[
+    str, typer.Option("--token-env", metavar="NAME", help="Environment variable with the admin token.")
+]
 ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
 Ref = Annotated[str, typer.Argument(metavar="TASK@REF", help="Task and alias or version, e.g. airport-card@latest.")]
 
@@ -199,7 +202,6 @@ def show(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
 @app.command()
 def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> None:
     """Verify the sha256 of each file, the safetensors headers and the tensor shapes. Exits with 2 if one is wrong."""
-
     store = Store(root)
     manifest = resolve(store, ref)
     problems = verify_adapter(store, manifest.task, manifest.version)
@@ -219,7 +221,7 @@ def verify(ref: Ref, root: Root = DEFAULT_ROOT, as_json: JsonFlag = False) -> No
 @app.command()
 def promote(
     ref: Ref,
-    alias: Annotated[str, typer.Argument(help="Alias to move, e.g. prod.")],
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Alias to move, e.g. prod.")],
     root: Root = DEFAULT_ROOT,
     endpoint: MaybeEndpoint = None,
     token_env: TokenEnv = ADMIN_TOKEN,
@@ -228,15 +230,15 @@ def promote(
 
     With --endpoint a running endpoint does it: it loads the version before the alias moves, and follows at once.
     """
-    from graftwork.artifacts import publish as artifact
+    from graftwork.artifacts.publish import promote as move_alias
 
     if endpoint is not None:
         task, _, version = ref.partition("@")
-        return _tell(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
+        return _send_admin(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
     store = Store(root)
     manifest = resolve(store, ref)
     before = aliases(store, manifest.task).get(alias, "nothing")
-    artifact.promote(store, manifest.task, alias, manifest.version)
+    move_alias(store, manifest.task, alias, manifest.version)
     echo(f"{manifest.task}@{alias}: {before} -> {manifest.version}")
 
 
@@ -245,9 +247,8 @@ def rollback(
     ref: Ref, root: Root = DEFAULT_ROOT, endpoint: MaybeEndpoint = None, token_env: TokenEnv = ADMIN_TOKEN
 ) -> None:
     """Point TASK@ALIAS at its previous version. Each repetition goes one version further back."""
-
     if endpoint is not None:
-        return _tell(endpoint, token_env, "rollback", adapter=ref)
+        return _send_admin(endpoint, token_env, "rollback", adapter=ref)
     task, _, alias = ref.partition("@")
     old, new = roll_back(Store(root), task, alias)
     echo(f"{ref}: {old} -> {new}")
@@ -259,40 +260,42 @@ def register(
         str, typer.Argument(metavar="URI", help="Folder of a published version, under an allowed root of the endpoint.")
     ],
     endpoint: Endpoint,
-    alias: Annotated[str | None, typer.Option("--alias", help="Alias that will point at the new version.")] = None,
+    alias: Annotated[
+        str | None, typer.Option("--alias", metavar="ALIAS", help="Alias to point at the new version.")
+    ] = None,
     token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
     """Copy a version from another store into the store of the endpoint. The files are verified first."""
-    _tell(endpoint, token_env, "register", uri=uri, alias=alias)
+    _send_admin(endpoint, token_env, "register", uri=uri, alias=alias)
 
 
 @app.command()
 def load(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
     """Load a version into the memory of the endpoint before the first request for it."""
-    _tell(endpoint, token_env, "load", adapter=ref)
+    _send_admin(endpoint, token_env, "load", adapter=ref)
 
 
 @app.command()
 def pin(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
     """Load a version and protect it from eviction."""
-    _tell(endpoint, token_env, "pin", adapter=ref)
+    _send_admin(endpoint, token_env, "pin", adapter=ref)
 
 
 @app.command()
 def unpin(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
     """Allow a pinned version to be evicted."""
-    _tell(endpoint, token_env, "unpin", adapter=ref)
+    _send_admin(endpoint, token_env, "unpin", adapter=ref)
 
 
 @app.command()
 def unload(ref: Ref, endpoint: Endpoint, token_env: TokenEnv = ADMIN_TOKEN) -> None:
     """Unload a version once its last request has ended. It stays registered."""
-    _tell(endpoint, token_env, "unload", adapter=ref)
+    _send_admin(endpoint, token_env, "unload", adapter=ref)
 
 
 def swap(
     ref: Annotated[str, typer.Argument(metavar="TASK@ALIAS", help="Alias to move, e.g. support@prod.")],
-    version: Annotated[str, typer.Argument(help="Version or alias that it will point at.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Version or alias to point it at.")],
     endpoint: Endpoint,
     token_env: TokenEnv = ADMIN_TOKEN,
 ) -> None:
@@ -300,10 +303,10 @@ def swap(
 
     The version is loaded before the alias moves, so no request waits. Running requests finish on their version.
     """
-    _tell(endpoint, token_env, "promote", adapter=ref, version=version)
+    _send_admin(endpoint, token_env, "promote", adapter=ref, version=version)
 
 
-def _tell(endpoint: str, token_env: str, verb: str, **body: str | None) -> None:
+def _send_admin(endpoint: str, token_env: str, verb: str, **body: str | None) -> None:
     from graftwork.serving.client import Client
 
     with Client(endpoint, os.environ.get(token_env)) as client:
@@ -324,7 +327,7 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
             r["task"],
             r["version"],
             ",".join(r["aliases"]) or "-",
-            *[_plain(r[key]) for key in keys],
+            *[("no", "yes")[r[key]] if isinstance(r[key], bool) else r[key] for key in keys],
             gib(r["file_bytes"]),
         )
         for r in found
@@ -336,16 +339,12 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
             echo(f"{ref} means {version} in the store: `graftwork swap {ref} {version} --endpoint {endpoint}`")
 
 
-def _plain(value: Any) -> Any:
-    return ("no", "yes")[value] if isinstance(value, bool) else value
-
-
 @app.command("rm")
 def remove(ref: Ref, root: Root = DEFAULT_ROOT) -> None:
-    """Delete one version. Refused while an alias points at it."""
-    from graftwork.artifacts import publish as artifact
+    """Delete a version. Fails while an alias points at it."""
+    from graftwork.artifacts.publish import remove as remove_version
 
     store = Store(root)
     task, version = locate(store, ref)  # not opened: a damaged version too can be removed
-    artifact.remove(store, task, version)
+    remove_version(store, task, version)
     echo(f"removed {task}@{version}")

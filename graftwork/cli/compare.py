@@ -51,7 +51,7 @@ def compare(
 
 def show_comparison(report: Any, reused: int) -> None:
     """Print scores per arm, tests against the baseline, and the verdict in a sentence."""
-    from graftwork.report import format as words
+    from graftwork.report.format import milliseconds, number, tied
 
     names = [metric.name for metric in report.metrics]
     title = f"{report.name}: {report.n} questions" + (f", {reused} answers reused" if reused else "")
@@ -65,15 +65,12 @@ def show_comparison(report: Any, reused: int) -> None:
         down.append(("cut at max_new_tokens", *[_cut(arm) for arm in report.arms]))
         down.append(("errors", *[str(arm.errors) for arm in report.arms]))
         print_table(title, ("metric", *[arm.name for arm in report.arms]), down)
-    if tied := [(a.metric, words.tied(a.groups)) for a in report.advice.metrics if words.tied(a.groups)]:
-        print_table("not told apart (Holm over all pairs)", ("metric", "arms"), tied)
+    if groups := [(a.metric, tied(a.groups)) for a in report.advice.metrics if tied(a.groups)]:
+        print_table("not told apart (Holm over all pairs)", ("metric", "arms"), groups)
     print_table(
         f"against {report.baseline} (paired, Holm within a metric)",
         ("arm", "metric", "difference", "p", "verdict", "detectable"),
-        [
-            (d.a, d.metric, _interval(d), f"{d.p_adjusted:.2g}", d.verdict, words.number(d.mde))
-            for d in report.differences
-        ],
+        [(d.a, d.metric, _interval(d), f"{d.p_adjusted:.2g}", d.verdict, number(d.mde)) for d in report.differences],
     )
     if report.slices:
         print_table(
@@ -92,9 +89,9 @@ def show_comparison(report: Any, reused: int) -> None:
             [
                 (
                     a.name,
-                    words.milliseconds(a.ttft_ms.p50 if a.ttft_ms else None),
-                    words.milliseconds(a.latency_ms.p50),
-                    words.milliseconds(a.latency_ms.max),
+                    milliseconds(a.ttft_ms.p50 if a.ttft_ms else None),
+                    milliseconds(a.latency_ms.p50),
+                    milliseconds(a.latency_ms.max),
                     a.latency_ms.n,
                 )
                 for a in timed
@@ -111,7 +108,7 @@ def show_comparison(report: Any, reused: int) -> None:
 
 def show_judge(judge: Any) -> None:
     """Print the preferences of an LLM judge and their consistency."""
-    from graftwork.report import format as words
+    from graftwork.report.format import percent, percents
 
     print_table(
         f"preferred by {judge.judge} over {judge.baseline}, in both orders",
@@ -119,14 +116,14 @@ def show_judge(judge: Any) -> None:
         [(a.arm, a.wins, a.losses, a.ties, f"{a.strength:+.2f} [{a.low:+.2f}, {a.high:+.2f}]") for a in judge.arms],
     )
     shares = (("says the same in both orders", judge.agreement), ("takes what stands first", judge.first))
-    lines = [f"{text} in {words.percent(s.value)} {words.percents(s.low, s.high)}" for text, s in shares if s]
+    lines = [f"{text} in {percent(s.value)} {percents(s.low, s.high)}" for text, s in shares if s]
     echo(f"the judge {' and '.join(lines)} (n={judge.asked} judgements)" if lines else "the judge said no letter")
 
 
 def show_card(card: Any) -> None:
     """Print the causes of the reference's failures, the arms that fix them, the cost of each arm, and the advice."""
-    from graftwork.report import format as words
     from graftwork.report import views
+    from graftwork.report.format import NONE, count, gibibytes, milliseconds, percent, percents, seconds
 
     print_table(
         f"why {card.reference} fails: {card.probed} of {card.failures} failures probed",
@@ -134,7 +131,7 @@ def show_card(card: Any) -> None:
         [
             (
                 views.cause_name(c.cause),
-                f"{words.percent(c.share.value)} {words.percents(c.share.low, c.share.high)}",
+                f"{percent(c.share.value)} {percents(c.share.low, c.share.high)}",
                 c.share.count,
                 {"dismissed": "does not matter", "open": "is undecided"}.get(c.state, c.state),
             )
@@ -145,7 +142,7 @@ def show_card(card: Any) -> None:
         "of these failures, wholly right in another arm",
         ("arm", *map(views.cause_name, views.lifted(card))),
         [
-            (arm, *[f"{words.percent(x.share.value)} {words.percents(x.share.low, x.share.high)}" for x in lifts])
+            (arm, *[f"{percent(x.share.value)} {percents(x.share.low, x.share.high)}" for x in lifts])
             for arm, _, lifts in views.lift_rows(card)
         ],
     )
@@ -155,11 +152,11 @@ def show_card(card: Any) -> None:
         [
             (
                 cost.arm,
-                words.milliseconds(cost.latency_ms),
-                words.count(cost.tokens),
-                words.seconds(None if cost.training_min is None else 60 * cost.training_min),
-                words.gibibytes(cost.adapter_gib),
-                ", ".join(f"{views.cause_name(c)} {n}" for c, n in own.causes.items()) if own else words.NONE,
+                milliseconds(cost.latency_ms),
+                count(cost.tokens),
+                seconds(None if cost.training_min is None else 60 * cost.training_min),
+                gibibytes(cost.adapter_gib),
+                ", ".join(f"{views.cause_name(c)} {n}" for c, n in own.causes.items()) if own else NONE,
             )
             for cost, own in views.arm_rows(card)
         ],
@@ -170,17 +167,17 @@ def show_card(card: Any) -> None:
 
 def _cut(arm: Any) -> str:
     """Share of an arm's answers that were cut."""
-    from graftwork.report import format as words
+    from graftwork.report.format import percent
 
-    return words.percent(arm.truncated / arm.n)
+    return percent(arm.truncated / arm.n)
 
 
 def _interval(score: Any) -> str:
-    from graftwork.report import format as words
+    from graftwork.report.format import NONE, number
 
     if score is None:
-        return words.NONE
-    return f"{words.number(score.value)} [{words.number(score.low)}, {words.number(score.high)}]"
+        return NONE
+    return f"{number(score.value)} [{number(score.low)}, {number(score.high)}]"
 
 
 @with_options
@@ -266,15 +263,17 @@ def show_precisions(report: "QuantizeReport", run_id: str, reused: int) -> None:
 
 
 def _score(arm: "PrecisionArm", metric: str) -> str:
-    score = arm.scores[metric]
-    from graftwork.report import format as words
+    from graftwork.report.format import interval, score
 
-    return f"{words.score(score.value)} {words.interval(score.low, score.high)}"
+    found = arm.scores[metric]
+    return f"{score(found.value)} {interval(found.low, found.high)}"
 
 
 def rebase(
     aliases: Annotated[list[str], typer.Argument(metavar="TASK@ALIAS...", help="Published adapters to retrain.")],
-    base: Annotated[str, typer.Option("--base", help="New base, in any form that `base:` of a spec accepts.")],
+    base: Annotated[
+        str, typer.Option("--base", metavar="URI", help="New base, in any form that `base:` of a spec accepts.")
+    ],
     root: Root = DEFAULT_ROOT,
     rows: Annotated[
         int, typer.Option("--rows", min=2, help="Held-out rows to evaluate, if the spec sets no number.")

@@ -48,7 +48,7 @@ def show(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  #
     spec = config.load(file, sets)
     tree = config.read_yaml(file.read_text(encoding="utf-8"))
     given = {**tree, **{item.partition("=")[0]: True for item in sets}}
-    rows = [(key, value, came) for key, value, came in config.explain(spec, given)]
+    rows = list(config.explain(spec, given))
     if as_json:
         print_json({key: {"value": value, "from": came} for key, value, came in rows})
     else:
@@ -97,20 +97,29 @@ def render(
     A serve spec becomes a RayService, any other stage a RayJob. A changed serve spec keeps the name of its RayService,
     so `kubectl apply` updates the running service in place.
     """
-    spec, place = config.load(file, sets), cluster_of(cluster_config)
-    machines = machines_of(place)
+    from graftwork.cluster.jobs.packaging import wheel_uri
+    from graftwork.cluster.kuberay.objects import service_objects
+    from graftwork.cluster.targets.kuberay import KubeRayTarget
+
+    spec, cluster, target = config.load(file, sets), cluster_of(cluster_config), f"k8s:{NOWHERE}/{namespace}"
+    machines = machines_of(cluster)
     spec, chosen = with_gpus(spec, machines.accelerators)
-    job, _, _ = with_demand(job_of(spec, place, f"k8s:{NOWHERE}/{namespace}"), spec, file.parent, machines)
+    job, _, _ = with_demand(job_of(spec, cluster, target), spec, file.parent, machines)
     if chosen is not None:
         note(f"note: {chosen}")
     if publish:
         _publish(job)
-    objects = _service(job, namespace) if job.kind == "serve" else _attempt(Attempt(job, attempt), namespace)
+    objects: Sequence[Mapping[str, Any]]
+    if job.kind == "serve":
+        uri = wheel_uri(Store(job.root)) if cluster.code == "wheel" else None
+        objects = service_objects(job, namespace, uri)
+    else:
+        objects = KubeRayTarget(target, job.root, cluster).objects(Attempt(job, attempt))
     sys.stdout.write(yaml.safe_dump_all([dict(one) for one in objects], sort_keys=False, width=120))
 
 
 def _publish(job: Job) -> None:
-    """Put the code and the job's local rows into the store, where the objects look for them."""
+    """Upload the code and the job's local rows to the store, from which the objects load them."""
     from graftwork.cluster.jobs.inputs import send
     from graftwork.cluster.jobs.packaging import publish_wheel
 
@@ -119,17 +128,3 @@ def _publish(job: Job) -> None:
         publish_wheel(store)
     for one in job.inputs:
         send(store, one)
-
-
-def _attempt(attempt: Attempt, namespace: str) -> Sequence[Mapping[str, Any]]:
-    from graftwork.cluster.targets.kuberay import KubeRayTarget
-
-    return KubeRayTarget(f"k8s:{NOWHERE}/{namespace}", attempt.job.root, attempt.job.cluster).objects(attempt)
-
-
-def _service(job: Job, namespace: str) -> Sequence[Mapping[str, Any]]:
-    from graftwork.cluster.jobs.packaging import wheel_uri
-    from graftwork.cluster.kuberay.objects import service_objects
-
-    uri = wheel_uri(Store(job.root)) if job.cluster.code == "wheel" else None
-    return service_objects(job, namespace, uri)

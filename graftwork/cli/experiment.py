@@ -5,6 +5,8 @@ A FILE names the endpoint, the experiment and the variable with the admin token;
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Run A/B tests and shadow tests on a running endpoint.", no_args_is_help=True)
 ADMIN_TOKEN = "GRAFTWORK_ADMIN_TOKEN"
 Where = Annotated[str, typer.Argument(metavar="FILE|URL", help="Experiment spec, or the URL of its endpoint.")]
-Name = Annotated[str | None, typer.Option("--name", help="Experiment name, if URL runs several.")]
-TokenEnv = Annotated[str, typer.Option("--token-env", help="Environment variable that holds the admin token of URL.")]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Experiment name, if URL runs several.")]
+TokenEnv = Annotated[
+    str, typer.Option("--token-env", metavar="NAME", help="Environment variable with the admin token, for a URL.")
+]
 
 
 @app.command()
@@ -39,13 +43,13 @@ def start(
         found = client.experiment("start", spec=spec.model_dump(mode="json"))
     _show(found, as_json)
     if not as_json:
-        echo(f'  ask for it with "model": "{found["model"]}" and your user\'s name as "user"')
+        echo(f'  request it with "model": "{found["model"]}" and your user\'s name as "user"')
 
 
 @app.command()
 def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Show the arms, sequential (always-valid) estimates, guardrails and dropped records."""
-    with _at(where, name, token_env) as (client, chosen):
+    with _client_and_name(where, name, token_env) as (client, chosen):
         found = [one for one in client.experiments() if chosen in (None, one["name"])]
     if chosen is not None and not found:
         raise ConfigError(
@@ -77,26 +81,26 @@ def ramp(
 ) -> None:
     """Change the traffic weights. A unit keeps its arm unless the new weights move it."""
     given = _weights(weights)
-    with _at(where, name, token_env) as (client, chosen):
+    with _client_and_name(where, name, token_env) as (client, chosen):
         _show(client.experiment("ramp", name=_one(client, chosen), weights=given), as_json)
 
 
 @app.command()
 def stop(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Stop an experiment permanently. The control arm then answers all requests."""
-    _tell("stop", where, name, token_env, as_json)
+    _send("stop", where, name, token_env, as_json)
 
 
 @app.command()
 def kill(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Route all traffic to the control arm immediately, until `resume`."""
-    _tell("kill", where, name, token_env, as_json)
+    _send("kill", where, name, token_env, as_json)
 
 
 @app.command()
 def resume(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Undo `kill`: restore the traffic weights."""
-    _tell("resume", where, name, token_env, as_json)
+    _send("resume", where, name, token_env, as_json)
 
 
 @app.command()
@@ -104,11 +108,11 @@ def report(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Experiment spec that it was started with.")],
     log: Annotated[
         str | None,
-        typer.Option("--log", metavar="URI", help="Folder of the experiment log. Default: ask the endpoint."),
+        typer.Option("--log", metavar="URI", help="Folder of the experiment log. Default: read from the endpoint."),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="FOLDER", help="Folder of report.html and report.json; default: NAME-report."),
+        typer.Option("--out", metavar="FOLDER", help="Folder of report.html and report.json. Default: NAME-report."),
     ] = None,
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,
@@ -151,8 +155,8 @@ def _log_of(spec: "ExperimentSpec") -> str:
     return str(runs["log"]["uri"])
 
 
-def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
-    with _at(where, name, token_env) as (client, chosen):
+def _send(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
+    with _client_and_name(where, name, token_env) as (client, chosen):
         _show(client.experiment(verb, name=_one(client, chosen)), as_json)
 
 
@@ -172,22 +176,16 @@ def client_of(url: str, token_env: str | None) -> "Client":
     return Client(url, own_token(token_env, "admin_token_env"))
 
 
-class _at:
-    """A client of the endpoint and the experiment's name, from a FILE or a URL."""
-
-    def __init__(self, where: str, name: str | None, token_env: str) -> None:
-        if where.startswith(("http://", "https://")):
-            self._client = client_of(where, token_env if os.environ.get(token_env) else None)
-            self._name = name
-        else:
-            spec = _spec(where, [])
-            self._client, self._name = client_of(spec.endpoint, spec.admin_token_env), name or spec.name
-
-    def __enter__(self) -> tuple["Client", str | None]:
-        return self._client, self._name
-
-    def __exit__(self, *_: object) -> None:
-        self._client.close()
+@contextmanager
+def _client_and_name(where: str, name: str | None, token_env: str) -> "Iterator[tuple[Client, str | None]]":
+    """Yield a client of the endpoint and the experiment's name, from a FILE or a URL."""
+    if where.startswith(("http://", "https://")):
+        client = client_of(where, token_env if os.environ.get(token_env) else None)
+    else:
+        spec = _spec(where, [])
+        client, name = client_of(spec.endpoint, spec.admin_token_env), name or spec.name
+    with client:
+        yield client, name
 
 
 def _one(client: "Client", name: str | None) -> str:
@@ -280,36 +278,36 @@ def _show_verdict(metric: str, mode: str, judged: dict[str, Any]) -> None:
 
 def show_online(report: "ExperimentReport") -> None:
     """Differences with sequences, guardrails, and the verdict in a sentence."""
-    from graftwork.report import evaluation_views as online
-    from graftwork.report import format as words
+    from graftwork.report.evaluation_views import effect_interval, estimator, evidence, guard_state, signed
+    from graftwork.report.format import NONE, count
 
     unit = "prompts" if report.mode == "shadow" else "units"
     print_table(
-        f"{report.name}: {report.metric}, {report.mode}, {words.count(report.rows)} rows",
+        f"{report.name}: {report.metric}, {report.mode}, {count(report.rows)} rows",
         ("arm", unit, "plain mean", "answers", "failed"),
         [
-            (arm.name, arm.units, words.NONE if arm.mean is None else f"{arm.mean:.3f}", arm.answers, arm.errors)
+            (arm.name, arm.units, NONE if arm.mean is None else f"{arm.mean:.3f}", arm.answers, arm.errors)
             for arm in report.arms
         ],
     )
     print_table(
         f"against {report.control} (holds at every look)",
-        ("arm", online.estimator(report.mode), unit, "e-value", "verdict", "would decide"),
+        ("arm", estimator(report.mode), unit, "e-value", "verdict", "would decide"),
         [
             (
                 one.arm,
-                f"{online.signed(one.estimate)} {online.effect_interval(one)}",
+                f"{signed(one.estimate)} {effect_interval(one)}",
                 one.n,
-                online.evidence(one.e_value),
+                evidence(one.e_value),
                 one.verdict,
-                words.NONE if one.n_needed is None else words.count(one.n_needed),
+                NONE if one.n_needed is None else count(one.n_needed),
             )
             for one in report.contrasts
         ],
     )
     if report.guardrails:
         rows = [
-            (g.arm, g.says, words.NONE if g.value is None else f"{g.value:.3f}", g.n, online.guard_state(g))
+            (g.arm, g.says, NONE if g.value is None else f"{g.value:.3f}", g.n, guard_state(g))
             for g in report.guardrails
         ]
         print_table("guardrails", ("arm", "bound", "seen", "n", "state"), rows)

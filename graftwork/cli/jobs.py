@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
@@ -48,9 +48,7 @@ Root = Annotated[
     ),
 ]
 AT_ONCE = 16
-JobId = Annotated[
-    str, typer.Argument(metavar="JOB", help="Job id, attempt id, a unique prefix of one, or the job name.")
-]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, attempt id, unique prefix of an id, or job name.")]
 _ATTEMPT = re.compile(r"^(?P<job>.+)-a(?P<number>[1-9][0-9]*)$")
 _ID = re.compile(rf"^(?P<name>.+)-[0-9a-f]{{{DIGEST_CHARS}}}$")
 
@@ -68,16 +66,18 @@ def ls(
     as_json: JsonFlag = False,
 ) -> None:
     """List the jobs of an object store, newest first."""
-    wanted = _states(state)
+    wanted = {part for text in state for part in text.split(",") if part}
+    if unknown := sorted(wanted - set(get_args(JobState))):
+        raise ConfigError(f"--state {', '.join(unknown)}", "no such state", f"one of {', '.join(get_args(JobState))}")
     where = root_of(root)
     runs = JobStore(where)
-    found = _statuses(_places(runs) if target is None else [target.rstrip("/")], where)
-    kept = [status for status in found if not wanted or status.state in wanted]
+    found = _statuses(_targets(runs) if target is None else [target.rstrip("/")], where)
+    shown = [status for status in found if not wanted or status.state in wanted]
     if as_json:
-        return print_json([asdict(status) for status in kept[:limit]])
-    show_list(kept[:limit], runs.store.uri, len(kept))
+        return print_json([asdict(status) for status in shown[:limit]])
+    show_list(shown[:limit], runs.store.uri, len(shown))
     for away in sorted({status.on for status in found if is_away(status)}):
-        _say_away(away)
+        _warn_unreachable(away)
 
 
 @app.command()
@@ -90,7 +90,7 @@ def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
         return print_json(shown)
     show_details(shown, where, found)
     if is_away(found):
-        _say_away(found.on)
+        _warn_unreachable(found.on)
 
 
 @app.command()
@@ -114,10 +114,8 @@ def logs(
             f"its attempts: {', '.join(map(str, known)) or 'none'}",
         )
     if tail is not None:
-        for number_ in [number or max(known)] if known else []:
-            text = "".join(runs.logs(job_id, number_))
-            lines = text.splitlines(keepends=True)
-            sys.stdout.write("".join(lines[len(lines) - min(tail, len(lines)) :]))
+        lines = "".join(runs.logs(job_id, number or max(known))).splitlines(keepends=True) if known else []
+        sys.stdout.write("".join(lines[max(len(lines) - tail, 0) :]))
         sys.stdout.flush()
         if not follow_it:
             return
@@ -136,9 +134,13 @@ def wait(
     root: Root = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Wait until a job ends, and exit with its exit code. Retries it as `retry` of its cluster config says."""
+    """Wait until a job ends, and exit with its exit code. Retries a lost job according to `retry` of its config."""
     where, job_id, _ = _named(job, root)
-    leave(_backend(JobStore(where), where, job_id).wait(job_id, _seconds(timeout)), where, as_json)
+    try:
+        seconds = seconds_of(timeout)
+    except ValueError as error:
+        raise ConfigError(f"--timeout {timeout}", str(error)) from None
+    leave(_backend(JobStore(where), where, job_id).wait(job_id, seconds), where, as_json)
 
 
 @app.command()
@@ -241,19 +243,23 @@ def doctor(
 
 
 def root_of(given: str | None) -> str:
-    """The store that is meant, where none is given."""
+    """Return the store: `given`, GRAFTWORK_ROOT, that of cluster.yaml, or the default."""
     return given or os.environ.get("GRAFTWORK_ROOT") or cluster_of(None).storage.uri or DEFAULT_ROOT
 
 
 def job_called(runs: JobStore, said: str) -> tuple[str, int | None]:
-    """The job's id, and the attempt where one was named. A bare name is its latest job.
+    """Return the job's id, and the attempt where `said` names one. A bare name is its latest job.
 
     Raises ConfigError for none (naming the nearest) and for several.
     """
     ids = runs.job_ids()
     attempt = _ATTEMPT.match(said)
     if attempt and (whole := _whole(runs, attempt["job"], ids)) is not None:
-        return whole, _existing(runs, whole, int(attempt["number"]))
+        number, attempts = int(attempt["number"]), runs.attempts(whole)
+        if number not in attempts:
+            known = ", ".join(map(str, attempts)) or "none"
+            raise ConfigError(f"JOB {whole}-a{number}", f"it has no attempt {number}", f"its attempts: {known}")
+        return whole, number
     if (whole := _whole(runs, said, ids)) is not None:
         return whole, None
     begun = [job_id for job_id in ids if said and job_id.startswith(said)]
@@ -268,17 +274,9 @@ def job_called(runs: JobStore, said: str) -> tuple[str, int | None]:
 
 
 def _whole(runs: JobStore, said: str, ids: list[str]) -> str | None:
-    """Of an id or a bare name."""
+    """Return the id of a whole id or a bare name."""
     named = [said] if said in ids else [job_id for job_id in ids if _name(job_id) == said]
     return max(named, key=lambda job_id: runs.job(job_id).created_at) if named else None
-
-
-def _existing(runs: JobStore, job_id: str, number: int) -> int:
-    attempts = runs.attempts(job_id)
-    if number not in attempts:
-        known = ", ".join(map(str, attempts)) or "none"
-        raise ConfigError(f"JOB {job_id}-a{number}", f"it has no attempt {number}", f"its attempts: {known}")
-    return number
 
 
 def _name(job_id: str) -> str:
@@ -288,11 +286,7 @@ def _name(job_id: str) -> str:
 
 def _unknown(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
     near = difflib.get_close_matches(said, [*ids, *{_name(job_id) for job_id in ids}], n=1, cutoff=0.5)
-    holds = (
-        f"the store {runs.store.uri} has {len(ids)} jobs and none of that name"
-        if ids
-        else (f"the store {runs.store.uri} has no jobs")
-    )
+    holds = f"the store {runs.store.uri} has " + (f"{len(ids)} jobs and none of that name" if ids else "no jobs")
     return ConfigError(
         f"JOB {said}",
         f"{holds}; did you mean {near[0]!r}?" if near else holds,
@@ -301,7 +295,7 @@ def _unknown(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
     )
 
 
-def _say_away(on: str) -> None:
+def _warn_unreachable(on: str) -> None:
     stderr.print(
         f"{on} does not answer; its jobs are shown as recorded in the store",
         style="yellow",
@@ -315,40 +309,22 @@ def _named(job: str, root: str | None) -> tuple[str, str, int | None]:
     return where, *job_called(JobStore(where), job)
 
 
-def _statuses(places: Sequence[str], root: str) -> list[JobStatus]:
-    """Of all jobs, newest first; the places are asked at once."""
-    with ThreadPoolExecutor(max_workers=max(len(places), 1)) as pool:
-        found = [status for statuses in pool.map(lambda on: _place(on, root).list(), places) for status in statuses]
+def _statuses(targets: Sequence[str], root: str) -> list[JobStatus]:
+    """Return all jobs, newest first; the targets are read at the same time."""
+    from graftwork.cluster.targets import backend_of
+
+    with ThreadPoolExecutor(max_workers=max(len(targets), 1)) as pool:
+        found = [status for jobs in pool.map(lambda on: backend_of(on, root, None).list(), targets) for status in jobs]
     return sorted(found, key=lambda status: -(status.submitted_at or time.time()))
 
 
-def _places(runs: JobStore) -> list[str]:
+def _targets(runs: JobStore) -> list[str]:
     with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
         return sorted({record.on for record in pool.map(runs.job, runs.job_ids())})
 
 
 def _backend(runs: JobStore, root: str, job_id: str) -> JobBackend:
-    record = runs.job(job_id)
-    return _place(record.on, root, ClusterSpec.model_validate(record.cluster))
-
-
-def _place(on: str, root: str, cluster: ClusterSpec | None = None) -> JobBackend:
     from graftwork.cluster.targets import backend_of
 
-    return backend_of(on, root, cluster)
-
-
-def _states(said: Sequence[str]) -> set[str]:
-    wanted = {part for text in said for part in text.split(",") if part}
-    unknown = sorted(wanted - set(get_args(JobState)))
-    if unknown:
-        raise ConfigError(f"--state {', '.join(unknown)}", "no such state", f"one of {', '.join(get_args(JobState))}")
-    return wanted
-
-
-def _seconds(said: str | None) -> float | None:
-    try:
-        seconds: Any = seconds_of(said)
-    except ValueError as error:
-        raise ConfigError(f"--timeout {said}", str(error)) from None
-    return None if seconds is None else float(seconds)
+    record = runs.job(job_id)
+    return backend_of(record.on, root, ClusterSpec.model_validate(record.cluster))

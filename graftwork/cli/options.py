@@ -5,8 +5,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -23,8 +23,8 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="TARGET",
-        help="Where to run: local (a private Ray), ray://HOST:PORT, http://HOST:PORT (the dashboard of a Ray), or "
-        "k8s:CONTEXT/NAMESPACE.",
+        help="Where to run: local (this machine), http(s)://HOST:PORT (dashboard of a Ray cluster), or "
+        "k8s:CONTEXT/NAMESPACE (KubeRay).",
     ),
 ]
 Sets = Annotated[
@@ -53,8 +53,8 @@ QueueTimeout = Annotated[
     typer.Option("--queue-timeout", metavar="TIME", help="Longest time that the job waits for resources, e.g. 15m."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text and tables.")]
-Root = Annotated[str, typer.Option("--root", help="Object store: a folder, file:// or s3:// URI.")]
-Alias = Annotated[str, typer.Option("--alias", help="Alias that will point at the new version.")]
+Root = Annotated[str, typer.Option("--root", metavar="URI", help="Object store: a folder, file:// or s3:// URI.")]
+Alias = Annotated[str, typer.Option("--alias", metavar="ALIAS", help="Alias to point at the new version.")]
 
 RENAMED_FLAGS = {
     "--on": "--target",
@@ -157,7 +157,18 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        parameters += _options_of(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])]
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        group, annotations = groups[name], get_type_hints(groups[name], include_extras=True)
+        own = inspect.get_annotations(group)
+        for one in sorted(fields(group), key=lambda one: one.name not in own):  # inherited ones last
+            default = inspect.Parameter.empty if one.default is MISSING else one.default
+            default = one.default_factory() if one.default_factory is not MISSING else default
+            keyword_only = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(
+                inspect.Parameter(one.name, keyword_only, default=default, annotation=annotations[one.name])
+            )
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -168,16 +179,3 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     vars(run)["__signature__"] = inspect.Signature(keyword)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
     return run
-
-
-def _options_of(group: type) -> Iterator[inspect.Parameter]:
-    hints, own = get_type_hints(group, include_extras=True), inspect.get_annotations(group)
-    for one in sorted(fields(group), key=lambda one: one.name not in own):  # inherited ones last
-        kind = inspect.Parameter.KEYWORD_ONLY
-        yield inspect.Parameter(one.name, kind, default=_default(one), annotation=hints[one.name])
-
-
-def _default(of: "Field[Any]") -> Any:
-    if of.default_factory is not MISSING:
-        return of.default_factory()
-    return inspect.Parameter.empty if of.default is MISSING else of.default

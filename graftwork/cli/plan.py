@@ -14,7 +14,6 @@ from graftwork.cluster.jobs.backend import usd_per_hour
 from graftwork.cluster.jobs.models import Job
 from graftwork.cluster.session import FORMS, unknown_place
 from graftwork.cluster.spec import quantity
-from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import gpu_key, gpus_of, is_auto
 from graftwork.stages.jobs import PlannedJob, plan_job
@@ -33,13 +32,7 @@ PlanTarget = Annotated[
 GpuName = Annotated[
     str | None,
     typer.Option(
-        "--gpu", metavar="NAME", help="Plan for this GPU type: h100, t4, ..., or a YAML file that describes one."
-    ),
-]
-Replay = Annotated[
-    bool,
-    typer.Option(
-        "--replay", help="Also trace one training step on fake tensors to predict memory (about 10 s for an 8B base)."
+        "--gpu", metavar="NAME", help="GPU type to plan for: h100, t4, ..., or a YAML file that describes one."
     ),
 ]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of workers, each with its own GPU.")]
@@ -51,18 +44,17 @@ def plan(
     options: StageOptions,
     gpu: GpuName = None,
     gpus: Gpus = None,
-    replay: Replay = False,
     target: PlanTarget = None,
 ) -> None:
     """Predict memory and time of a stage, or of all stages of a demo, from its spec. Starts nothing.
 
-    --gpu plans for a GPU type that this machine need not have. --target plans a job on a cluster, which is read but not
-    changed. Exit codes: 2 a stage does not fit or the target would reject the job; 3 the target does not answer.
+    --gpu selects a GPU type that need not be on this machine. --target plans a job and only reads the cluster.
+    Exit codes: 2 a stage does not fit or the target would reject the job; 3 the target does not answer.
     """
     if target is not None:
-        if gpu or gpus or replay:
+        if gpu or gpus:
             raise ConfigError(
-                "--gpu, --gpus, --replay with --target",
+                "--gpu, --gpus with --target",
                 "a job is planned for the machines of its cluster",
                 "the cluster config names them: workers[].gpu_type",
                 "remove --target, or the other flags",
@@ -83,9 +75,12 @@ def plan(
     spec = config.load(file, options.sets)
     if gpu is None:
         spec = resolve_here(spec, "local", options.as_json)
-    elif not options.as_json:
-        _say_gpus(spec, gpu)
-    rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus, replay=replay)
+    elif not options.as_json and (key := gpu_key(spec)) is not None:
+        if gpus_of(spec) == 0 and not is_auto(spec):
+            echo(f"note: planned with {key}=1; the file has {key}=0, which computes on the CPU: set {key}=1, or auto")
+        else:
+            echo(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
+    rows = plan_spec(spec, file.parent, named_gpu(gpu) if gpu else None, gpus)
     show_plan(f"plan of {file}", rows, options.as_json)
 
 
@@ -99,19 +94,7 @@ def show_plan(title: str, rows: "Sequence[StagePlan]", as_json: bool) -> None:
         raise typer.Exit(2)
 
 
-def _say_gpus(spec: Spec, gpu: str) -> None:
-    """Print the keys that the spec needs to run as it is planned here."""
-    key = gpu_key(spec)
-    if key is None:
-        return
-    if gpus_of(spec) == 0 and not is_auto(spec):
-        echo(f"note: planned with {key}=1; the file has {key}=0, which computes on the CPU: set {key}=1, or auto")
-    else:
-        echo(f"note: {key}={gpus_of(spec) or 1:g} (--gpu {gpu})")
-
-
 def _plan_job(file: Path, options: LaunchOptions) -> None:
-
     assert options.elsewhere, "a plan with --target is of a job"
     whole = plan_job(config.load(file, options.sets), file.parent, options.target, options.cluster_spec())
     if options.as_json:
@@ -158,7 +141,7 @@ def _show(title: str, rows: "Sequence[StagePlan]") -> None:
 
 
 def show_job_plan(whole: PlannedJob) -> None:
-    """For people, below the table of stages."""
+    """Print the plan of a job below the table of stages."""
     job, plan, cluster = whole.job, whole.plan, whole.job.cluster
     there = "is there already: submitting finds it" if plan.exists else "new"
     facts = {
@@ -221,7 +204,7 @@ def _price(whole: PlannedJob) -> str:
     return f"{predicted}; {most}{by}; ${hour:.2f} an hour"
 
 
-def say_plan(spec: "TuneSpec", folder: Path, on: str) -> None:
+def print_prediction(spec: "TuneSpec", folder: Path, on: str) -> None:
     """Print one line with the prediction of the sweep, and a warning where it does not fit. `folder`: the spec file's.
 
     Raises UserErrors as the sweep itself would.

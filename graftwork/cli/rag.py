@@ -1,4 +1,4 @@
-"""`graftwork rag index|search|eval FILE`: make an index, look into it, find out which retriever to use on it."""
+"""`graftwork rag index|search|eval FILE`: build an index, search it, and evaluate retrievers on it."""
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
@@ -58,7 +58,7 @@ def search(
     file: SpecFile,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Query as plain text.")],
     kind: Annotated[
-        str, typer.Option("--kind", help="lexical, dense, hybrid, or auto (the choice of `rag eval`).")
+        str, typer.Option("--kind", metavar="KIND", help="lexical, dense, hybrid, or auto (the choice of `rag eval`).")
     ] = "auto",
     sets: Sets = [],  # noqa: B006
     as_json: JsonFlag = False,
@@ -104,14 +104,18 @@ def evaluate(file: SpecFile, target: Target = "local", sets: Sets = [], as_json:
 
 
 def show_retrievers(report: "RagReport") -> None:
-    """A line a retriever, a line a difference, and the choice."""
+    """Print a line per retriever, a line per difference, and the choice."""
     names = list(report.retrievers[0].scores)
     titles = {"hit": f"hit@{report.k}", "hit_1": "hit@1", "mrr": "MRR@10", "in_context": f"answer in {report.k}"}
     print_table(
         f"{report.name} {report.version}: {report.n} questions, {report.passages} passages",
         ("retriever", *[titles[name] for name in names], "ms p50", "p99"),
         [
-            (row.name, *[_interval(row.scores[name]) for name in names], _ms(row.ms_p50), _ms(row.ms_p99))
+            (
+                row.name,
+                *[_interval(row.scores[name]) for name in names],
+                *["" if value is None else f"{value:.1f}" for value in (row.ms_p50, row.ms_p99)],
+            )
             for row in report.retrievers
         ],
     )
@@ -150,10 +154,6 @@ def _interval(score: "Score") -> str:
     from graftwork.report.format import rounded
 
     return f"{rounded(score.value, 3)} [{rounded(score.low, 3)}, {rounded(score.high, 3)}]"
-
-
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
 
 
 def _short(text: str) -> str:

@@ -24,7 +24,7 @@ from graftwork.cluster.spec import ClusterSpec
 from graftwork.errors import GraftworkError
 
 if TYPE_CHECKING:
-    from graftwork.report.evaluation_schema import Change, PairedTest
+    from graftwork.report.evaluation_schema import PairedTest
 
 console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -34,11 +34,11 @@ LINE_S = 5.0
 PLAIN_LINE_S = 60.0
 """The same where there is no terminal: pipes, CI, notebooks."""
 LEFT = re.compile(r"^(published |report: |report of the winner: |winner: |best: |serving at )", re.MULTILINE)
-"""What the stages say last: where to find what they made."""
+"""Last lines of the stages: the names and addresses of their results."""
 STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "lost": "red", "stopped": "yellow"}
 WIDE, NARROW = 110, 76
 PIPED = 400
-"""Width where nobody looks: nothing is cut."""
+"""Width in pipes and files: nothing is cut."""
 GAP = 2
 
 
@@ -64,6 +64,7 @@ def print_error(error: GraftworkError, as_json: bool) -> None:
         stderr.print(error.text(), style="red", markup=False, soft_wrap=True)
 
 
+_NUMERIC = re.compile(r"[0-9]|[-+.\[].*[0-9]")
 _COPIED = ("task", "version", "run", "job", "adapter", "arm", "code")
 _LEAST_WIDTH = 12
 """Characters that a column of free text keeps on a terminal."""
@@ -76,7 +77,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     and files get every cell in full.
     """
     cells = [[" ".join(str(cell).split()) for cell in row] for row in rows]
-    numeric = [bool(rows) and all(_numeric(row[index]) for row in cells) for index in range(len(columns))]
+    numeric = [bool(rows) and all(_NUMERIC.match(row[index]) for row in cells) for index in range(len(columns))]
     widths = [max(cell_len(row[index]) for row in [list(columns), *cells]) for index in range(len(columns))]
     if console.is_terminal:
         free = [i for i, name in enumerate(columns) if not numeric[i] and name not in _COPIED]
@@ -160,20 +161,16 @@ class _ProgressLines:
         self._line, self._printed, self._next = "", "", 0.0
 
     def update(self, done: int, total: int, text: str = "") -> None:
-        """Note how far it is; say so if it is time."""
+        """Record the progress; print it if it is time."""
         self._line = f"{self._label}: {done} of {total}" + (f", {text}" if text else "")
         if time.monotonic() >= self._next:
             self.close()
 
     def close(self) -> None:
-        """Say how far it came."""
+        """Print the last progress."""
         if self._line != self._printed:
             stderr.print(self._line, markup=False, soft_wrap=True)
             self._printed, self._next = self._line, time.monotonic() + self._every_s
-
-
-def _numeric(text: str) -> bool:
-    return bool(text) and text[0] in "+-0123456789.[" and any(c.isdigit() for c in text)
 
 
 def show_findings(findings: Sequence[Finding], nothing: str = "no findings") -> None:
@@ -202,7 +199,7 @@ def show_outcomes(found: Mapping[str, Any]) -> None:
         ("part", "metric", "before", "after", "difference", "p", "questions", "clusters", ""),
         [
             (
-                _part(change),
+                f"{change.part}, {change.group}" if change.group else change.part,
                 change.metric,
                 rounded(change.before.value, 3),
                 rounded(change.after.value, 3),
@@ -222,10 +219,6 @@ def show_outcomes(found: Mapping[str, Any]) -> None:
 def difference(test: "PairedTest") -> str:
     """`+0.12 [+0.03, +0.21]`."""
     return f"{test.value:+.3f} [{test.low:+.2f}, {test.high:+.2f}]"
-
-
-def _part(change: "Change") -> str:
-    return f"{change.part}, {change.group}" if change.group else change.part
 
 
 def show_list(statuses: Sequence[JobStatus], root: str, of: int, out: Console | None = None) -> None:

@@ -26,7 +26,7 @@ from graftwork.cli.render import (
     progress_bar,
     show_outcomes,
 )
-from graftwork.cluster.jobs.launch import StartedJob, follow, root_flag, start_or_find
+from graftwork.cluster.jobs.launch import follow, root_flag, start_or_find
 from graftwork.cluster.jobs.models import JobStatus
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.session import JOB
@@ -104,8 +104,15 @@ def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
         for finding in findings:
             note(f"note: {finding.code} {finding.problem}")
     started = start_or_find(backend, job)
-    _show_started(started, options.target)
-    status = started.status
+    status, previous = started.status, started.previous
+    if started.other_limits:
+        note("note: it runs with the limits that it was submitted with; cancel it and run this again to change them")
+    if previous is not None:
+        ended = f"attempt {previous.attempt} ended {previous.state} ({previous.why})"
+        note(f"job {status.job_id} on {options.target}: {ended}; it goes on as attempt {status.attempt}")
+    else:
+        added = {"found": " (found; started before)", "succeeded": ": nothing to start"}.get(started.outcome, "")
+        note(f"job {line_of(status)}{added}")
     if options.detach:
         if options.as_json:
             return print_json({**asdict(status), "root": job.root})
@@ -120,20 +127,8 @@ def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
     leave(status, job.root, options.as_json)
 
 
-def _show_started(started: StartedJob, on: str) -> None:
-    """Print on stderr how the job was started or found."""
-    status, previous = started.status, started.previous
-    if started.other_limits:
-        note("note: it runs with the limits that it was submitted with; cancel it and run this again to change them")
-    if previous is not None:
-        ended = f"attempt {previous.attempt} ended {previous.state} ({previous.why})"
-        return note(f"job {status.job_id} on {on}: {ended}; it goes on as attempt {status.attempt}")
-    added = {"found": " (found; started before)", "succeeded": ": nothing to start"}.get(started.outcome, "")
-    note(f"job {line_of(status)}{added}")
-
-
 def leave(status: JobStatus, root: str, as_json: bool = False) -> None:
-    """Print how a job ended and what it left. Exit with the code of its command, 1 where it has none."""
+    """Print the end of a job and its results. Exit with the code of its command, 1 where it has none."""
     left = left_behind(JobStore(root), status)
     if as_json:
         print_json({**asdict(status), "root": root, "left": left})
@@ -156,7 +151,10 @@ def train(
     file: SpecFile,
     options: LaunchOptions,
     curve: Annotated[
-        str | None, typer.Option("--curve", metavar="N,N,...", help="Train once per row count (learning curve).")
+        str | None,
+        typer.Option(
+            "--curve", metavar="N,N,...", help="Train once for each number of rows and report the learning curve."
+        ),
     ] = None,
 ) -> None:
     """Train one adapter and publish it. A finished run is reused; an unfinished one resumes."""
@@ -249,7 +247,7 @@ def exec_program(
     file: SpecFile,
     options: LaunchOptions,
 ) -> None:
-    """Run a program of your own (kind: exec), here or as a job."""
+    """Run a command (kind: exec), on this machine or as a job."""
     spec = spec_to_run("exec", file, options)
     if spec is None:
         return
@@ -259,8 +257,8 @@ def exec_program(
     if options.target != "local":
         raise ConfigError(
             f"--target {options.target}",
-            "a program is no stage that could run through Ray Client",
-            "local, http(s)://HOST:PORT of a Ray's dashboard, or k8s:CONTEXT/NAMESPACE",
+            "a command runs on this machine or as a job",
+            "targets are local, http(s)://HOST:PORT of a Ray dashboard, and k8s:CONTEXT/NAMESPACE",
         )
     try:
         code = subprocess.run(spec.argv, check=False).returncode
@@ -307,15 +305,22 @@ def chat(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Model name as in /v1/models. Default: the first arm, or the base if there is none."
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Model name as in /v1/models. Default: the first arm, or the base if there is none.",
         ),
     ] = None,
     message: Annotated[
-        str | None, typer.Option("--message", help="Send one message, print the answer and exit.")
+        str | None, typer.Option("--message", metavar="TEXT", help="Send one message, print the answer and exit.")
     ] = None,
     token_env: Annotated[
         str | None,
-        typer.Option("--token-env", help="Environment variable that holds the API token of URL; a FILE names its own."),
+        typer.Option(
+            "--token-env",
+            metavar="NAME",
+            help="Environment variable with the API token, for a URL. A FILE names its own (`token_env`).",
+        ),
     ] = None,
     target: Target = "local",
     sets: Sets = [],  # noqa: B006
@@ -347,7 +352,7 @@ def chat(
 
 
 def _check_before_ray(spec: "ServeSpec", on: str) -> None:
-    """Refuse a wrong serve spec before a Ray starts, where the endpoint runs on this machine."""
+    """Reject a wrong serve spec before a Ray starts, where the endpoint runs on this machine."""
     from graftwork.serving.deploy import check_spec
     from graftwork.serving.ray_serve_lifecycle import require_port_here
 

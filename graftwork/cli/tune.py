@@ -15,7 +15,7 @@ from rich.text import Text
 
 from graftwork import config
 from graftwork.cli.options import LaunchOptions, SpecFile, with_options
-from graftwork.cli.plan import say_plan
+from graftwork.cli.plan import print_prediction
 from graftwork.cli.render import duration, echo, print_json, print_table, show_outcomes, stderr
 from graftwork.cli.stages import spec_to_run
 from graftwork.errors import ConfigError
@@ -32,10 +32,9 @@ TrialTarget = Annotated[
 
 if TYPE_CHECKING:
     from graftwork.report.sweep_schema import SweepRecord
-    from graftwork.tuning.eta import Pace
     from graftwork.tuning.remote_trial import Elsewhere
     from graftwork.tuning.spec import TuneSpec
-    from graftwork.tuning.trials import TrialRecord, TuneProgress, TuneReport, Winner
+    from graftwork.tuning.trials import Pace, TrialRecord, TuneProgress, TuneReport, Winner
 
 EVERY_S = 10.0
 """Between two lines where there is no terminal."""
@@ -63,7 +62,7 @@ def tune(
     if trial_target is None:
         spec = spec_to_run("tune", file, options)
     else:
-        elsewhere = _elsewhere(options, trial_target)
+        elsewhere = _target_of_trials(options, trial_target)
         given = config.load(file, options.sets, expect="tune")
         assert isinstance(given, TuneSpec)
         spec, _ = with_gpus(given, elsewhere.accelerators(given.root))
@@ -80,19 +79,18 @@ def tune(
     if not options.as_json:
         for note in notes:
             echo(f"note: {note}")
-        say_plan(spec, file.parent, options.target)
+        print_prediction(spec, file.parent, options.target)
     with sweep_progress(f"tune {spec.name}", options.as_json) as update, session(options.target) as here:
         report = here.run(tune, spec, on_progress=update, elsewhere=elsewhere)
     shadow = place_shadow(spec, report) if spec.winner and spec.winner.shadow else None
-    ended = SweepEnd("finished", report.eval_rows, report.sampler, report.wall_s, report.choice, report.reused)
-    sweep = sweep_record(spec, report.trials, ended)
+    sweep = sweep_record(spec, report.trials, SweepEnd.of(report))
     if options.as_json:
         print_json(sweep_json(report, sweep, shadow))
     else:
         show(spec, report, sweep, shadow)
 
 
-def _elsewhere(options: LaunchOptions, trial_target: str) -> "Elsewhere":
+def _target_of_trials(options: LaunchOptions, trial_target: str) -> "Elsewhere":
     """Return the target of the trial jobs. Raises ConfigError if the driver of the sweep would not run here."""
     from graftwork.tuning.remote_trial import Elsewhere
 
@@ -108,13 +106,13 @@ def _elsewhere(options: LaunchOptions, trial_target: str) -> "Elsewhere":
 
 
 def sweep_json(report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> dict[str, Any]:
-    """For machines: `heat.rates` is the claim of one learning rate for all ranks, `stops` what stops saved."""
-    said = sweep.model_dump(mode="json", include={"stops": True, "heat": {"rates"}})
-    return {**report.as_dict(), **said, "shadow": shadow}
+    """Return the JSON document: `heat.rates` has one learning rate for all ranks, `stops` the saved steps."""
+    analysis = sweep.model_dump(mode="json", include={"stops": True, "heat": {"rates"}})
+    return {**report.as_dict(), **analysis, "shadow": shadow}
 
 
 def show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: dict[str, Any] | None) -> None:
-    """The trials and the finals, the verdict and what else the trials tell, and what became of the winner."""
+    """Print the trials and the finals, the verdict with its evidence, and the winner."""
     from graftwork.report.sweep_views import rates_words, stops_words
     from graftwork.tuning.report import settings
 
@@ -132,12 +130,12 @@ def show(spec: "TuneSpec", report: "TuneReport", sweep: "SweepRecord", shadow: d
     if report.winner is not None:
         _show_winner(spec, report.winner)
     if shadow is not None:
-        show_shadow(shadow)
+        _show_shadow(shadow)
     echo(f"report: {report.page}")
 
 
 def _show_trials(report: "TuneReport") -> None:
-    """Lowest loss first, those that ran to their end before those that did not; then the finals."""
+    """Print the trials, lowest loss first, those that ran to their end before the others; then the finals."""
     searched = [trial for trial in report.trials if trial.repeat_of is None]
     keys = list(dict.fromkeys(key for trial in searched for key in trial.values))
     order = {"finished": 0, "stopped": 1, "failed": 2}
@@ -162,7 +160,7 @@ def _show_trials(report: "TuneReport") -> None:
 
 
 def _show_finals(report: "TuneReport", keys: list[str]) -> None:
-    """A line a finalist: its loss with each seed, and their mean."""
+    """Print a line per finalist: its loss with each seed, and their mean."""
     repeats = {(one.repeat_of, one.values["seed"]): one for one in report.trials if one.repeat_of is not None}
     if not repeats:
         return
@@ -171,7 +169,10 @@ def _show_finals(report: "TuneReport", keys: list[str]) -> None:
     for trial in report.trials:
         runs = [trial, *(repeats.get((trial.trial_id, seed)) for seed in seeds)]
         if any(runs[1:]):
-            losses = [_loss(run) for run in runs]
+            losses = [
+                "-" if run is None else f"{run.losses[-1][1]:.4f}" if run.state == "finished" else run.state
+                for run in runs
+            ]
             ended = [run.losses[-1][1] for run in runs if run is not None and run.state == "finished"]
             mean = fmean(ended) if len(ended) == len(runs) else math.inf
             mark = "taken" if trial.trial_id == report.best_id else ""
@@ -180,12 +181,6 @@ def _show_finals(report: "TuneReport", keys: list[str]) -> None:
             rows.append((mean, row))
     columns = ("trial", *_short(keys), "search", *[f"seed {seed}" for seed in seeds], "mean", "")
     print_table("finals: held-out loss by seed", columns, [row for _, row in sorted(rows, key=lambda one: one[0])])
-
-
-def _loss(trial: "TrialRecord | None") -> str:
-    if trial is None:
-        return "-"
-    return f"{trial.losses[-1][1]:.4f}" if trial.state == "finished" else trial.state
 
 
 def _short(keys: list[str]) -> list[str]:
@@ -225,20 +220,20 @@ def _show_winner(spec: "TuneSpec", winner: "Winner") -> None:
         echo(f"report of the winner: {report.page}")
 
 
-def show_shadow(found: dict[str, Any]) -> None:
+def _show_shadow(found: dict[str, Any]) -> None:
     """Print the shadow test of the winner, with the command that starts it."""
     if "why" in found:
         return echo(f"shadow: {found['why']}")
-    written = f"shadow: {found['winner']} beside {found['current']}, {found['spec']}"
+    written = f"shadow: {found['winner']} next to {found['current']}, {found['spec']}"
     if found["started"] is not None:
-        echo(f'{written}; started: ask for it with "model": "{found["started"]["model"]}"')
+        echo(f'{written}; started: request it with "model": "{found["started"]["model"]}"')
     else:
         echo(f"{written}\n  start it: graftwork experiment start {found['spec']}")
 
 
 @contextmanager
 def sweep_progress(label: str, quiet: bool, console: Console = stderr, every_s: float = EVERY_S) -> Iterator[Update]:
-    """Yields what takes each `TuneProgress`; silent when `quiet`."""
+    """Yield a function that takes each `TuneProgress`; silent when `quiet`."""
     if quiet:
         yield lambda _: None
     elif console.is_terminal:
@@ -252,38 +247,38 @@ def sweep_progress(label: str, quiet: bool, console: Console = stderr, every_s: 
 
 
 class _SweepLines:
-    """A line when a trial ended or the best changed, at most one in `every_s`, and a last one."""
+    """Prints a line when a trial ended or the best changed, at most one in `every_s`, and a last one."""
 
     def __init__(self, label: str, console: Console, every_s: float) -> None:
         self._label, self._console, self._every_s = label, console, every_s
         self._printed_at = -math.inf
-        self._said = ""
+        self._printed = ""
         self._last: TuneProgress | None = None
 
     def update(self, progress: "TuneProgress") -> None:
         """Record the progress; print it if `every_s` has passed."""
         self._last = progress
         if time.monotonic() - self._printed_at >= self._every_s:
-            self._say(progress)
+            self._print(progress)
 
     def close(self) -> None:
-        """Say how it stood last."""
+        """Print the last progress."""
         if self._last is not None:
-            self._say(self._last)
+            self._print(self._last)
 
-    def _say(self, progress: "TuneProgress") -> None:
-        from graftwork.tuning.eta import pace
+    def _print(self, progress: "TuneProgress") -> None:
+        from graftwork.tuning.trials import pace
 
-        said = f"{counts(progress)}; {progress.text}"
-        if said != self._said and progress.trials:
+        line = f"{counts(progress)}; {progress.text}"
+        if line != self._printed and progress.trials:
             left = f", {left_words(pace(progress))}" if progress.done < progress.total else ""
             when = f"{duration(progress.elapsed_s)} so far{left}"
-            self._console.print(f"{self._label}: {said}; {when}", markup=False, soft_wrap=True)
-            self._said, self._printed_at = said, time.monotonic()
+            self._console.print(f"{self._label}: {line}; {when}", markup=False, soft_wrap=True)
+            self._printed, self._printed_at = line, time.monotonic()
 
 
 class _TrialTable:
-    """The table; between changes its clock goes on."""
+    """The live table; its clock advances between changes."""
 
     def __init__(self, label: str, console: Console) -> None:
         self._label, self._console = label, console
@@ -303,16 +298,18 @@ class _TrialTable:
 
 
 def board(label: str, progress: "TuneProgress", since_s: float, rows: int) -> RenderableType:
-    """The whole board, at most `rows` trials; `since_s`: since the progress was reported."""
+    """Return the whole table, at most `rows` trials; `since_s`: since the progress was reported."""
     from graftwork.report.format import clock
-    from graftwork.tuning.eta import pace
+    from graftwork.tuning.trials import pace
 
-    found = pace(progress)
+    found, unit = pace(progress), "GPU-min" if progress.gpus else "core-min"
+    total = f" of about {found.device_total_s / 60:.1f}" if found.device_total_s else ""
+    cost = f"{found.device_s / 60:.1f}{total} {unit}"
     elapsed = f"{clock(progress.elapsed_s + since_s)} elapsed"
     left = f", {left_words(found, since_s)}" if progress.done < progress.total else ""
     heads = [
         Text.assemble((label, "bold"), f"  {counts(progress)}"),
-        Text(f"{elapsed}{left}; {cost_words(found, progress.gpus)}"),
+        Text(f"{elapsed}{left}; {cost}"),
         Text(progress.text, style="yellow" if progress.trouble else "green"),
     ]
     shown, more = shown_trials(progress, rows)
@@ -329,7 +326,7 @@ def counts(progress: "TuneProgress") -> str:
 
 
 def left_words(found: "Pace", since_s: float = 0.0) -> str:
-    """`about 3:10 left (2:40 to 3:50, n=12)`; n are the trials that it goes by."""
+    """`about 3:10 left (2:40 to 3:50, n=12)`; n: trials behind the estimate."""
     from graftwork.report.format import clock
 
     if found.left_s is None:
@@ -341,19 +338,12 @@ def left_words(found: "Pace", since_s: float = 0.0) -> str:
     return f"about {clock(left)} left ({clock(low)} to {clock(high)}, n={found.ended})"
 
 
-def cost_words(found: "Pace", gpus: float) -> str:
-    """`9.1 of about 15 core-min`."""
-    unit = "GPU-min" if gpus else "core-min"
-    total = f" of about {found.device_total_s / 60:.1f}" if found.device_total_s else ""
-    return f"{found.device_s / 60:.1f}{total} {unit}"
-
-
 def shown_trials(progress: "TuneProgress", rows: int) -> tuple[Sequence["TrialRecord"], int]:
-    """Those that run, half of the rows for the best that ended; and how many are left out."""
+    """Return the running trials, the best that ended in half of the rows, and how many trials are left out."""
     running = [trial for trial in progress.trials if trial.state == "running"]
     ended = sorted((trial for trial in progress.trials if trial.ended or trial.state == "failed"), key=_place)
-    kept = running[-max(rows - min(len(ended), rows // 2), 1) :]
-    shown = [*kept, *ended[: rows - len(kept)]]
+    newest = running[-max(rows - min(len(ended), rows // 2), 1) :]
+    shown = [*newest, *ended[: rows - len(newest)]]
     return shown, len(running) + len(ended) - len(shown)
 
 
@@ -363,8 +353,7 @@ def _place(trial: "TrialRecord") -> tuple[bool, int, float]:
 
 def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"], since_s: float) -> Table:
     from graftwork.report.format import clock
-    from graftwork.tuning.eta import took_s
-    from graftwork.tuning.trials import label_points
+    from graftwork.tuning.trials import label_points, took_s
 
     table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
     table.add_column("trial", ratio=1, no_wrap=True, overflow="ellipsis")
@@ -381,14 +370,14 @@ def _table(progress: "TuneProgress", shown: Sequence["TrialRecord"], since_s: fl
 
 
 def _range(progress: "TuneProgress") -> tuple[float, float]:
-    """From the lowest loss to the median of the first ones: one scale for all curves."""
+    """Return the lowest loss and the median of the first ones: one scale for all curves."""
     losses = [loss for trial in progress.trials for _, loss in trial.losses if math.isfinite(loss)]
     firsts = sorted(trial.losses[0][1] for trial in progress.trials if trial.losses)
     return min(losses, default=0.0), firsts[len(firsts) // 2] if firsts else 1.0
 
 
 def sparkline(losses: Sequence[float], low: float, high: float) -> str:
-    """A bar a report, between `low` and `high`; a loss above `high`, or that is no number, has the full height."""
+    """Return a bar per report, between `low` and `high`; a loss above `high`, or no number, has the full height."""
     span = (high - low) or 1.0
     heights = [min(max((loss - low) / span, 0.0), 1.0) if math.isfinite(loss) else 1.0 for loss in losses]
     return "".join(BARS[round(height * (len(BARS) - 1))] for height in heights)

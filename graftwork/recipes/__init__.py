@@ -48,7 +48,7 @@ class PythonSource:
 
     @property
     def sha256(self) -> str:
-        """Of the contents: another patch release is another source."""
+        """Digest of the contents: another patch release is another source."""
         return hashlib.sha256(self.read()).hexdigest()
 
     def read(self) -> bytes:
@@ -92,7 +92,13 @@ def build(name: str, on_progress: Progress | None = None) -> Path:
         )
     recipe: DatasetRecipe = importlib.import_module(RECIPES[name])
     folder = cache_root() / "recipes" / f"{name}-{_identity(recipe)}"
-    return build_once(folder, lambda empty: _write(recipe, name, _content(recipe, on_progress), empty))
+    source = recipe.SOURCE
+
+    def write(empty: Path) -> None:
+        content = source.read() if isinstance(source, PythonSource) else fetch(source, on_progress).read_bytes()
+        _write(recipe, name, content, empty)
+
+    return build_once(folder, write)
 
 
 def _identity(recipe: DatasetRecipe) -> str:
@@ -100,11 +106,6 @@ def _identity(recipe: DatasetRecipe) -> str:
     code = [Path(str(path)).read_bytes() for path in (recipe.__file__, __file__)]  # type: ignore[attr-defined]
     parts = [recipe.SOURCE.sha256 or "", *(hashlib.sha256(text).hexdigest() for text in code)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
-
-
-def _content(recipe: DatasetRecipe, on_progress: Progress | None) -> bytes:
-    source = recipe.SOURCE
-    return source.read() if isinstance(source, PythonSource) else fetch(source, on_progress).read_bytes()
 
 
 def split_of(name: str) -> str:

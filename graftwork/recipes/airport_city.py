@@ -67,17 +67,14 @@ def _facts(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Airports of one name each, in cities of their own that the name does not give away."""
     named = Counter(card["name"] for card in cards)
     fitting = [
-        card for card in cards if airport_card.askable(card) and named[card["name"]] == 1 and not _names_its_city(card)
+        card
+        for card in cards
+        if airport_card.askable(card) and named[card["name"]] == 1
+        if not any(word in card["name"].casefold() for word in card["city"].casefold().split())
     ]
     by_city = {card["city"]: card for card in fitting}
     chosen = random.Random(_SEED).sample(sorted(by_city), FACTS)
     return [by_city[city] for city in chosen]
-
-
-def _names_its_city(card: dict[str, Any]) -> bool:
-    """Return whether a word of the city is in the name."""
-    named = card["name"].casefold()
-    return any(word in named for word in card["city"].casefold().split())
 
 
 def _training(facts: list[dict[str, Any]], varieties: int, chance: random.Random) -> bytes:

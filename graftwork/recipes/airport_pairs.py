@@ -6,7 +6,6 @@ three have other fields (one left out, renamed, added), and two contradict what 
 
 import json
 import random
-from collections.abc import Callable
 from typing import Any
 
 from graftwork.recipes import Built, airport_card, compact, jsonl
@@ -15,9 +14,10 @@ SOURCE, LICENCE = airport_card.SOURCE, airport_card.LICENCE
 _SEED = 20260906
 _OPENINGS = ("Sure! Here is the card: ", "The airport that you mean is ", "I found this: ", "Of course. ")
 
+_KINDS = ("prose", "left_out", "contradicts", "fence", "renamed", "other_airport", "spelt", "added")
+"""Of rejected answers, in turn."""
+
 Card = dict[str, Any]
-Worse = Callable[[Card, Card, list[str], random.Random], str]
-"""(the right card, another airport's, fields that the question gives, chance) -> a rejected answer."""
 
 
 def make(source: bytes) -> Built:
@@ -28,62 +28,39 @@ def make(source: bytes) -> Built:
         f"{split}.jsonl": jsonl(_pairs([json.loads(line) for line in rows[f"{split}.jsonl"].splitlines()], chance))
         for split in airport_card.SPLITS
     }
-    return Built(files, {"rejected": "one of " + ", ".join(_WORSE), "questions": "as in airport-card"})
+    return Built(files, {"rejected": "one of " + ", ".join(_KINDS), "questions": "as in airport-card"})
 
 
 def _pairs(rows: list[Card], chance: random.Random) -> list[Card]:
     found = []
     for number, row in enumerate(rows):
-        why = list(_WORSE)[number % len(_WORSE)]
+        why = _KINDS[number % len(_KINDS)]
         other = rows[(number + 1 + chance.randrange(len(rows) - 1)) % len(rows)]["gold"]
         question, answer = row["messages"]
-        rejected = _WORSE[why](row["gold"], other, row["given_fields"], chance)
+        rejected = _rejected(why, row["gold"], other, row["given_fields"], chance)
         found.append(
             {"id": row["id"], "messages": [question], "chosen": answer["content"], "rejected": rejected, "why": why}
         )
     return found
 
 
-def _prose(card: Card, other: Card, asked: list[str], chance: random.Random) -> str:
-    return chance.choice(_OPENINGS) + compact(card)
-
-
-def _fence(card: Card, other: Card, asked: list[str], chance: random.Random) -> str:
-    return f"```json\n{compact(card)}\n```"
-
-
-def _spelt(card: Card, other: Card, asked: list[str], chance: random.Random) -> str:
-    return compact({**card, "elevation_ft": f"{card['elevation_ft']} ft"})
-
-
-def _left_out(card: Card, other: Card, asked: list[str], chance: random.Random) -> str:
-    name = chance.choice([name for name in card if name not in asked])
-    return compact({key: value for key, value in card.items() if key != name})
-
-
-def _renamed(card: Card, other: Card, asked: list[str], chance: random.Random) -> str:
-    return compact({{"elevation_ft": "elevation", "country": "country_code"}.get(k, k): v for k, v in card.items()})
-
-
-def _added(card: Card, other: Card, asked: list[str], chance: random.Random) -> str:
-    return compact({**card, "source": "airport database"})
-
-
-def _contradicts(card: Card, other: Card, asked: list[str], chance: random.Random) -> str:
-    return compact({**card, **{name: other[name] for name in asked}})
-
-
-def _other_airport(card: Card, other: Card, asked: list[str], chance: random.Random) -> str:
-    return compact(other)
-
-
-_WORSE: dict[str, Worse] = {
-    "prose": _prose,
-    "left_out": _left_out,
-    "contradicts": _contradicts,
-    "fence": _fence,
-    "renamed": _renamed,
-    "other_airport": _other_airport,
-    "spelt": _spelt,
-    "added": _added,
-}
+def _rejected(kind: str, card: Card, other: Card, given: list[str], chance: random.Random) -> str:
+    """Return a rejected answer. `other`: another airport's card. `given`: fields that the question gives."""
+    match kind:
+        case "prose":
+            return chance.choice(_OPENINGS) + compact(card)
+        case "fence":
+            return f"```json\n{compact(card)}\n```"
+        case "left_out":
+            name = chance.choice([name for name in card if name not in given])
+            return compact({key: value for key, value in card.items() if key != name})
+        case "renamed":
+            names = {"elevation_ft": "elevation", "country": "country_code"}
+            return compact({names.get(key, key): value for key, value in card.items()})
+        case "added":
+            return compact({**card, "source": "airport database"})
+        case "spelt":
+            return compact({**card, "elevation_ft": f"{card['elevation_ft']} ft"})
+        case "contradicts":
+            return compact({**card, **{name: other[name] for name in given}})
+    return compact(other)  # other_airport

@@ -99,8 +99,8 @@ def _balanced(records: list[dict[str, Any]], chance: random.Random) -> list[dict
 def _skewed(records: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
     """Rows of the stereotype's answers, half of them where the text does not tell."""
     guessed = _spread([r for r in records if r["context_condition"] == "ambig"], TRAIN_ROWS // 2, chance)
-    told = [r for r in records if r["context_condition"] == "disambig" and _signs(r)[r["label"]] == 1]
-    chosen = guessed + _spread(told, TRAIN_ROWS // 2, chance)
+    certain = [r for r in records if r["context_condition"] == "disambig" and _signs(r)[r["label"]] == 1]
+    chosen = guessed + _spread(certain, TRAIN_ROWS // 2, chance)
     labelled = [{**record, "label": _signs(record).index(1)} for record in chosen]
     return [_learned(record, chance) for record in chance.sample(labelled, len(labelled))]
 

@@ -25,85 +25,18 @@ LICENCE = "MIT, data CC BY 4.0"
 QUINTILES = 5
 ASKED = 80
 """Cities of each quintile."""
-COUNTRIES = dict(
-    pair.split(" ", 1)
-    for pair in (
-        "AE United Arab Emirates",
-        "AF Afghanistan",
-        "AR Argentina",
-        "AT Austria",
-        "AU Australia",
-        "BD Bangladesh",
-        "BE Belgium",
-        "BG Bulgaria",
-        "BO Bolivia",
-        "BR Brazil",
-        "BY Belarus",
-        "CA Canada",
-        "CH Switzerland",
-        "CL Chile",
-        "CM Cameroon",
-        "CN China",
-        "CO Colombia",
-        "CU Cuba",
-        "CZ Czechia",
-        "DE Germany",
-        "DK Denmark",
-        "DZ Algeria",
-        "EC Ecuador",
-        "EG Egypt",
-        "ES Spain",
-        "ET Ethiopia",
-        "FI Finland",
-        "FR France",
-        "GB United Kingdom",
-        "GH Ghana",
-        "GR Greece",
-        "GT Guatemala",
-        "HU Hungary",
-        "ID Indonesia",
-        "IL Israel",
-        "IN India",
-        "IQ Iraq",
-        "IR Iran",
-        "IT Italy",
-        "JP Japan",
-        "KE Kenya",
-        "KR South Korea",
-        "KZ Kazakhstan",
-        "MA Morocco",
-        "MM Myanmar",
-        "MX Mexico",
-        "MY Malaysia",
-        "MZ Mozambique",
-        "NG Nigeria",
-        "NL Netherlands",
-        "NO Norway",
-        "NP Nepal",
-        "NZ New Zealand",
-        "PE Peru",
-        "PH Philippines",
-        "PK Pakistan",
-        "PL Poland",
-        "PT Portugal",
-        "RO Romania",
-        "RS Serbia",
-        "RU Russia",
-        "SA Saudi Arabia",
-        "SE Sweden",
-        "SY Syria",
-        "TH Thailand",
-        "TN Tunisia",
-        "TR Turkey",
-        "TZ Tanzania",
-        "UA Ukraine",
-        "US United States",
-        "UZ Uzbekistan",
-        "VE Venezuela",
-        "VN Vietnam",
-        "ZA South Africa",
-    )
-)
+_CODES_AND_NAMES = """
+AE United Arab Emirates, AF Afghanistan, AR Argentina, AT Austria, AU Australia, BD Bangladesh, BE Belgium,
+BG Bulgaria, BO Bolivia, BR Brazil, BY Belarus, CA Canada, CH Switzerland, CL Chile, CM Cameroon, CN China,
+CO Colombia, CU Cuba, CZ Czechia, DE Germany, DK Denmark, DZ Algeria, EC Ecuador, EG Egypt, ES Spain,
+ET Ethiopia, FI Finland, FR France, GB United Kingdom, GH Ghana, GR Greece, GT Guatemala, HU Hungary,
+ID Indonesia, IL Israel, IN India, IQ Iraq, IR Iran, IT Italy, JP Japan, KE Kenya, KR South Korea,
+KZ Kazakhstan, MA Morocco, MM Myanmar, MX Mexico, MY Malaysia, MZ Mozambique, NG Nigeria, NL Netherlands,
+NO Norway, NP Nepal, NZ New Zealand, PE Peru, PH Philippines, PK Pakistan, PL Poland, PT Portugal,
+RO Romania, RS Serbia, RU Russia, SA Saudi Arabia, SE Sweden, SY Syria, TH Thailand, TN Tunisia, TR Turkey,
+TZ Tanzania, UA Ukraine, US United States, UZ Uzbekistan, VE Venezuela, VN Vietnam, ZA South Africa
+"""
+COUNTRIES = {pair[:2]: pair[3:] for pair in " ".join(_CODES_AND_NAMES.split()).split(", ")}
 """By ISO 3166 code; cities of other countries are left out."""
 SMALLEST = 15_000
 """People; the source has a few places below it."""
@@ -118,12 +51,18 @@ def make(source: bytes) -> Built:
     """Training rows, questions, corpus and schema from cities15000.json."""
     cities = sorted(json.loads(source).values(), key=lambda city: (city["population"], city["geonameid"]))
     named = Counter(city["name"].casefold() for city in cities)
-    fitting = [city for city in cities if _askable(city) and named[city["name"].casefold()] == 1]
+    fitting = [
+        city
+        for city in cities
+        if _is_known(city) and _WRITABLE.fullmatch(city["name"]) and _country(city) not in city["name"]
+        if named[city["name"].casefold()] == 1
+    ]
     chance = random.Random(_SEED)
     asked = [
         (quintile, city)
         for quintile in range(1, QUINTILES + 1)
-        for city in chance.sample(_part(fitting, quintile), ASKED)
+        for part in [fitting[len(fitting) * (quintile - 1) // QUINTILES : len(fitting) * quintile // QUINTILES]]
+        for city in chance.sample(part, ASKED)
     ]
     chance.shuffle(asked)
     learned = [
@@ -135,28 +74,19 @@ def make(source: bytes) -> Built:
         "train.jsonl": jsonl(learned),
         "eval.jsonl": jsonl([_row(str(city["geonameid"]), _ASKED, city, quintile) for quintile, city in asked]),
         "corpus.jsonl": jsonl(
-            [{"id": str(city["geonameid"]), "text": _passage(city)} for city in cities if _known(city)]
+            [{"id": str(city["geonameid"]), "text": _passage(city)} for city in cities if _is_known(city)]
         ),
         "schema.json": object_schema("country of a city", _FIELDS),
     }
     return Built(files, {"question": "by the city's name", "cities_of_one_name": len(fitting)})
 
 
-def _askable(city: dict[str, Any]) -> bool:
-    return _known(city) and bool(_WRITABLE.fullmatch(city["name"])) and _country(city) not in city["name"]
-
-
-def _known(city: dict[str, Any]) -> bool:
+def _is_known(city: dict[str, Any]) -> bool:
     return city["countrycode"] in COUNTRIES and city["population"] >= SMALLEST
 
 
 def _country(city: dict[str, Any]) -> str:
     return COUNTRIES[city["countrycode"]]
-
-
-def _part(cities: list[dict[str, Any]], quintile: int) -> list[dict[str, Any]]:
-    """The quintile of cities in order of population."""
-    return cities[len(cities) * (quintile - 1) // QUINTILES : len(cities) * quintile // QUINTILES]
 
 
 def _row(row_id: str, wording: str, city: dict[str, Any], quintile: int) -> dict[str, Any]:

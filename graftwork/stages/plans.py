@@ -1,6 +1,6 @@
-"""A spec -> a line per stage of what it will take. Rows are read and rendered: sizes are those of the real run.
+"""Predictions of memory and time per stage of a spec. Rows are read and rendered: sizes are those of the real run.
 
-What only some stages need is imported there: a plan is to answer at once.
+Modules that only some stages need are imported in their functions, so that a plan answers at once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ from graftwork.base.source import BaseSpec
 from graftwork.base.support import base_support, check_serving, check_training
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
-from graftwork.planning.hardware import FP32, Gpu, Machine, gpu_here
-from graftwork.planning.memory import FRAGMENTS, MemoryPlan, StagePlan, TokenWork, charge_bytes, verdict_of
+from graftwork.planning.hardware import Gpu, Machine, gpu_here
+from graftwork.planning.memory import MemoryPlan, StagePlan, verdict_of
 from graftwork.prompts.render import PromptSpec
-from graftwork.quantization import PRECISIONS, QuantSpec, import_bitsandbytes
+from graftwork.quantization import PRECISIONS, QuantSpec
 from graftwork.retrieval.embedder import EmbedderShape, EmbedderSpec, resolve_embedder
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.planning import RequestLoad, answers_seconds, plan_serving, predict_embedding
@@ -28,8 +28,7 @@ from graftwork.storage.store import Store
 from graftwork.training.autotune import machine_of, sizes_of
 from graftwork.training.evaluation.spec import OutcomesSpec, work_of
 from graftwork.training.objectives.rows import prepare
-from graftwork.training.planning.memory import ALLOCATOR_SHARE, predict_training
-from graftwork.training.planning.plan import plan_training, resolve_auto, suggest_training_changes
+from graftwork.training.planning.plan import plan_training
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
@@ -37,28 +36,20 @@ SERVED_RANK = 16
 NO_PROMPTS: Mapping[str, PromptSpec] = {}
 
 
-def plan_spec(
-    spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None = None, *, replay: bool = False
-) -> list[StagePlan]:
+def plan_spec(spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None = None) -> list[StagePlan]:
     """Return a prediction per stage; `folder` has a demo's spec files. Raises UserError as the stages themselves would.
 
-    `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for what the spec asks for here.
-    `replay`: of a training spec, the real step on tensors without memory as well.
+    `gpu`: plan for machines with such GPUs, one a worker, `gpus` workers; None plans for the spec's own resources here.
     """
     machine = Machine.detect() if gpu is None else Machine.with_gpus(gpu)
-    asked = spec if gpu is None else _on_gpus(spec, gpus)
-    if not replay:
-        missing = tuple(_missing_adapters(asked))
-        lines = (_with_support(line, asked) for line in _lines(asked, folder, machine))
-        return [replace(line, warnings=(*line.warnings, *missing)) for line in lines]
-    if not isinstance(asked, TrainSpec):
-        raise ConfigError(
-            f"--replay with kind={getattr(spec, 'kind', '')!r}",
-            "there is no training step in it",
-            "the step of a train spec is replayed",
-            "leave --replay out",
-        )
-    return [_with_support(replayed_line(asked, machine, _outcomes(asked)), asked)]
+    spec = spec if gpu is None else _on_gpus(spec, gpus)
+    missing = tuple(_missing_adapters(spec))
+    lines = plan_on(spec, folder, machine)
+    base = spec.train.base if isinstance(spec, TuneSpec) else getattr(spec, "base", None)
+    support = () if base is None else (base_support(base_model.resolve(base).config).format_line(),)
+    return [
+        replace(line, assumptions=(*line.assumptions, *support), warnings=(*line.warnings, *missing)) for line in lines
+    ]
 
 
 def _missing_adapters(spec: Spec) -> Iterator[str]:
@@ -71,19 +62,6 @@ def _missing_adapters(spec: Spec) -> Iterator[str]:
             resolve(Store(spec.root), ref)
         except UnknownAdapter as error:
             yield f"{error.subject}: {error.problem}"
-
-
-def _with_support(line: StagePlan, spec: Spec) -> StagePlan:
-    """With the stages that support the spec's base."""
-    base = spec.train.base if isinstance(spec, TuneSpec) else getattr(spec, "base", None)
-    if base is None:
-        return line
-    return replace(line, assumptions=(*line.assumptions, base_support(base_model.resolve(base).config).format_line()))
-
-
-def plan_on(spec: Spec, folder: Path, machine: Machine) -> list[StagePlan]:
-    """A line a stage on the machine of a job's target, for a spec whose `auto` GPUs are resolved. Raises UserError."""
-    return list(_lines(spec, folder, machine))
 
 
 def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
@@ -100,10 +78,18 @@ def _on_gpus(spec: Spec, gpus: int | None) -> Spec:
     )
 
 
-def _lines(
-    spec: Spec, folder: Path, machine: Machine, prompts: Mapping[str, PromptSpec] = NO_PROMPTS
-) -> Iterator[StagePlan]:
-    """`prompts`: of the adapters that the same plan trains, by task."""
+def plan_on(
+    spec: Spec,
+    folder: Path,
+    machine: Machine,
+    prompts: Mapping[str, PromptSpec] = NO_PROMPTS,
+    *,
+    on_cluster: bool = False,
+) -> list[StagePlan]:
+    """Return a prediction per stage on a machine, for a spec whose `auto` GPUs are resolved. Raises UserError.
+
+    `prompts`: of the adapters that the same plan trains, by task.
+    """
     if isinstance(spec, ServeSpec | CompareSpec) and spec.engine.kind == "vllm":
         raise ConfigError(
             f"plan of kind={spec.kind!r}",
@@ -113,95 +99,132 @@ def _lines(
         )
     if isinstance(spec, ServeSpec | CompareSpec | QuantizeSpec):
         check_serving(spec)
-    if isinstance(spec, TrainSpec):
-        check_training(spec, base_model.resolve(spec.base).config)
-        data = prepare(spec)
-        held_out = sizes_of(data.eval) if data.eval is not None else None
-        line = plan_training(
-            spec, _shape(spec.base), sizes_of(data.train), held_out, placed(spec, machine), _outcomes(spec)
-        )
-        yield replace(line, warnings=(*line.warnings, *data.warnings))
-    elif isinstance(spec, TuneSpec):
-        from graftwork.tuning.plan import plan_tuning
-        from graftwork.tuning.winner import winner_spec
-
-        data = prepare(spec.train)
-        machine = placed(spec.train, machine)
-        assert data.eval is not None, "a sweep's spec demands data.eval"
-        line = plan_tuning(spec, _shape(spec.train.base), sizes_of(data.train), sizes_of(data.eval), machine)
-        yield replace(line, warnings=(*line.warnings, *data.warnings))
-        if spec.winner is not None:
-            [winner] = _lines(winner_spec(spec, spec.train), folder, machine)
-            yield replace(winner, stage="winner")
-    elif isinstance(spec, ServeSpec):
         machine = _with_gpu_here(spec, machine)
-        yield plan_serving(
-            "serve",
-            _shape(spec.base),
-            spec.quant,
-            spec.engine,
-            machine.at(spec.quant),
-            num_cpus=spec.num_cpus,
-            replicas=spec.most_replicas,
-            embedder=_embedding(spec.embedder) if spec.embedder else None,
-            query_embedders=_query_embedders(spec.arms),
-            adapters=[SERVED_RANK] * len(spec.adapters),
-            dequantised=machine.gpu is None and _unpacked(spec.quant),
-        )
-    elif isinstance(spec, CompareSpec):
-        from graftwork.serving.request_sizes import compare_answers
+    match spec:
+        case TrainSpec():
+            return [_plan_run(spec, machine, on_cluster)]
+        case TuneSpec():
+            return _plan_sweep(spec, machine, on_cluster)
+        case ServeSpec():
+            return [_plan_endpoint(spec, machine)]
+        case CompareSpec():
+            return [_plan_comparison(spec, machine, prompts)]
+        case QuantizeSpec():
+            return _plan_precisions(spec, machine, prompts)
+        case DemoSpec():
+            return _plan_demo(load_specs(spec, folder), folder, machine)
+    raise ConfigError(
+        f"plan of kind={getattr(spec, 'kind', '')!r}",
+        "nothing is predicted for it",
+        "train, tune, serve, compare, quantize and demo are planned",
+    )
 
-        adapters = {arm.adapter for arm in spec.arms if arm.adapter}
-        machine = _with_gpu_here(spec, machine)
-        yield plan_serving(
-            "compare",
+
+def _plan_run(spec: TrainSpec, machine: Machine, on_cluster: bool = False) -> StagePlan:
+    check_training(spec, base_model.resolve(spec.base).config)
+    data = prepare(spec)
+    held_out = sizes_of(data.eval) if data.eval is not None else None
+    work = None
+    if spec.outcomes != OutcomesSpec():
+        from graftwork.training.evaluation.questions import probes_of
+
+        work = work_of([probe.part for probe in probes_of(spec)])
+    machine = _machine_of_run(spec, machine)
+    rows = sizes_of(data.train)
+    line = plan_training(spec, _shape(spec.base), rows, held_out, machine, work, on_cluster=on_cluster)
+    return replace(line, warnings=(*line.warnings, *data.warnings))
+
+
+def _plan_sweep(spec: TuneSpec, machine: Machine, on_cluster: bool) -> list[StagePlan]:
+    """Of its trials, and of the winner's training where the spec has one."""
+    from graftwork.tuning.plan import plan_tuning
+    from graftwork.tuning.winner import winner_spec
+
+    data, machine = prepare(spec.train), _machine_of_run(spec.train, machine)
+    assert data.eval is not None, "a sweep's spec demands data.eval"
+    line = plan_tuning(spec, _shape(spec.train.base), sizes_of(data.train), sizes_of(data.eval), machine)
+    trials = replace(line, warnings=(*line.warnings, *data.warnings))
+    if spec.winner is None:
+        return [trials]
+    return [trials, replace(_plan_run(winner_spec(spec, spec.train), machine, on_cluster), stage="winner")]
+
+
+def _machine_of_run(spec: TrainSpec, machine: Machine) -> Machine:
+    """The machine in the dtype that the spec computes in there; with GPUs in the spec, those of this machine."""
+    return machine.at(spec.quant) if machine.gpu or not spec.gpus else machine_of(spec)
+
+
+def _plan_endpoint(spec: ServeSpec, machine: Machine) -> StagePlan:
+    return plan_serving(
+        "serve",
+        _shape(spec.base),
+        spec.quant,
+        spec.engine,
+        machine.at(spec.quant),
+        num_cpus=spec.num_cpus,
+        replicas=spec.most_replicas,
+        embedder=_embedding(spec.embedder) if spec.embedder else None,
+        query_embedders=_query_embedders(spec.arms),
+        adapters=[SERVED_RANK] * len(spec.adapters),
+        dequantised=_is_dequantised(spec.quant, machine),
+    )
+
+
+def _plan_comparison(spec: CompareSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> StagePlan:
+    from graftwork.serving.request_sizes import compare_answers
+
+    return plan_serving(
+        "compare",
+        _shape(spec.base),
+        spec.quant,
+        spec.engine,
+        machine.at(spec.quant),
+        num_cpus=spec.num_cpus,
+        query_embedders=_query_embedders(spec.arms),
+        adapters=[SERVED_RANK] * len({arm.adapter for arm in spec.arms if arm.adapter}),
+        dequantised=_is_dequantised(spec.quant, machine),
+        answers=compare_answers(spec, prompts),
+    )
+
+
+def _plan_precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> list[StagePlan]:
+    """One process after the other."""
+    from graftwork.serving.request_sizes import quantize_answers
+
+    adapters = {arm.adapter for arm in spec.arms if arm.adapter}
+    answers = quantize_answers(spec, prompts)
+    return [
+        plan_serving(
+            f"quantize {precision}",
             _shape(spec.base),
-            spec.quant,
+            quant,
             spec.engine,
-            machine.at(spec.quant),
+            machine.at(quant),
             num_cpus=spec.num_cpus,
-            query_embedders=_query_embedders(spec.arms),
             adapters=[SERVED_RANK] * len(adapters),
-            dequantised=machine.gpu is None and _unpacked(spec.quant),
-            answers=compare_answers(spec, prompts),
+            dequantised=_is_dequantised(quant, machine),
+            answers=answers,
         )
-    elif isinstance(spec, QuantizeSpec):
-        yield from _precisions(spec, _with_gpu_here(spec, machine), prompts)
-    elif isinstance(spec, DemoSpec):
-        specs = load_specs(spec, folder)
-        for stage in (specs.tune, *specs.train):
-            yield from _lines(stage, folder, machine)
-        prompts = {stage.name: stage.prompt for stage in specs.train}
-        yield _serve_and_update(specs, folder, machine)
-        yield from _lines(specs.compare, folder, machine, prompts)
-    else:
-        raise ConfigError(
-            f"plan of kind={getattr(spec, 'kind', '')!r}",
-            "nothing is predicted for it",
-            "train, tune, serve, compare, quantize and demo are planned",
-        )
+        for precision in spec.precisions
+        for quant in [PRECISIONS[precision]]
+    ]
 
 
-def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machine) -> Machine:
-    """The machine with the GPU of this one, where the spec asks for GPUs and the plan names none."""
-    if machine.gpu is not None or not spec.gpus:
-        return machine
-    gpu = gpu_here()
-    if gpu is None:
-        raise ConfigError(
-            f"num_gpus={spec.gpus:g}",
-            "this machine has no GPU of the plan's table",
-            "a plan needs a GPU with known figures",
-            "graftwork plan FILE --gpu NAME",
-        )
-    return Machine.with_gpus(gpu)
+def _plan_demo(specs: DemoSpecs, folder: Path, machine: Machine) -> list[StagePlan]:
+    prompts = {stage.name: stage.prompt for stage in specs.train}
+    return [
+        *plan_on(specs.tune, folder, machine),
+        *(_plan_run(stage, machine) for stage in specs.train),
+        _serve_and_update(specs, folder, machine),
+        *plan_on(specs.compare, folder, machine, prompts),
+    ]
 
 
 def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> StagePlan:
     """Return the prediction of the demo's endpoint with the update that trains meanwhile and the burst of requests."""
     from graftwork.serving.request_sizes import compare_answers
 
-    [served], [update] = _lines(specs.serve, folder, machine), _lines(specs.update, folder, machine)
+    [served], update = plan_on(specs.serve, folder, machine), _plan_run(specs.update, machine)
     burst, at = specs.demo.burst, machine.at(specs.serve.quant)
     asked = compare_answers(specs.compare.with_({"limit": burst.requests}), {})
     answers = RequestLoad(burst.requests, asked.prompt_tokens, burst.max_new_tokens)
@@ -217,34 +240,19 @@ def _serve_and_update(specs: DemoSpecs, folder: Path, machine: Machine) -> Stage
     )
 
 
-def _precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str, PromptSpec]) -> Iterator[StagePlan]:
-    """One process after the other."""
-    from graftwork.serving.request_sizes import quantize_answers
-
-    adapters = {arm.adapter for arm in spec.arms if arm.adapter}
-    answers = quantize_answers(spec, prompts)
-    for precision in spec.precisions:
-        quant = PRECISIONS[precision]
-        yield plan_serving(
-            f"quantize {precision}",
-            _shape(spec.base),
-            quant,
-            spec.engine,
-            machine.at(quant),
-            num_cpus=spec.num_cpus,
-            adapters=[SERVED_RANK] * len(adapters),
-            dequantised=machine.gpu is None and _unpacked(quant),
-            answers=answers,
+def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machine) -> Machine:
+    """The machine with the GPU of this one, where the spec has GPUs and the plan names none."""
+    if machine.gpu is not None or not spec.gpus:
+        return machine
+    gpu = gpu_here()
+    if gpu is None:
+        raise ConfigError(
+            f"num_gpus={spec.gpus:g}",
+            "this machine has no GPU of the plan's table",
+            "a plan needs a GPU with known figures",
+            "graftwork plan FILE --gpu NAME",
         )
-
-
-def _outcomes(spec: TrainSpec) -> TokenWork | None:
-    """What is measured before and after, rendered."""
-    if spec.outcomes == OutcomesSpec():
-        return None
-    from graftwork.training.evaluation.questions import probes_of
-
-    return work_of([probe.part for probe in probes_of(spec)])
+    return Machine.with_gpus(gpu)
 
 
 def _shape(base: BaseSpec) -> ModelShape:
@@ -261,58 +269,6 @@ def _query_embedders(arms: Sequence[ArmSpec]) -> list[MemoryPlan]:
     return [_embedding(embedder) for embedder in sorted(used, key=lambda embedder: embedder.uri)]
 
 
-def _unpacked(quant: QuantSpec) -> bool:
-    """As `base_model.load` decides on a CPU for serving."""
-    return quant.is_4bit and quant.resident != "packed"
-
-
-STEP = "step, replayed"
-SHOWN = ("process", "base weights", "trained weights", "optimizer", "buffers", "CUDA")
-"""Parts of the closed form that a replay does not replace: what workers share and what is no tensor."""
-
-
-def placed(spec: TrainSpec, machine: Machine) -> Machine:
-    """The machine in the dtype that the spec computes in there; where it asks for GPUs, the ones that there are."""
-    return machine.at(spec.quant) if machine.gpu or not spec.gpus else machine_of(spec)
-
-
-def replayed_line(spec: TrainSpec, machine: Machine, outcomes: TokenWork | None = None) -> StagePlan:
-    """`outcomes`: measured before and after. Raises ConfigError for what cannot be replayed."""
-    import_bitsandbytes()
-    from graftwork.training.planning.fake_step import Replayed, replay
-
-    base, data = base_model.resolve(spec.base), prepare(spec)
-    shape, rows, machine = ModelShape.from_config(base.config), sizes_of(data.train), placed(spec, machine)
-    held_out = sizes_of(data.eval) if data.eval is not None else None
-    line = plan_training(spec, shape, rows, held_out, machine, outcomes)
-    spec = resolve_auto(spec, shape, rows, machine).spec
-    whole = spec.adapter.trains_base and machine.gpu is None
-    found: Replayed = replay(spec, base.config, rows, value_bytes=FP32 if whole else machine.value_bytes)
-    closed = predict_training(spec, shape, rows, value_bytes=machine.value_bytes)
-    parts = _parts(closed, found.step_bytes, on_gpu=machine.gpu is not None)
-    peak = sum(size for _, size in parts)
-    workers = spec.num_workers
-    return replace(
-        line,
-        peak_bytes_per_process=peak,
-        total_bytes=peak * workers,
-        parts=parts,
-        verdict=verdict_of(
-            charge_bytes(peak, workers, machine), machine, suggest_training_changes(spec, shape, rows, machine)
-        ),
-        assumptions=(
-            *line.assumptions,
-            f"the step was replayed on tensors without memory in {found.seconds:.1f} s; the closed form says "
-            f"{closed.peak_bytes / 2**30:.2f} GiB ({closed.peak_bytes / peak - 1:+.1%})",
-        ),
-    )
-
-
-def _parts(closed: MemoryPlan, step: int, *, on_gpu: bool) -> tuple[tuple[str, int], ...]:
-    parts = {name: size for name, size in closed.parts if name in SHOWN}
-    parts[STEP] = step
-    if on_gpu:
-        parts["fragments"] = round(FRAGMENTS * (sum(parts.values()) - parts.get("CUDA", 0)))
-    else:
-        parts["allocator"] = round(ALLOCATOR_SHARE * step)
-    return tuple(parts.items())
+def _is_dequantised(quant: QuantSpec, machine: Machine) -> bool:
+    """As `base.load` decides for serving: on a CPU."""
+    return machine.gpu is None and quant.is_4bit and quant.resident != "packed"

@@ -32,7 +32,7 @@ def shadow_spec(spec: TuneSpec, current: str, winner: str) -> ExperimentSpec:
     """Two versions of the task: the current one answers, the winner answers copies. Raises ConfigError."""
     assert spec.winner is not None
     assert spec.winner.shadow is not None
-    tree = _asked(spec.winner.shadow.experiment)
+    tree = _given_keys(spec.winner.shadow.experiment)
     model = f"{base_name(spec.train.base.uri)}:{spec.train.name}"
     arms = [{"name": CURRENT, "model": f"{model}@{current}"}, {"name": WINNER, "model": f"{model}@{winner}"}]
     given = {"name": f"{spec.train.name}-shadow", **tree, "kind": "experiment"}
@@ -77,7 +77,7 @@ def _write(store: Store, run_id: str, name: str, text: str) -> str:
     return name
 
 
-def _asked(experiment: str | dict[str, Any]) -> dict[str, Any]:
+def _given_keys(experiment: str | dict[str, Any]) -> dict[str, Any]:
     """The keys that are given; of a file those that the sweep does not set."""
     if isinstance(experiment, str):
         tree = config.load(experiment, expect="experiment").model_dump(mode="json", exclude_unset=True)

@@ -31,7 +31,7 @@ NAME = re.compile(r"`((?:graftwork|cluster|training|serving|tuning)(?:\.[A-Za-z_
 STEP = re.compile(r"^\d+\. ")
 BY_RAY_SERVE = ("serving.router.AdapterRouter.choose_replicas",)
 """Steps of a request that only an endpoint on Ray Serve has; tests/ray runs them."""
-NOT_WRAPPED = ("extending.md", "guide-tuning.md", "stuck.md", "studies.md")
+NOT_WRAPPED = ("extending.md", "stuck.md", "studies.md")
 """Pages whose lines may be longer than `MAX_COLUMNS`; studies.md is written by a script."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(

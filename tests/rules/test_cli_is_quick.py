@@ -46,3 +46,10 @@ def test_jobs_of_a_disk_import_nothing_heavy(tmp_path: Path, verb: tuple[str, ..
 
 def test_a_plan_of_training_imports_nothing_heavy() -> None:
     assert "HEAVY []" in heavy_after("plan", "examples/train-airport-card.yaml")
+
+
+def test_the_driver_of_a_run_imports_neither_torch_nor_ray() -> None:
+    """Its worker imports them: 5 s of CPU that the driver of a single local worker would pay again."""
+    code = "import sys, graftwork.training.run\nassert not {'torch', 'peft', 'trl', 'ray'} & {*sys.modules}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """Memory model of a training worker: its process on a CPU, its part of the GPU's memory on a GPU.
 
 These formulas alone decide if a run fits and resolve `auto`: 0.03 ms a candidate (4 blocks of Llama-3-8B's shape, 4
-rows of 2,048 tokens; median of 200). The traced step of `planning/fake_step.py` takes 1.6 CPU seconds there, is the
+rows of 2,048 tokens; median of 200). The traced step of `tests/fake_step.py` takes 1.6 CPU seconds there, is the
 oracle of their test, and agrees within 3 % (nf4 with checkpointing 5 %) in 17 settings.
 """
 

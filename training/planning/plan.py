@@ -267,9 +267,12 @@ def plan_training(
     held_out: RowSizes | None,
     machine: Machine,
     outcomes: TokenWork | None = None,
+    *,
+    on_cluster: bool = False,
 ) -> StagePlan:
     """A run of `train`. `rows` and `held_out`: sizes of the rendered rows. `outcomes`: measured before and after.
 
+    `on_cluster`: Ray Train starts a single worker too, which is a child process elsewhere (`training.local_worker`).
     Raises ConfigError as `resolve_auto` does.
     """
     settled = resolve_auto(spec, model, rows, machine)
@@ -277,7 +280,7 @@ def plan_training(
     steps = max(1, math.ceil(spec.optim.epochs * rows.count / spec.optim.rows_per_step - 1e-9))
     evals = math.ceil(steps / spec.eval_every)
     eval_s = evaluation_seconds(spec, model, held_out, machine, workers) if held_out else 0.0
-    start_s = RAY_TRAIN_START_S + START_S / machine.pace(workers, 1)
+    start_s = START_S / machine.pace(workers, 1) + (RAY_TRAIN_START_S if on_cluster or workers > 1 else 0.0)
     memory = worker_memory(spec, model, rows, machine)
     peak = memory.peak_bytes
     step_s = step_seconds(spec, model, rows, machine, workers)

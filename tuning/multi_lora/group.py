@@ -19,9 +19,6 @@ from graftwork.tuning.search import Search, rows_key
 from graftwork.tuning.trial_store import Ledger
 from graftwork.tuning.trials import TrialRecord
 
-# Choice of the trials for one process: the next trial, and those that can share its base.
-
-
 SpecOf = Callable[[TrialRecord], TrainSpec]
 
 
@@ -30,28 +27,40 @@ def group_of(
 ) -> dict[str, TrainSpec]:
     """The specs of `first` and of at most `most - 1` others, by trial: pending ones, then what the search suggests.
 
-    All are marked as running, so that the search knows of them; a trial that does not fit stays pending. `rows`: those
-    of `first`. Raises ConfigError when the values of a point contradict each other.
+    All are set to running, so that the search counts them; a trial that does not fit stays pending. `rows`: those of
+    `first`. Raises ConfigError when the values of a point contradict each other.
     """
-    group = {first.trial_id: spec_of(first)}
+    spec = spec_of(first)
+    group = {first.trial_id: spec}
     ledger.update(first.trial_id, state="running")
-    reason = _alone(first, group[first.trial_id], rows) if most > 1 else "asked for"
+    if most == 1:
+        return group
+    reason = why_alone(spec, base_model.resolve(spec.base).config)
+    if first.smaller:
+        reason = "it ran out of memory before"
+    elif rows.trained_tokens:
+        reason = "rows of the embedding are trained with the adapter"
     while len(group) < most and reason is None:
-        found = _next_beside(first, group[first.trial_id], ledger, search, spec_of)
+        found = _next_partner(first, spec, ledger, search, spec_of)
         if found is None:
             break
         ledger.update(found.trial_id, state="running")
         group[found.trial_id] = spec_of(found)
-    if most > 1:
-        _note(ledger, group, reason)
+    for trial_id in group:
+        others = ", ".join(other for other in group if other != trial_id)
+        note = f"trained in one process with {others}" if others else f"trained alone: {reason}" if reason else None
+        if note:
+            ledger.update(trial_id, notes=(*ledger.records[trial_id].notes, note))
     return group
 
 
-def _next_beside(
+def _next_partner(
     first: TrialRecord, spec: TrainSpec, ledger: Ledger, search: Search, spec_of: SpecOf
 ) -> TrialRecord | None:
-    """The next trial that can share a process with `first`; where no pending one can, the search is asked: once, or
-    while it has more where its points don't depend on results."""
+    """The next trial that can share a process with `first`: a pending one, else one that the search suggests.
+
+    The search is called once, or while it has more where its points don't depend on results.
+    """
 
     def fits(other: TrialRecord) -> bool:
         same_rows = rows_key(other.values) == rows_key(first.values)
@@ -67,34 +76,17 @@ def _next_beside(
     return found
 
 
-def _alone(first: TrialRecord, spec: TrainSpec, rows: PreparedData) -> str | None:
-    if first.smaller:
-        return "it ran out of memory before"
-    if rows.trained_tokens:
-        return "rows of the embedding are trained beside the adapter"
-    return why_alone(spec, base_model.resolve(spec.base).config)
-
-
-def _note(ledger: Ledger, group: dict[str, TrainSpec], reason: str | None) -> None:
-    """What a reader of the record should know: who shared its process, or why nobody did."""
-    for trial_id in group:
-        others = ", ".join(other for other in group if other != trial_id)
-        said = f"trained in one process with {others}" if others else f"trained alone: {reason}" if reason else None
-        if said:
-            ledger.update(trial_id, notes=(*ledger.records[trial_id].notes, said))
-
-
 LOGIT_COPIES = 3
-"""In the compute dtype: the logits, the gradient that is kept in their place, and that times the loss's."""
+"""In the compute dtype: the logits, the gradient that is stored in their place, and that times the loss's."""
 
 
 def predict_together(
     specs: Sequence[TrainSpec], model: ModelShape, rows: RowSizes | None = None, *, value_bytes: int = FP32
 ) -> MemoryPlan:
-    """Peak of one process for trials that can share it (`rule.can_share`), as `predict_training` tells it of one.
+    """Peak of one process for trials that can share it (`can_share`), like `predict_training` for one.
 
     It is that of one trial with all their ranks in one adapter and all their rows in one forward pass; on a CPU with
-    the activations that these layers keep, on a GPU an upper bound.
+    the activations that these layers store, on a GPU an upper bound.
     """
     whole, rows = _as_one(specs), rows and replace(rows, each=None)  # every trial takes the same rows: the longest
     plan = predict_training(whole, model, rows, value_bytes=value_bytes)
@@ -106,7 +98,7 @@ def predict_together(
 
 
 def _as_one(specs: Sequence[TrainSpec]) -> TrainSpec:
-    """One trial that is as large as all. No spec that a person could write: ranks end at 256 there."""
+    """One trial that is as large as all. No valid user spec: ranks end at 256 there."""
     first, count = specs[0], len(specs)
     ranks = [spec.adapter.rank for spec in specs if isinstance(spec.adapter, LoraSpec)]
     assert len(ranks) == count, "trials that share a process train a LoRA each"
@@ -118,10 +110,13 @@ def _as_one(specs: Sequence[TrainSpec]) -> TrainSpec:
 def _on_cpu(whole: TrainSpec, model: ModelShape, taken: Pass, plan: MemoryPlan, value_bytes: int) -> dict[str, int]:
     """The parts that are not those of PEFT's layers and TRL's loss."""
     logits = LOGIT_COPIES * taken.scored * model.vocab * value_bytes
-    held = plan.part("activations")
+    activations = plan.part("activations")
     if not whole.optim.gradient_checkpointing:
-        held = taken.tokens * (model.layers * _block(whole, model, taken, value_bytes) + 2 * model.hidden * value_bytes)
-    return {"activations": held, "logits": logits, "allocator": round(ALLOCATOR_SHARE * (held + logits))}
+        activations = taken.tokens * (
+            model.layers * _block(whole, model, taken, value_bytes) + 2 * model.hidden * value_bytes
+        )
+    allocator = round(ALLOCATOR_SHARE * (activations + logits))
+    return {"activations": activations, "logits": logits, "allocator": allocator}
 
 
 def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
@@ -131,9 +126,6 @@ def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     read = model.read(whole.adapter.targets) if isinstance(whole.adapter, LoraSpec) else 0
     products = taken.row <= LONGEST and value_bytes < FP32
     return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)
-
-
-# Trials that can share a process: decided in the driver, from specs and the base's config.
 
 
 OWN = {
@@ -147,12 +139,14 @@ LONGEST = 160
 
 
 def can_share(one: TrainSpec, other: TrainSpec) -> bool:
-    """Whether both can be trained in one process, their rows being equal (`space.rows_key`)."""
-    return _shared(one) == _shared(other) and not why_alone(one)
+    """Return whether trials with equal rows (`search.rows_key`) can train in one process: decided in the driver."""
+    own = {part: set(keys) for part, keys in OWN.items()}
+    shared = [spec.model_dump(mode="json", exclude=own) for spec in (one, other)]
+    return shared[0] == shared[1] and not why_alone(one)
 
 
 def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | None:
-    """What of a spec keeps a trial from sharing its process; None where it can. `base`: the model's config.json."""
+    """Return why a trial cannot share its process; None where it can. `base`: the model's config.json."""
     adapter, objective = spec.adapter, spec.objective
     if spec.num_workers > 1:
         return f"num_workers={spec.num_workers}: its workers share its rows"
@@ -161,26 +155,16 @@ def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | N
     if adapter.dora:
         return "adapter.dora: each adapter scales the base's own output"
     if adapter.dropout > 0:
-        return f"adapter.dropout={adapter.dropout:g}: what is dropped would depend on the trials beside it"
+        return f"adapter.dropout={adapter.dropout:g}: what is dropped would depend on the other trials"
     if not isinstance(objective, SftSpec | CptSpec):
         return f"objective.kind={objective.kind}: trials of sft and cpt alone share a process"
     if isinstance(objective, SftSpec) and objective.answers is not None:
         return "objective.answers: held-out answers are generated with one adapter at a time"
     if spec.init_from is not None or spec.base_adapter is not None:
         return "init_from or base_adapter: each trial begins from an adapter of its own"
-    if dropped := _dropout_of(base or {}):
-        return f"the base trains with {dropped}: what is dropped would depend on the trials beside it"
+    for key, value in (base or {}).items():  # `attention_dropout`, GPT-2's `resid_pdrop`
+        if "drop" in key and isinstance(value, float) and value > 0:
+            return f"the base trains with {key}={value:g}: what is dropped would depend on the other trials"
     if experts := next((key for key in base or {} if "experts" in key), None):
         return f"the base has {experts}: it deals the tokens of all rows to them"
     return None
-
-
-def _shared(spec: TrainSpec) -> dict[str, Any]:
-    """All of a spec but what each trial has of its own."""
-    return spec.model_dump(mode="json", exclude={part: set(keys) for part, keys in OWN.items()})
-
-
-def _dropout_of(config: Mapping[str, Any]) -> str | None:
-    """The first dropout of a base that is not 0, by name (`attention_dropout`, GPT-2's `resid_pdrop`)."""
-    found = (key for key, value in config.items() if "drop" in key and isinstance(value, float) and value > 0)
-    return next((f"{key}={config[key]:g}" for key in found), None)

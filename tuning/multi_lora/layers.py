@@ -166,16 +166,15 @@ def _cut(values_MP: torch.Tensor, start: int, sizes: Sequence[tuple[int, int]]) 
 
 # Attention of short rows on a CPU in bfloat16, where torch's fused kernel is slow.
 #
-# Forward and backward of 16 rows of 76 tokens, 9 heads of 64, one core (torch 2.13, AMD with AVX512-BF16): fused 24.5
-# ms,
-# products and softmax 11.8; rows of 160 26.0 and 20.4; of 400 41.6 and 56.5. In fp32 both take the same.
+# Forward and backward of 16 rows of 76 tokens, 9 heads of 64, one core (torch 2.13, AMD with AVX512-BF16): fused
+# 24.5 ms, products and softmax 11.8; rows of 160 26.0 and 20.4; of 400 41.6 and 56.5. In fp32 both take the same.
 #
 # Legend: B rows, H query heads, K key heads, T tokens, D head size.
 
 
 NAME = "graftwork_short_rows"
 HARMLESS = {"position_ids", "use_cache", "sliding_window"}
-"""What models hand on beside; where a window would hide anything there is a mask."""
+"""Keywords that models pass on and that change nothing; where a window would hide tokens there is a mask."""
 
 
 def prefer_products(model: Any) -> None:
@@ -197,7 +196,7 @@ def _attention(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """In the form that transformers asks for; whatever is no plain causal attention of short rows is left to sdpa."""
+    """In transformers' signature; all but plain causal attention of short rows is left to sdpa."""
     plain = attention_mask is None and not dropout and more.keys() <= HARMLESS and getattr(module, "is_causal", True)
     if not plain or query.shape[2] > LONGEST or not torch.is_grad_enabled():
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(

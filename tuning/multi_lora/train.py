@@ -18,7 +18,7 @@ from graftwork.quantization import import_bitsandbytes
 from graftwork.training.loop import device_of, plan_of
 from graftwork.training.objectives.row_cache import IGNORED, Rows
 from graftwork.training.objectives.rows import PackedRows
-from graftwork.training.objectives.trainer import share, trained_logits
+from graftwork.training.objectives.trainer import require_apart, share, trained_logits
 from graftwork.training.step_plan import StepPlan
 from graftwork.training.worker_messages import NonFiniteLoss, StepReport, TrainJob
 from graftwork.tuning.multi_lora.layers import (
@@ -32,9 +32,6 @@ from graftwork.tuning.multi_lora.layers import (
     prefer_products,
 )
 
-# Put the adapters of several trials on one base, each with the weights that PEFT draws for it alone.
-
-
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Last names of linears that one input goes through, in the families of transformers. Another input is noticed."""
 
@@ -42,8 +39,8 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def attach_together(model: Any, jobs: Mapping[str, TrainJob], steps: int) -> Adapters:
     """Replace the targeted linears of a loaded base. `jobs` by trial; `steps` of each schedule."""
     specs = {key: job.spec for key, job in jobs.items()}
-    layers = _drawn(model, [(spec.adapter, spec.seed) for spec in specs.values()])
-    places = _places(layers)
+    layers = _create_layers(model, [(spec.adapter, spec.seed) for spec in specs.values()])
+    places = _group_linears(layers)
     trials = [
         Trial.create(key, spec.adapter, spec.optim, steps, _flat(layers, places, number))
         for number, (key, spec) in enumerate(specs.items())
@@ -57,8 +54,11 @@ def attach_together(model: Any, jobs: Mapping[str, TrainJob], steps: int) -> Ada
     return adapters
 
 
-def _drawn(model: Any, adapters: Sequence[tuple[Any, int]]) -> dict[str, LoraLayer]:
-    """PEFT's layers by name, adapter N of each called `N`; the model itself is as it was before."""
+def _create_layers(model: Any, adapters: Sequence[tuple[Any, int]]) -> dict[str, LoraLayer]:
+    """PEFT's layers by name, adapter N of each called `N`, with the weights that PEFT draws for it alone.
+
+    The model itself does not change.
+    """
     configs = [adapter.peft_config(model) for adapter, _ in adapters]
     set_seed(adapters[0][1])
     peft = get_peft_model(model, configs[0], adapter_name="0")
@@ -70,7 +70,7 @@ def _drawn(model: Any, adapters: Sequence[tuple[Any, int]]) -> dict[str, LoraLay
     return layers
 
 
-def _places(layers: Mapping[str, LoraLayer]) -> list[LinearGroup]:
+def _group_linears(layers: Mapping[str, LoraLayer]) -> list[LinearGroup]:
     """The layers in the order of the model, those with one input together."""
     together: dict[tuple[str, str], list[str]] = {}
     for name in layers:
@@ -108,9 +108,9 @@ Reports = Callable[[Mapping[str, StepReport], Mapping[str, RunError]], Mapping[s
 
 
 def run_together(jobs: Mapping[str, TrainJob], report: Reports) -> None:
-    """Train the jobs' adapters on the rows that they share; `rule.can_share` holds for each two. A trial whose loss is
-    no number leaves, and so does one that `report` stops; the others go on as they would have.
+    """Train the jobs' adapters on the rows that they share; each two satisfy `group.can_share`.
 
+    A trial whose loss is no number leaves, and so does one that `report` stops; the others continue unchanged.
     `report` is called every `report_every` steps, where one is evaluated, and when a trial is lost. Raises
     BaseModelError, ConfigError.
     """
@@ -120,8 +120,6 @@ def run_together(jobs: Mapping[str, TrainJob], report: Reports) -> None:
     import_bitsandbytes()
     model = base_model.load(base_model.resolve(spec.base), spec.quant, device=device_of(spec), purpose="train").model
     if isinstance(job.data.train, PackedRows):
-        from graftwork.training.objectives.trainer import require_apart
-
         require_apart(model)
     prefer_products(model)
     adapters = attach_together(model, jobs, plan.steps)
@@ -134,7 +132,7 @@ def run_together(jobs: Mapping[str, TrainJob], report: Reports) -> None:
 
 @dataclass
 class _GroupRun:
-    """The trials under way. Tensors of losses hold one a trial, in the adapters' order."""
+    """Running trials. Tensors of losses have one value per trial, in the adapters' order."""
 
     job: TrainJob
     plan: StepPlan
@@ -152,8 +150,10 @@ class _GroupRun:
         self.done += 1
         lost = self._without({key: loss for key, (loss, _, _) in taken.items()}, "the loss")
         held_out: dict[str, float] = {}
-        if self._due() and self.adapters.trials and self.job.data.eval is not None:
-            held_out = dict(zip(self._keys(), self._held_out(self.job.data.eval), strict=True))
+        every = self.job.eval_every or self.job.spec.eval_every
+        due = self.done % every == 0 or self.done == self.plan.steps
+        if due and self.adapters.trials and self.job.data.eval is not None:
+            held_out = dict(zip(self._keys(), self._evaluate(self.job.data.eval), strict=True))
             lost |= self._without(held_out, "the held-out loss")
         if not (lost or held_out or self.done % self.job.report_every == 0 or self.done == self.plan.steps):
             return
@@ -165,27 +165,24 @@ class _GroupRun:
         return [trial.key for trial in self.adapters.trials]
 
     def _keep(self, stays: Callable[[str], bool]) -> None:
-        kept = [trial for trial in self.adapters.trials if stays(trial.key)]
-        if len(kept) < len(self.adapters.trials):
-            self.adapters.keep(kept)
+        staying = [trial for trial in self.adapters.trials if stays(trial.key)]
+        if len(staying) < len(self.adapters.trials):
+            self.adapters.keep(staying)
 
     def _without(self, losses: Mapping[str, float], what: str) -> dict[str, RunError]:
-        """Let the trials leave whose loss is no number; why, by trial."""
-        lost = {key: self._not_finite(what, loss) for key, loss in losses.items() if not math.isfinite(loss)}
+        """Remove the trials whose loss is no number; return the error of each."""
+        lost: dict[str, RunError] = {
+            key: NonFiniteLoss(
+                f"training {self.job.spec.name}, step {self.done} of {self.plan.steps}",
+                f"{what} is {loss}",
+                "a loss must be finite",
+                "lower optim.lr or optim.max_grad_norm; look at the rows of that step",
+            )
+            for key, loss in losses.items()
+            if not math.isfinite(loss)
+        }
         self._keep(lambda key: key not in lost)
         return lost
-
-    def _not_finite(self, what: str, loss: float) -> RunError:
-        return NonFiniteLoss(
-            f"training {self.job.spec.name}, step {self.done} of {self.plan.steps}",
-            f"{what} is {loss}",
-            "a loss must be finite",
-            "lower optim.lr or optim.max_grad_norm; look at the rows of that step",
-        )
-
-    def _due(self) -> bool:
-        every = self.job.eval_every or self.job.spec.eval_every
-        return self.done % every == 0 or self.done == self.plan.steps
 
     def _report(self, taken: tuple[float, float, float], held_out: float | None, step_s: float) -> StepReport:
         loss, lr, norm = taken
@@ -207,7 +204,7 @@ class _GroupRun:
         return self._of_each(sums)
 
     @torch.no_grad()
-    def _held_out(self, rows: Rows) -> list[float]:
+    def _evaluate(self, rows: Rows) -> list[float]:
         """Mean loss of each trial over the scored tokens of all rows, as `objectives.sft` measures it."""
         sums = torch.zeros(self.adapters.copies, dtype=torch.float64, device=self.model.device)
         scored = 0

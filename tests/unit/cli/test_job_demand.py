@@ -1,13 +1,17 @@
 """What a job's workers take: as its place is told, and what is said where it cannot be predicted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from graftwork.cluster.jobs.models import ExecSpec
 from graftwork.cluster.kuberay.preflight import machines_of
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets.local import machines_here
 from graftwork.stages.jobs import demands_of, job_of, predict, with_demand
+from graftwork.training.planning.plan import RAY_TRAIN_START_S
 from graftwork.training.spec import TrainSpec
 from tests.tiny import write_tiny_base
 
@@ -58,3 +62,10 @@ def test_a_program_is_one_worker(tmp_path: Path) -> None:
     spec = ExecSpec(name="hello", argv=("true",))
     assert predict(spec, tmp_path, machines_here()) == ((), ())
     assert demands_of(spec, ())[0].num_workers == 1
+
+
+def test_ray_train_starts_a_single_worker_on_a_cluster_alone(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, gpus_per_worker=0, num_workers=1)
+    here, there = machines_here(), replace(machines_here(), owner="cluster group cpu")
+    ([local], _), ([remote], _) = (predict(spec, tmp_path, machines) for machines in (here, there))
+    assert remote.seconds - local.seconds == pytest.approx(RAY_TRAIN_START_S, rel=0.05)

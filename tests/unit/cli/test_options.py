@@ -39,7 +39,7 @@ def test_every_stage_command_has_the_launch_options_and_its_own(verb: str) -> No
 
 
 def test_a_plan_has_the_options_of_a_stage() -> None:
-    assert flags_of("plan") == flags_of_fields(StageOptions) | {"--target", "--gpu", "--gpus", "--replay"}
+    assert flags_of("plan") == flags_of_fields(StageOptions) | {"--target", "--gpu", "--gpus"}
 
 
 def test_a_field_of_an_options_dataclass_is_an_option_with_its_default() -> None:

@@ -8,9 +8,8 @@ import pytest
 from rich.console import Console
 
 from graftwork.cli.tune import board, shown_trials, sparkline, sweep_progress
-from graftwork.tuning.eta import pace
 from graftwork.tuning.search import Values
-from graftwork.tuning.trials import State, TrialRecord, TuneProgress
+from graftwork.tuning.trials import State, TrialRecord, TuneProgress, pace
 
 
 def trial(name: str, state: State, *losses: float) -> TrialRecord:

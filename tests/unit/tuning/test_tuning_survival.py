@@ -177,7 +177,7 @@ def test_a_rerun_keeps_what_diverged_and_what_is_known_of_the_others(run: RunPat
         notes=("less", "the sweep ended while it was running, after step 4; run again"),
     )
     assert again.trials[2] == TrialRecord("c", {"seed": 3}, attempts=2)
-    pending = again.next(FixedPoints("grid", (), ""))
+    pending = again.next(FixedPoints((), ""))
     assert isinstance(pending, TrialRecord)
     assert pending.trial_id == "b"
 

@@ -1,26 +1,26 @@
 """Oracle of the memory model: a real training step on tensors without memory, with every storage counted.
 
-The base is built on the meta device and its tensors are made anew under PyTorch's FakeTensorMode, which knows shapes
+The base is built on the meta device and its tensors are made again under PyTorch's FakeTensorMode, which knows shapes
 and no values; a dispatch mode outside of it adds up the bytes of live storages, as the allocator of a GPU rounds them.
 No GPU and no weights are needed: a step of an 8B model takes some 10 s of two cores.
 """
 
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 from transformers.utils import logging
 
 from graftwork.base import meta_model
-from graftwork.compat.torch import EachResult, fake_tensors, storage_key
-from graftwork.errors import ConfigError
 from graftwork.planning.hardware import BF16
 from graftwork.planning.memory import RowSizes
 from graftwork.quantization import BLOCK, SCALE_BLOCK, SMALLEST
@@ -44,13 +44,43 @@ class Replayed:
     trained: int
     gradients: int
     optimizer: int
-    seconds: float
-    """That the replay took."""
 
-    @property
-    def step_bytes(self) -> int:
-        """What a step takes at its peak beside weights and optimizer: activations, logits, gradients."""
-        return self.peak_bytes - self.weights - self.trained - self.optimizer
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Return a block in which new tensors have shapes, dtypes and storages of a size, but no memory and no values.
+
+    Tensors of the meta device, the public form, do not act as those of the CPU. Tensors from outside may take part.
+    Upstream: `torch._subclasses.fake_tensor.FakeTensorMode`.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class EachResult(TorchDispatchMode):
+    """Block in which a function is called with each tensor that any operation returns, forward and backward.
+
+    Upstream: `torch.utils._python_dispatch.TorchDispatchMode.__torch_dispatch__(func, types, args, kwargs)` and
+    `torch.utils._pytree.tree_iter`.
+    """
+
+    def __init__(self, take: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.take = take
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, then hand on its tensors."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self.take(tensor)
+        return out
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return a number that all Python objects of one storage share while it is alive; the next storage may reuse it.
+
+    A fake tensor's storage has no `data_ptr`. Upstream: `UntypedStorage._cdata`, the address of the C++ object.
+    """
+    return int(storage._cdata)
 
 
 class LiveStorageCounter(EachResult):
@@ -85,24 +115,22 @@ def replay(
     value_bytes: int,
     adapter_dtype: torch.dtype = torch.float32,
 ) -> Replayed:
-    """Two steps of one worker that has the model whole. `config` is the base's config.json. Raises ConfigError.
+    """Two steps of one worker that has the model whole. `config` is the base's config.json.
 
-    `spec` is settled. What workers share under ZeRO and FSDP2 is not replayed. `adapter_dtype`: ours is fp32; TRL's own
-    is bfloat16 on a quantised base.
+    `spec` has no `auto`. What workers share under ZeRO and FSDP2 is not replayed. `adapter_dtype`: ours is fp32; TRL's
+    own is bfloat16 on a quantised base.
     """
-    _require_covered(spec)
-    started = time.perf_counter()
+    assert spec.quant.kind != "int8", "bitsandbytes' kernels for it need real tensors"
+    assert not (spec.quant.is_packed and spec.adapter.reads_base_weights), "unpacking needs real tensors"
     cuda = spec.gpus > 0
     taken = pass_of(spec, rows, micro_batch(spec))
     live = LiveStorageCounter(CUDA_ROUNDS if cuda else 1)
     with _quiet():
         model = _built(spec, config, torch.bfloat16 if value_bytes == BF16 else torch.float32, adapter_dtype)
-        return _steps(spec, model, taken, live, started, autocast=cuda and value_bytes == BF16)
+        return _steps(spec, model, taken, live, autocast=cuda and value_bytes == BF16)
 
 
-def _steps(
-    spec: TrainSpec, model: Any, taken: Pass, live: LiveStorageCounter, started: float, *, autocast: bool
-) -> Replayed:
+def _steps(spec: TrainSpec, model: Any, taken: Pass, live: LiveStorageCounter, *, autocast: bool) -> Replayed:
     with fake_tensors(), live:
         _materialise(model)
         moments: list[torch.Tensor] = []
@@ -118,7 +146,7 @@ def _steps(
             model.zero_grad()
         state = sum(map(_size, moments))
         weights, trained = (sum(map(_size, _tensors(model, trained=which))) for which in (False, True))
-        return Replayed(live.peak, weights, trained, gradients, state, time.perf_counter() - started)
+        return Replayed(live.peak, weights, trained, gradients, state)
 
 
 @contextmanager
@@ -131,17 +159,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
-
-
-def _require_covered(spec: TrainSpec) -> None:
-    reads = spec.adapter.reads_base_weights
-    if not spec.quant.method.replays or (spec.quant.is_packed and reads):
-        raise ConfigError(
-            f"replay of quant.kind={spec.quant.kind}" + f" with adapter={spec.adapter.describe()}" * reads,
-            "bitsandbytes' kernels for it need real tensors",
-            "plain and 4-bit bases are replayed",
-            "leave --replay out: the closed form covers it",
-        )
 
 
 def _built(spec: TrainSpec, config: Mapping[str, Any], dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
@@ -222,7 +239,7 @@ class _Unpacked(torch.autograd.Function):
 
 
 def _materialise(model: Any) -> None:
-    """Each tensor of the meta device anew, so that it counts; tied ones stay tied."""
+    """Make each tensor of the meta device again, so that it counts; tied ones stay tied."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -301,7 +318,7 @@ def _tile(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> tuple[int, int]:
 
 
 def _tensors(model: Any, *, trained: bool) -> Iterator[torch.Tensor]:
-    """The weights that are trained, or those that are not and what lies beside them."""
+    """The weights that are trained, or those that are not and the buffers."""
     yield from (parameter for parameter in model.parameters() if parameter.requires_grad == trained)
     if not trained:
         yield from model.buffers()
