@@ -35,8 +35,7 @@ from graftwork.serving.arms import (
 from graftwork.serving.detokenize import LogprobStream
 from graftwork.serving.engine import open_engine
 from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read_grammar
-from graftwork.serving.engine.request import GenerateRequest
-from graftwork.serving.engine.sequence import choice_seed
+from graftwork.serving.engine.request import GenerateRequest, choice_seed
 from graftwork.serving.generation import Generation, StreamedAnswer, collect_likelihoods, continuation_ids
 from graftwork.serving.live_config import read_live_record
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood, Question, StreamChunk, StreamStart

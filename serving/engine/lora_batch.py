@@ -17,8 +17,7 @@ import torch
 from torch.nn.functional import linear
 
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
-from graftwork.serving.engine.cpu.kernels import Kernels
-from graftwork.serving.engine.cpu.lora import Addresses, Compiled
+from graftwork.serving.engine.cpu.kernels import Addresses, Compiled, Kernels
 from graftwork.serving.engine.lora_layers import LoraLayer
 from graftwork.serving.engine.lora_tables import RankTables, rank_bucket
 
@@ -282,7 +281,7 @@ class DeltaPlanner:
 
     def order(self, decoding: Sequence[LoadedAdapter | None]) -> list[int] | None:
         """The order of decoding tokens in which rows of one adapter, and of neighbouring places, stand together:
-        weights and rows are then read as they lie. None: as they come, which is all the same to the kernel.
+        weights and rows are then read in their places. None: as they come, which is all the same to the kernel.
         """
         if self._kernels is not None:
             return None

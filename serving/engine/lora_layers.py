@@ -29,12 +29,6 @@ class LoraLayer:
 Forward = Callable[..., torch.Tensor]
 
 
-def own_forward(module: torch.nn.Module) -> Forward:
-    """The base's result as the module computes it."""
-    forward: Forward = module.forward
-    return forward
-
-
 class Deltas(Protocol):
     """The adapters of one step."""
 
@@ -52,17 +46,17 @@ class Inputs(Protocol):
 class Sites:
     """All hooked linears of one model. `deltas` and `inputs` are set around a pass; None costs a comparison a linear.
 
-    forward_of: what computes a linear's own result.
+    forward_of: computes a linear's own result; None: the module.
     """
 
-    def __init__(self, model: torch.nn.Module, forward_of: Callable[[torch.nn.Module], Forward] = own_forward) -> None:
+    def __init__(self, model: torch.nn.Module, forward_of: Callable[[torch.nn.Module], Forward] | None = None) -> None:
         self.deltas: Deltas | None = None
         self.inputs: Inputs | None = None
         self._hooked: list[torch.nn.Module] = []
         linears = _inner_linears(model)
         self.sites = {site.name: site for site in _grouped(linears)}
         for name, module in linears.items():
-            self._hook(self.sites[name], module, forward_of(module))
+            self._hook(self.sites[name], module, module.forward if forward_of is None else forward_of(module))
 
     @property
     def shapes(self) -> Mapping[str, LinearShape]:

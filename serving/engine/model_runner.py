@@ -25,12 +25,11 @@ from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.kinds import MixedKinds
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk, StepBatch, inverse, pack
-from graftwork.serving.engine.cpu.attention import fits
 from graftwork.serving.engine.cpu.host_tuning import PiecewiseOutput
-from graftwork.serving.engine.cpu.kernels import kernels_for
+from graftwork.serving.engine.cpu.kernels import fits, kernels_for
 from graftwork.serving.engine.kv_cache import KvShape, KvStore, longest_sequence
 from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, Forward, Sites, own_forward
+from graftwork.serving.engine.lora_layers import Deltas, Forward, Sites
 
 
 class DecodeInputs(Protocol):
@@ -186,7 +185,7 @@ class Runner:
         set_attention(self.config, attention.NAME)
         model.eval()
         self.path = path
-        self.sites = Sites(model, own_forward if path is None else path.forward_of)
+        self.sites = Sites(model, None if path is None else path.forward_of)
         self._output = PiecewiseOutput(model.get_output_embeddings())
         self._kernels = kernels_for(self.dtype) if self.device.type == "cpu" else None
         self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, self._kernels)
@@ -220,17 +219,39 @@ class Runner:
 
         adapters: of each decoding chunk and of each prompt chunk.
         """
-        if self.path is None:
-            return self._step_mixed(kv, decoding, prompts, adapters, wanted)
-        fast = [n for n, weights in enumerate(adapters[0]) if self.path.supports(weights)]
-        slow = [n for n, weights in enumerate(adapters[0]) if not self.path.supports(weights)]
+        if self.path is not None:
+            return self._step_by_path(self.path, kv, decoding, prompts, adapters, wanted)
+        ahead, beside = adapters
+        order = self.planner.order(ahead) if any(ahead) else None
+        batch = pack(decoding, prompts, kv, self.device, order, self._kernels)
+        if order is not None:
+            ahead = [ahead[n] for n in order]
+            packed = [*inverse(order), *range(len(order), max(wanted) + 1)]
+            wanted = [packed[place] for place in wanted]
+        if prompts or self._layers is None:  # prompts are computed as peft computes them, bit for bit
+            return self.forward(batch, ahead, beside, wanted)
+        with self._layers.decoding():
+            return self.forward(batch, ahead, beside, wanted)
+
+    def _step_by_path(
+        self,
+        path: DecodePath,
+        kv: KvStore,
+        decoding: Sequence[Chunk],
+        prompts: Sequence[Chunk],
+        adapters: tuple[Sequence[LoadedAdapter | None], Sequence[LoadedAdapter | None]],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """Decoding tokens by the device's own path where it supports their adapters, the others beside the prompts."""
+        fast = [n for n, weights in enumerate(adapters[0]) if path.supports(weights)]
+        slow = [n for n, weights in enumerate(adapters[0]) if not path.supports(weights)]
         parts = []
         if fast:
-            parts.append(self.path.logits([decoding[n] for n in fast], [adapters[0][n] for n in fast]))
+            parts.append(path.logits([decoding[n] for n in fast], [adapters[0][n] for n in fast]))
         if slow or prompts:
             batch = pack([decoding[n] for n in slow], prompts, kv, self.device)
             shift = len(slow) - len(decoding)
-            self.path.wait_uploads([*(adapters[0][n] for n in slow), *adapters[1]])
+            path.wait_uploads([*(adapters[0][n] for n in slow), *adapters[1]])
             ends = [*range(len(slow)), *(place + shift for place in wanted[len(decoding) :])]
             parts.append(self.forward(batch, [adapters[0][n] for n in slow], adapters[1], ends))
         logits_NV = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -238,26 +259,6 @@ class Runner:
         if not slow:
             return logits_NV
         return torch.empty_like(logits_NV).index_copy_(0, torch.tensor(places, device=self.device), logits_NV)
-
-    def _step_mixed(
-        self,
-        kv: KvStore,
-        decoding: Sequence[Chunk],
-        prompts: Sequence[Chunk],
-        adapters: tuple[Sequence[LoadedAdapter | None], Sequence[LoadedAdapter | None]],
-        wanted: Sequence[int],
-    ) -> torch.Tensor:
-        """Decoding tokens and prompts in one pass, the decoding ones packed as their adapters lie."""
-        order = self.planner.order(adapters[0])
-        if order is None:
-            batch = pack(decoding, prompts, kv, self.device, kernels=self._kernels)
-            if prompts or self._layers is None:  # prompts are computed as peft computes them, bit for bit
-                return self.forward(batch, *adapters, wanted)
-            with self._layers.decoding():
-                return self.forward(batch, *adapters, wanted)
-        packed = [*inverse(order), *range(len(order), max(wanted) + 1)]
-        batch = pack(decoding, prompts, kv, self.device, order)
-        return self.forward(batch, [adapters[0][n] for n in order], adapters[1], [packed[place] for place in wanted])
 
     @torch.inference_mode()
     def forward(
@@ -268,9 +269,12 @@ class Runner:
         wanted: Sequence[int],
     ) -> torch.Tensor:
         """Logits [N, V] at the packed positions `wanted`. decoding, prompts: the adapter of each chunk of the batch."""
-        segments = _lora_segments(batch, prompts)
         wanted_N = torch.tensor(wanted, dtype=torch.long, device=self.device)
-        if all(weights is None or weights.only_lora for half in (decoding, prompts) for weights in half):
+        adapters = {weights for half in (decoding, prompts) for weights in half if weights is not None}
+        if not adapters:
+            return self.run(batch, None, wanted_N)[0]
+        segments = _lora_segments(batch, prompts)
+        if all(weights.only_lora for weights in adapters):
             return self.run(batch, self.planner.plan(decoding, segments), wanted_N)[0]
         with self.kinds.step(batch, decoding, prompts, segments, wanted) as deltas:
             return self.run(batch, deltas, wanted_N)[0]
@@ -305,7 +309,6 @@ class Runner:
     def close(self) -> None:
         """Gives the model back as it was."""
         self.sites.unhook()
-        self.kinds.unhook()
         self._output.unhook()
         set_attention(self.config, self._own_attention)
         self.model.train(self._was_training)

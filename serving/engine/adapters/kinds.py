@@ -19,7 +19,7 @@ from graftwork.serving.engine.adapters.bottleneck import bottlenecks_of
 from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions
 from graftwork.serving.engine.adapters.ia3 import ScalePlanner
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
-from graftwork.serving.engine.adapters.token_rows import LayerEnd, input_change, output_change
+from graftwork.serving.engine.adapters.token_rows import changed_result, input_change, output_change
 from graftwork.serving.engine.adapters.weights_file import TensorFile
 from graftwork.serving.engine.attention import StepBatch
 from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
@@ -116,8 +116,7 @@ class MixedKinds:
 
     def __init__(self, model: Any, sites: Sites, lora: DeltaPlanner, device: torch.device) -> None:
         self._sites, self._lora, self._device = sites, lora, device
-        self._embedding = LayerEnd(model.get_input_embeddings())
-        self._output = LayerEnd(model.get_output_embeddings())
+        self._embedding, self._output = model.get_input_embeddings(), model.get_output_embeddings()
         self._scales = ScalePlanner(device)
 
     @contextlib.contextmanager
@@ -136,19 +135,18 @@ class MixedKinds:
         scaled = lora if scales is None else scales
         networks = bottlenecks_of(decoding, segments, scaled, self._device)
         adapters = [*decoding, *prompts]
-        try:
+        changes = (
+            (self._embedding, input_change(batch, adapters)),
+            (self._output, output_change(batch, adapters, wanted)),
+        )
+        with contextlib.ExitStack() as stack:
+            for layer, change in changes:
+                if change is not None:
+                    stack.enter_context(changed_result(layer, change))
             self._sites.inputs = scales if scales is not None and scales.changes_inputs else None
-            self._embedding.change = input_change(batch, adapters)
-            self._output.change = output_change(batch, adapters, wanted)
+            stack.callback(setattr, self._sites, "inputs", None)
             yield scaled if networks is None else networks
-        finally:
-            self._sites.inputs = self._embedding.change = self._output.change = None
 
     def forget(self, version: str) -> None:
         """Drops references to a freed adapter."""
         self._scales.forget(version)
-
-    def unhook(self) -> None:
-        """Gives both layers back as they were."""
-        self._output.unhook()
-        self._embedding.unhook()

@@ -1,15 +1,15 @@
 """Trained rows of the embedding and of the output layer, and trained embeddings before a prompt.
 
 Rows come from `trainable_token_indices`, or whole from `modules_to_save`. The base's layers run as they are; afterwards
-the rows of the tokens concerned are overwritten. Both layers are hooked once; a step without such adapters costs one
-comparison each.
+the rows of the tokens concerned are overwritten. Both layers are hooked for a step with such adapters alone.
 
 The reference is peft 0.21 (`peft/utils/other.py`, `peft/tuners/trainable_tokens/`). Where the base ties the output
 layer to the embedding, trained tokens change both, and a saved embedding does so only with `ensure_weight_tying`.
 Legend: T packed tokens, M of them overwritten, N chosen tokens, K trained rows, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -153,35 +153,19 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(input of the layer, its result) -> the result, changed in place where it may be."""
 
 
-class LayerEnd:
-    """One layer hooked at its end. `change` is set around a forward pass."""
-
-    def __init__(self, layer: torch.nn.Module | None) -> None:
-        self.change: Change | None = None
-        self._layer: Any = layer
-        self._own: Callable[..., torch.Tensor] | None = None
-        if layer is not None:
-            self._hook(layer)
-
-    def unhook(self) -> None:
-        """Gives the layer the forward back that it had before."""
-        if self._layer is None:
-            return
-        if self._own is None:
-            del self._layer.forward
+@contextmanager
+def changed_result(layer: Any, change: Change) -> Iterator[None]:
+    """Within it, `change` is applied to what the layer returns."""
+    inner: Callable[..., torch.Tensor] = layer.forward
+    hooked = layer.__dict__.get("forward")  # another hook's
+    layer.forward = lambda x, *args, **kwargs: change(x, inner(x, *args, **kwargs))
+    try:
+        yield
+    finally:
+        if hooked is None:
+            del layer.forward
         else:
-            self._layer.forward = self._own
-        self._layer = None
-
-    def _hook(self, layer: torch.nn.Module) -> None:
-        inner: Callable[..., torch.Tensor] = layer.forward
-        self._own = layer.__dict__.get("forward")  # another hook's, which takes itself away later
-
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            result = inner(x, *args, **kwargs)
-            return result if self.change is None else self.change(x, result)
-
-        layer.forward = forward
+            layer.forward = hooked
 
 
 class InputChange:

@@ -163,7 +163,7 @@ class GraphDecode:
         self._runner, self._kv = runner, kv
         self._layers = DecodeLayers(runner.model, runner.dtype, elementwise)
         self._buckets = row_buckets(max_batch)
-        self._inputs = StepInputs(max_batch, kv.page_tokens, self._device)
+        self._inputs = StepInputs(max_batch, self._device)
         self._table = SlotTable(runner.sites.groups(), max_batch, max_rank, runner.dtype, self._device)
         if self._capture is None:
             moving = reads_positions_on_host(runner.config)
@@ -262,8 +262,7 @@ class Uploads:
 class StepInputs:
     """One pinned buffer on the host and its image on the device, int64 [7 lines + tiles, rows]."""
 
-    def __init__(self, rows: int, page_tokens: int, device: torch.device) -> None:
-        self._page_tokens = page_tokens
+    def __init__(self, rows: int, device: torch.device) -> None:
         self._host = torch.zeros(_LINES, rows, dtype=torch.long, pin_memory=device.type == "cuda")
         self._device = torch.zeros(_LINES, rows, dtype=torch.long, device=device)
         self.fill([], [], rows)
@@ -291,7 +290,7 @@ class StepInputs:
         assert len(kept) == len(chunks), "a decoding request has a KV row"
         host[_IDS, :rows] = [chunk.ids[0] for chunk in chunks] + pad
         host[_POSITIONS, :rows] = [chunk.start for chunk in chunks] + pad
-        host[_STARTS, :rows] = [row.page * self._page_tokens + row.index * row.cap for row in kept] + pad
+        host[_STARTS, :rows] = [row.start for row in kept] + pad
         host[_CAPS, :rows] = [row.cap for row in kept] + pad
         host[_LENGTHS, :rows] = [chunk.start + 1 for chunk in chunks] + pad
         host[_SLOTS, :rows] = -1

@@ -7,8 +7,7 @@ import torch
 
 from graftwork.serving.engine.adapters.format import LinearShape, SiteWeights
 from graftwork.serving.engine.adapters.loaded import GroupWeights, LoadedAdapter
-from graftwork.serving.engine.cpu.kernels import MOST_RANK, kernels_for
-from graftwork.serving.engine.cpu.lora import Compiled
+from graftwork.serving.engine.cpu.kernels import MOST_RANK, Compiled, kernels_for
 from graftwork.serving.engine.lora_batch import (
     BatchedMatmulLora,
     DeltaPlanner,

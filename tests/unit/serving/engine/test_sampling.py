@@ -23,9 +23,8 @@ from transformers import (
 
 from graftwork.serving.engine.grammar import GrammarText, MaskWords
 from graftwork.serving.engine.logits_processors import process_logits
-from graftwork.serving.engine.request import SamplingParams
+from graftwork.serving.engine.request import SamplerState, SamplingParams, choice_seed
 from graftwork.serving.engine.sampling import NARROW, WIDE, SampledToken, choose, draw
-from graftwork.serving.engine.sequence import SamplerState, choice_seed
 
 VOCAB = 60
 PROMPT = (3, 7, 7, 11, 20)
