@@ -83,11 +83,8 @@ class AdapterPool:
     def retire(self, version: str) -> None:
         """No new holder; freed when the last one lets go. Raises ArtifactError for a version that is not loaded."""
         with self._lock:
-            slot = self._find(version)
-            slot.retired = True
-            freed = self._drop_if_done(version, slot)
-        if freed:
-            self._on_freed(version)
+            self._find(version).retired = True
+        self._free_if_done(version)
 
     def acquire(self, version: str) -> LoadedAdapter:
         """Holds the version for one request. Raises ArtifactError where it is not loaded or retired."""
@@ -108,11 +105,16 @@ class AdapterPool:
     def release(self, version: str) -> None:
         """Lets go of what `acquire` took."""
         with self._lock:
-            slot = self._slots[version]
-            slot.holders -= 1
-            freed = self._drop_if_done(version, slot)
-        if freed:
-            self._on_freed(version)
+            self._slots[version].holders -= 1
+        self._free_if_done(version)
+
+    def _free_if_done(self, version: str) -> None:
+        with self._lock:
+            slot = self._slots.get(version)
+            if slot is None or not slot.retired or slot.holders:
+                return
+            del self._slots[version]
+        self._on_freed(version)
 
     def copy_to_device(self, version: str, device: torch.device) -> LoadedAdapter:
         """A held version on a device; on the CPU the host copy itself."""
@@ -134,16 +136,12 @@ class AdapterPool:
             raise ArtifactError(f"adapter {version}", "not loaded", rule, "load it first; idle ones are dropped")
         return self._slots[version]
 
-    def _drop_if_done(self, version: str, slot: _PooledAdapter) -> bool:
-        if slot.retired and slot.holders == 0:
-            del self._slots[version]
-            return True
-        return False
-
     def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _PooledAdapter:
         read = read_adapter(folder, self._base, self._options, digests)
         weights = self._pack(version, read)
-        buffer = None if self._pin or not weights.only_lora else common_buffer(_halves(weights))
+        members = [member for group in weights.groups.values() for member in group.members if member is not None]
+        halves = [half for member in members for half in (member.a_RI, member.b_OR)]
+        buffer = None if self._pin or not weights.only_lora else common_buffer(halves)
         if buffer is None:
             weights, buffer = flatten(weights, pin=self._pin)
         if self._options.dtype == torch.float16 and not all(map(all_finite, tensors_of(weights))):
@@ -164,11 +162,6 @@ class AdapterPool:
                         scales[site.name] = replace(scales[site.name], dora=replace(dora, a_RI=member.a_RI))
         rows = (read.inputs, read.outputs)
         return LoadedAdapter(version, read.rank, groups, scales, read.bottlenecks, *rows, read.virtual_tokens)
-
-
-def _halves(weights: LoadedAdapter) -> list[torch.Tensor]:
-    members = [member for group in weights.groups.values() for member in group.members if member is not None]
-    return [half for member in members for half in (member.a_RI, member.b_OR)]
 
 
 def _group(members: list[SiteWeights | None], *, stacked: bool) -> GroupWeights:
@@ -207,7 +200,10 @@ class AdapterSlots:
         """Takes the version's slot for one more running request; `can_acquire` was checked before."""
         adapter = self._slots.pop(version, None)
         if adapter is None:
-            self._make_room()
+            if len(self._slots) >= self._max_loaded:
+                idle = self._idle()
+                assert idle is not None, "acquired without `can_acquire`"
+                self.empty(idle)
             adapter = self._bring(version)
         self._slots[version] = adapter
         self._rows[version] = self._rows.get(version, 0) + 1
@@ -235,9 +231,3 @@ class AdapterSlots:
 
     def _idle(self) -> str | None:
         return next((v for v in self._slots if not self._rows[v]), None)
-
-    def _make_room(self) -> None:
-        if len(self._slots) >= self._max_loaded:
-            idle = self._idle()
-            assert idle is not None, "acquired without `can_acquire`"
-            self.empty(idle)

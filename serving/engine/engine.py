@@ -28,7 +28,7 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk
 from graftwork.serving.engine.cpu.host_tuning import keep_few_kernels, keep_freed_memory, spare_old_objects
 from graftwork.serving.engine.kv_cache import KvStore, PrefixCache, block_keys
-from graftwork.serving.engine.model_runner import DecodePath, Runner, path_for
+from graftwork.serving.engine.model_runner import DecodePath, Runner
 from graftwork.serving.engine.request import (
     STEP_S,
     EngineStats,
@@ -59,7 +59,11 @@ class NativeEngine:
     ) -> None:
         self.spec, self._decode = spec, decode
         keep_few_kernels()
-        self._path = path or path_for(torch.device(device))
+        if path is None and torch.device(device).type == "cuda":
+            from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # Triton: on CUDA alone
+
+            path = GraphDecode(torch.device(device))
+        self._path = path
         self.runner = Runner(model, device, self._path, places=0 if self._path else spec.max_loaded)
         try:
             self._kv, self._cache = _memory(self.runner, spec)

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-import numpy
 import torch
 
 from graftwork.errors import ConfigError
 from graftwork.serving.engine.adapters.format import VirtualTokens
+from graftwork.serving.engine.cpu.host_tuning import new_zeros
 
 _PAGE_TOKENS = 4096
 _SMALLEST_CLASS = 64
@@ -74,17 +74,10 @@ class KvStore:
         self.shapes = tuple(shapes)
         self.page_tokens = max(max_len, min(_PAGE_TOKENS, tokens // 8))
         self.classes = _classes(max_len)
-        self.keys = [self._arena(shape, tokens, dtype, device) for shape in shapes]
-        self.values = [self._arena(shape, tokens, dtype, device) for shape in shapes]
         self._pages = [_Page(number) for number in range(tokens // self.page_tokens)]
-
-    def _arena(self, shape: KvShape, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        lines = tokens // self.page_tokens * self.page_tokens * shape.heads
-        if device.type != "cpu":
-            return torch.zeros(lines, shape.head_dim, dtype=dtype, device=device)
-        # calloc: zero (masked lines must be finite) and not resident until written, which torch.zeros would be
-        size_bytes = lines * shape.head_dim * dtype.itemsize
-        return torch.from_numpy(numpy.zeros(size_bytes, numpy.uint8)).view(dtype).view(lines, shape.head_dim)
+        sizes = [(self.capacity * shape.heads, shape.head_dim) for shape in shapes]
+        self.keys = [new_zeros(size, dtype, device) for size in sizes]  # masked lines must be finite
+        self.values = [new_zeros(size, dtype, device) for size in sizes]
 
     @property
     def capacity(self) -> int:

@@ -66,21 +66,16 @@ class SingleAdapterLora:
 
 
 class ActiveAdapters:
-    """What the adapters of a step touch in one rank bucket's tables."""
+    """Linears that the adapters of a step touch, in one rank bucket's tables."""
 
     def __init__(self, tables: RankTables, active: Iterable[LoadedAdapter]) -> None:
         self.tables = tables
-        self._members: dict[str, set[int]] = {}
+        self.touched: set[str | tuple[str, int]] = set()
+        """Groups, and members of them."""
         for weights in active:
             for group, parts in weights.groups.items():
-                members = {member for member, part in enumerate(parts.members) if part is not None}
-                self._members.setdefault(group, set()).update(members)
-
-    def touches(self, group: str) -> bool:
-        return group in self._members
-
-    def adapts(self, site: LoraLayer) -> bool:
-        return site.member in self._members[site.group]
+                self.touched.add(group)
+                self.touched.update((group, n) for n, part in enumerate(parts.members) if part is not None)
 
     def member(self, site: LoraLayer, shrunk: torch.Tensor) -> torch.Tensor:
         """The part of a group's shrunk input that is the site's own."""
@@ -112,7 +107,7 @@ class BatchedMatmulLora:
         self._tables: dict[str, torch.Tensor] = {}
 
     def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
-        if not self._live.touches(group):
+        if group not in self._live.touched:
             return None
         a_PIR = self._tables.get(group)
         if a_PIR is None:
@@ -121,7 +116,7 @@ class BatchedMatmulLora:
         return torch.bmm(x_PMI.view(self._count, self._most, -1), a_PIR)
 
     def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
-        if not self._live.adapts(site):
+        if (site.group, site.member) not in self._live.touched:
             return
         key = site.name + ".b"
         b_PRO = self._tables.get(key)
@@ -148,12 +143,12 @@ class EmbeddingBagLora:
         self._lines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
-        if not self._live.touches(group):
+        if group not in self._live.touched:
             return None
         return self._bag(self._live.tables.a(group), x_NI[self._rows])
 
     def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
-        if self._live.adapts(site):
+        if (site.group, site.member) in self._live.touched:
             delta_NO = self._bag(self._live.tables.b(site), self._live.member(site, shrunk))
             _addpick(out_NO, self._rows, delta_NO)
 
@@ -218,17 +213,13 @@ class StepDeltas:
                 if shrunk is not None:
                     part.expand(site, shrunk, out_TO)
         for segment in self._segments:
-            _add_segment(segment, site, x_TI, out_TO)
+            group = segment.weights.groups.get(site.group)
+            weights = group.members[site.member] if group else None
+            if weights is not None:
+                x_SI = x_TI[segment.first : segment.stop]
+                a_RI, b_OR = weights.widened(x_SI.dtype)
+                out_TO[segment.first : segment.stop] += linear(linear(x_SI, a_RI), b_OR) * weights.scaling
         return result
-
-
-def _add_segment(segment: LoraSegment, site: LoraLayer, x_TI: torch.Tensor, out_TO: torch.Tensor) -> None:
-    group = segment.weights.groups.get(site.group)
-    weights = group.members[site.member] if group else None
-    if weights is not None:
-        x_SI = x_TI[segment.first : segment.stop]
-        a_RI, b_OR = weights.widened(x_SI.dtype)
-        out_TO[segment.first : segment.stop] += linear(linear(x_SI, a_RI), b_OR) * weights.scaling
 
 
 class DeltaPlanner:
@@ -275,9 +266,9 @@ class DeltaPlanner:
         """Gives the place of an adapter back; no running request uses it."""
         self._last = ([], [])
         self._addresses.forget(version)
-        held = self._places.pop(version, None)
-        if held is not None:
-            held[0].free(held[1])
+        if version in self._places:
+            tables, place = self._places.pop(version)
+            tables.free(place)
 
     def order(self, decoding: Sequence[LoadedAdapter | None]) -> list[int] | None:
         """The order of decoding tokens in which rows of one adapter, and of neighbouring places, stand together:
@@ -291,8 +282,8 @@ class DeltaPlanner:
     def _spot(self, weights: LoadedAdapter | None) -> tuple[int, int, str]:
         if weights is None or not weights.groups:
             return (0, 0, "")
-        held = self._places.get(weights.version)
-        return (held[0].bucket, held[1], weights.version) if held is not None else (1, 0, weights.version)
+        tables, place = self._places.get(weights.version, (None, 0))
+        return (tables.bucket if tables is not None else 1, place, weights.version)
 
     def plan(self, decoding: Sequence[LoadedAdapter | None], segments: Sequence[LoraSegment]) -> StepDeltas | None:
         """decoding: the adapter of each decoding token; segments: of the prompt tokens. None: the base alone runs."""

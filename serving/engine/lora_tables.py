@@ -7,15 +7,14 @@ are one tensor, and a file has the layers' weights at equal distances: some 70 o
 Legend: L layers, P places, R rank bucket, G members of a group, I in, O out.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 
-import numpy
 import torch
 
 from graftwork.serving.engine.adapters.format import SiteWeights
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
+from graftwork.serving.engine.cpu.host_tuning import new_zeros
 from graftwork.serving.engine.lora_layers import LoraLayer
 
 
@@ -82,7 +81,13 @@ class RankTables:
     def _write(self, kind: "Kind", member: int, weights: LoadedAdapter, place: int) -> None:
         """One linear of every layer; what the adapter leaves alone becomes zero."""
         first = member * self.bucket
-        for layers, (_, part, has_b), step_a, step_b in _runs(self._parts(kind, member, weights)):
+        parts: list[_Part] = []
+        for layer, sites in enumerate(kind):
+            site = sites[member]
+            if site.group in self._a:
+                group = weights.groups.get(site.group)
+                parts.append((layer, group.members[member] if group else None, site.name in self._b))
+        for layers, (_, part, has_b), step_a, step_b in _runs(parts):
             a_LIR = self._stacks["a", kind[0][0].group][layers, place, :, first : first + self.bucket]
             b_LRO = self._stacks["b", kind[0][member].name][layers, place] if has_b else None
             rank = part.rank if part else 0
@@ -97,30 +102,16 @@ class RankTables:
                 a_LIR.copy_(_spaced(part.a_RI, count, step_a).transpose(1, 2))
                 torch.mul(_spaced(part.b_OR, count, step_b).transpose(1, 2), part.scaling, out=b_LRO)
 
-    def _parts(self, kind: "Kind", member: int, weights: LoadedAdapter) -> "Iterable[_Part]":
-        """The linear in each layer that has tables: its number, what is written, and whether lora_B has a table too."""
-        for layer, sites in enumerate(kind):
-            site = sites[member]
-            if site.group in self._a:
-                parts = weights.groups.get(site.group)
-                yield layer, parts.members[member] if parts else None, site.name in self._b
-
     def _stack(self, key: tuple[str, str], layers: int, lines: int, width: int) -> torch.Tensor:
         if key not in self._stacks:
-            self._stacks[key] = self._zeros((layers, self._places, lines, width))
+            self._stacks[key] = new_zeros((layers, self._places, lines, width), self._dtype, self._device)
         return self._stacks[key]
-
-    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
-        if self._device.type != "cpu":
-            return torch.zeros(shape, dtype=self._dtype, device=self._device)
-        # calloc: not resident until a place is written
-        size_bytes = math.prod(shape) * self._dtype.itemsize
-        return torch.from_numpy(numpy.zeros(size_bytes, numpy.uint8)).view(self._dtype).view(shape)
 
 
 Kind = list[list[LoraLayer]]
 """Groups of equal shapes whose names differ in numbers alone, in order: the layers of one linear or more."""
 _Part = tuple[int, SiteWeights | None, bool]
+"""One linear of a layer that has tables: its number, what is written, and whether lora_B has a table too."""
 
 
 def _alike(groups: Mapping[str, list[LoraLayer]]) -> list[Kind]:
@@ -152,19 +143,17 @@ def _steps(last: _Part, item: _Part) -> tuple[int, int] | None:
         return None
     if one is None or other is None:
         return (0, 0) if one is other else None
-    if one.scaling != other.scaling or one.rank != other.rank or not _one_memory(one, other):
+    halves = (one.a_RI, one.b_OR, other.a_RI, other.b_OR)
+    one_memory = len({half.untyped_storage().data_ptr() for half in halves}) == 1
+    if one.scaling != other.scaling or one.rank != other.rank or not one_memory:
+        return None
+    if not all(half.is_contiguous() for half in halves):
         return None
     size = one.a_RI.element_size()
     bytes_a, bytes_b = other.a_RI.data_ptr() - one.a_RI.data_ptr(), other.b_OR.data_ptr() - one.b_OR.data_ptr()
     if bytes_a <= 0 or bytes_b <= 0 or bytes_a % size or bytes_b % size:
         return None
     return bytes_a // size, bytes_b // size
-
-
-def _one_memory(one: SiteWeights, other: SiteWeights) -> bool:
-    """Whether all four halves are contiguous views of one allocation."""
-    halves = (one.a_RI, one.b_OR, other.a_RI, other.b_OR)
-    return len({half.untyped_storage().data_ptr() for half in halves}) == 1 and all(h.is_contiguous() for h in halves)
 
 
 def _spaced(half: torch.Tensor, count: int, step: int) -> torch.Tensor:

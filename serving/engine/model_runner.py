@@ -69,15 +69,6 @@ class DecodePath(Protocol):
         """Drops references to a freed adapter."""
 
 
-def path_for(device: torch.device) -> DecodePath | None:
-    """The device's own path; None on a CPU. Triton is imported on CUDA alone."""
-    if device.type != "cuda":
-        return None
-    from graftwork.serving.engine.cuda.graph_decode import GraphDecode
-
-    return GraphDecode(device)
-
-
 _PROBE_ROWS = 2
 
 

@@ -181,13 +181,16 @@ class ConfigFile:
             if key not in known and value and not (key == "bias" and value == "none"):
                 raise self.make_error(key, why.get(key, "this setting is not served"))
 
-    def names(self, key: str) -> Names:
-        """A list of module names, or one regular expression."""
-        return self._names(key, self.values.get(key))
-
-    def optional_names(self, key: str) -> Names:
-        """The same, where the key may be absent, null or empty."""
-        return self._names(key, self.values.get(key) or [])
+    def names(self, key: str, *, optional: bool = False) -> Names:
+        """A list of module names, or one regular expression. optional: absent, null and empty are []."""
+        value = self.values.get(key) or ([] if optional else self.values.get(key))
+        if isinstance(value, str):
+            if value != "all-linear":
+                self._require_quick(key, value)
+            return value
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        raise self.make_error(key, f"{key} is a list of names or one regular expression")
 
     def numbers(self, key: str) -> dict[str, float]:
         """A mapping of module patterns to numbers; absent and null are empty."""
@@ -212,15 +215,6 @@ class ConfigFile:
         if problem := pattern_problem(pattern):
             raise self.make_error(key, problem, "write the module names out", pattern)
 
-    def _names(self, key: str, value: object) -> Names:
-        if isinstance(value, str):
-            if value != "all-linear":
-                self._require_quick(key, value)
-            return value
-        if isinstance(value, list) and all(isinstance(name, str) for name in value):
-            return tuple(value)
-        raise self.make_error(key, f"{key} is a list of names or one regular expression")
-
 
 def is_positive(number: object) -> TypeGuard[int | float]:
     """Whether it is a number above 0 that a float32 holds; JSON as Python reads it has NaN and Infinity too."""
@@ -240,7 +234,7 @@ class Targets:
     def from_config(cls, config: ConfigFile) -> "Targets":
         """From target_modules, exclude_modules and layers_to_transform."""
         some = config.values.get("layers_to_transform") is not None
-        return cls(config.names("target_modules"), config.optional_names("exclude_modules"), some)
+        return cls(config.names("target_modules"), config.names("exclude_modules", optional=True), some)
 
     def include(self, module: str) -> bool:
         """Whether peft would put an adapter on this linear."""

@@ -13,7 +13,6 @@ import torch
 
 from graftwork.adapters.spec import PEFT_KINDS, name_of
 from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
-from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.bottleneck import bottlenecks_of
 from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions
@@ -36,23 +35,9 @@ Reader = Callable[[ConfigFile, TensorFile, BaseView, ReadOptions], AdapterWeight
 SCORING = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks of adapters whose head gives scores in place of tokens."""
 _DELTAS = frozenset(
-    {
-        "ADALORA",
-        "ADAMSS",
-        "BOFT",
-        "C3A",
-        "DELORA",
-        "FOURIERFT",
-        "FROD",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-        "LOHA",
-        "LOKR",
-        "MISS",
-    }
-    | {"OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TINYLORA", "UNILORA", "VBLORA", "VERA"}
-    | {"WAVEFT"}
+    {"ADALORA", "ADAMSS", "BOFT", "C3A", "DELORA", "FOURIERFT", "FROD", "GRALORA", "HIRA", "HRA", "LOHA", "LOKR"}
+    | {"MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TINYLORA", "UNILORA"}
+    | {"VBLORA", "VERA", "WAVEFT"}
 )
 """Kinds whose delta is one matrix a linear, so that the base can take it over."""
 _WHY_REFUSED = {
@@ -80,8 +65,13 @@ def read_adapter(
     known = digests or {}
     config = ConfigFile.read(folder, known.get(CONFIG_FILE))
     kind = config.values.get("peft_type")
+    served = f"served are {', '.join(SERVED)}"
+    if isinstance(kind, str) and kind in _DELTAS:
+        move = "convert it with peft's convert_to_lora, or merge it into the base and serve that as a base of its own"
+        raise config.make_error("peft_type", f"{kind} is not computed row by row; {served}", move)
     if not isinstance(kind, str) or kind not in SERVED:
-        raise _refused_kind(config, kind)
+        why = f"{_WHY_REFUSED[kind]}; " if isinstance(kind, str) and kind in _WHY_REFUSED else ""
+        raise config.make_error("peft_type", why + served, "train it as one of those")
     if config.values.get("task_type") in SCORING:
         raise config.make_error(
             "task_type",
@@ -97,15 +87,6 @@ def reader_of(peft_type: str) -> Reader:
     module = importlib.import_module(f"{__package__}.{_MODULES[peft_type]}")
     reader: Reader = module.read
     return reader
-
-
-def _refused_kind(config: ConfigFile, kind: object) -> ArtifactError:
-    served = f"served are {', '.join(SERVED)}"
-    if isinstance(kind, str) and kind in _DELTAS:
-        move = "convert it with peft's convert_to_lora, or merge it into the base and serve that as a base of its own"
-        return config.make_error("peft_type", f"{kind} is not computed row by row; {served}", move)
-    why = f"{_WHY_REFUSED[kind]}; " if isinstance(kind, str) and kind in _WHY_REFUSED else ""
-    return config.make_error("peft_type", why + served, "train it as one of those")
 
 
 Adapters = Sequence[LoadedAdapter | None]

@@ -28,8 +28,10 @@ Rows = tuple[InputRows | None, OutputRows | None]
 
 def replaced_rows(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype: torch.dtype) -> Rows:
     """(embedding rows, output rows) that the adapter brings; None for what it leaves as it is."""
-    whole = _saved_modules(config, base)
-    indices = _token_indices(config, "trainable_token_indices", base)
+    names = config.names("modules_to_save", optional=True)
+    names = (names,) if isinstance(names, str) else names
+    whole = [_layer(config, "modules_to_save", name, base) for name in names]
+    indices = _token_indices(config, base)
     both = sorted(set(whole) & set(indices))
     if both:
         raise config.make_error(
@@ -42,14 +44,9 @@ def replaced_rows(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype
 def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
     """Return an adapter of peft_type TRAINABLE_TOKENS: nothing but trained rows."""
     config.require_known({"token_indices", "target_modules"}, {"init_weights"}, {})
-    name = config.values.get("target_modules")
-    names = (
-        [base.embedding_name]
-        if name is None
-        else [name]
-        if isinstance(name, str)
-        else list(config.names("target_modules"))
-    )
+    targets = config.values.get("target_modules")
+    names = [base.embedding_name] if targets is None else [targets] if isinstance(targets, str) else []
+    names = names or list(config.names("target_modules"))
     ids = _ids(config, "token_indices", config.values.get("token_indices"), base)
     indices = {_layer(config, "target_modules", one, base): ids for one in names}
     inputs, outputs = _some(config, indices, tensors, base, options.dtype, "trainable_tokens_delta")
@@ -58,12 +55,6 @@ def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadO
         tensors.take(tied_copy, (len(ids), base.hidden_size), options.dtype)  # peft saves a tied layer's rows twice
     tensors.require_empty(f"{MODULE_PREFIX}MODULE.trainable_tokens_delta")
     return AdapterWeights(inputs=inputs, outputs=outputs)
-
-
-def _saved_modules(config: ConfigFile, base: BaseView) -> list[str]:
-    """Full names of the whole layers that the adapter replaces."""
-    names = config.optional_names("modules_to_save")
-    return [_layer(config, "modules_to_save", name, base) for name in ((names,) if isinstance(names, str) else names)]
 
 
 def _layer(config: ConfigFile, key: str, name: str, base: BaseView) -> str:
@@ -78,8 +69,9 @@ def _layer(config: ConfigFile, key: str, name: str, base: BaseView) -> str:
     raise config.make_error(key, rule, f"train without {name}, or serve it merged as its own base", value=name)
 
 
-def _token_indices(config: ConfigFile, key: str, base: BaseView) -> dict[str, list[int]]:
+def _token_indices(config: ConfigFile, base: BaseView) -> dict[str, list[int]]:
     """Token ids by layer."""
+    key = "trainable_token_indices"
     value = config.values.get(key)
     if not value:
         return {}
