@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +28,7 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk
 from graftwork.serving.engine.cpu.host_tuning import keep_few_kernels, keep_freed_memory, spare_old_objects
 from graftwork.serving.engine.kv_cache import KvStore, PrefixCache, block_keys
-from graftwork.serving.engine.model_runner import DecodePath, Runner
+from graftwork.serving.engine.model_runner import Runner
 from graftwork.serving.engine.request import (
     STEP_S,
     EngineStats,
@@ -42,6 +42,9 @@ from graftwork.serving.engine.sampling import SampledToken, choose
 from graftwork.serving.engine.scheduler import Decode, RunningRequest, Scheduler, ScoredContinuation
 from graftwork.serving.spec import EngineSpec
 
+if TYPE_CHECKING:
+    from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # imports Triton
+
 _log = logging.getLogger(__name__)
 _CACHE_SHARE = 4
 """One token in four of engine.kv_tokens belongs to the prefix cache, where it is on."""
@@ -51,11 +54,11 @@ class NativeEngine:
     """Decodes requests for the base and for every loaded adapter in one batch, in its own thread.
 
     model: a loaded transformers decoder (`AutoModelForCausalLM`) on `device`; the engine uses it alone until `stop`.
-    decode: token ids to text; needed only for requests with stop strings. path: None takes the device's own.
+    decode: token ids to text; needed only for requests with stop strings. path: decodes on a GPU; None makes it.
     """
 
     def __init__(
-        self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None, path: DecodePath | None = None
+        self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None, path: "GraphDecode | None" = None
     ) -> None:
         self.spec, self._decode = spec, decode
         keep_few_kernels()

@@ -265,7 +265,7 @@ class DeltaPlanner:
     def forget(self, version: str) -> None:
         """Gives the place of an adapter back; no running request uses it."""
         self._last = ([], [])
-        self._addresses.forget(version)
+        self._addresses.places.pop(version, None)
         if version in self._places:
             tables, place = self._places.pop(version)
             tables.free(place)
@@ -302,7 +302,7 @@ class DeltaPlanner:
         buckets: dict[RankTables, list[LoadedAdapter]] = {}
         read: list[LoadedAdapter] = []
         for weights, own in rows.items():
-            if self._addresses.holds(weights.version) and len(own) <= _MANY_READ:
+            if weights.version in self._addresses.places and len(own) <= _MANY_READ:
                 read.append(weights)
             elif weights.version in self._places and len(own) <= _MANY_ROWS:
                 buckets.setdefault(self._places[weights.version][0], []).append(weights)

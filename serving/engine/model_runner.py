@@ -7,11 +7,11 @@ formula bit for bit.
 Legend: B rows of a batch, T tokens, V vocabulary, N chosen tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.functional import silu
@@ -29,7 +29,10 @@ from graftwork.serving.engine.cpu.host_tuning import PiecewiseOutput
 from graftwork.serving.engine.cpu.kernels import fits, kernels_for
 from graftwork.serving.engine.kv_cache import KvShape, KvStore, longest_sequence
 from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, Forward, Sites
+from graftwork.serving.engine.lora_layers import Deltas, Sites
+
+if TYPE_CHECKING:
+    from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # imports Triton
 
 
 class DecodeInputs(Protocol):
@@ -39,34 +42,6 @@ class DecodeInputs(Protocol):
     def ids_1T(self) -> torch.Tensor: ...
     @property
     def positions_1T(self) -> torch.Tensor: ...
-
-
-class DecodePath(Protocol):
-    """Decodes in its own way. The engine's thread alone uses it."""
-
-    def forward_of(self, module: torch.nn.Module) -> Forward:
-        """What computes a linear's own result; called once for each before `attach`."""
-
-    def attach(self, runner: "Runner", kv: KvStore, *, max_batch: int, max_rank: int) -> None:
-        """Sets up the device's memory."""
-
-    def warm_up(self) -> None:
-        """Does what would slow the first requests down."""
-
-    def bring(self, move: Callable[[], LoadedAdapter]) -> LoadedAdapter:
-        """Calls `move`, which copies an adapter to the device; the copy may still be under way afterwards."""
-
-    def wait_uploads(self, adapters: Sequence[LoadedAdapter | None]) -> None:
-        """Makes the device's next work wait for the copies of these adapters."""
-
-    def supports(self, weights: LoadedAdapter | None) -> bool:
-        """Whether requests of this adapter can be decoded here; others are computed beside the prompts."""
-
-    def logits(self, chunks: Sequence[Chunk], adapters: Sequence[LoadedAdapter | None]) -> torch.Tensor:
-        """Logits [N, V] after the one token of each chunk; valid until the next call. Settles the adapters."""
-
-    def forget(self, version: str) -> None:
-        """Drops references to a freed adapter."""
 
 
 _PROBE_ROWS = 2
@@ -164,7 +139,7 @@ class Runner:
     rank bucket are laid out for that.
     """
 
-    def __init__(self, model: Any, device: str, path: DecodePath | None = None, places: int = 0) -> None:
+    def __init__(self, model: Any, device: str, path: "GraphDecode | None" = None, places: int = 0) -> None:
         self.model, self.device = model, torch.device(device)
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
@@ -226,7 +201,7 @@ class Runner:
 
     def _step_by_path(
         self,
-        path: DecodePath,
+        path: "GraphDecode",
         kv: KvStore,
         decoding: Sequence[Chunk],
         prompts: Sequence[Chunk],

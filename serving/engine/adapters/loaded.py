@@ -132,22 +132,18 @@ def _outermost(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 def tensors_of(tree: object) -> list[torch.Tensor]:
     """Every tensor of a record."""
     found: list[torch.Tensor] = []
-    rest = [tree]
+    rest: list[Any] = [tree]
     while rest:
         one = rest.pop()
         if isinstance(one, torch.Tensor):
             found.append(one)
+        elif isinstance(one, dict):
+            rest += one.values()
+        elif isinstance(one, tuple | list):
+            rest += one
         elif not isinstance(one, str):
-            rest += _children(one)
+            rest += [getattr(one, name) for name in _fields(type(one))]
     return found
-
-
-def _children(tree: object) -> Sequence[Any]:
-    if isinstance(tree, dict):
-        return list(tree.values())
-    if isinstance(tree, tuple | list):
-        return tree
-    return [getattr(tree, name) for name in _fields(type(tree))]
 
 
 def _fields(kind: type) -> Iterable[str]:

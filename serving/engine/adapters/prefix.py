@@ -5,7 +5,6 @@ prompt stands where word embeddings would and is computed with the request. Prom
 behind it, as in peft 0.21 (`PeftModelForCausalLM.prepare_inputs_for_generation`).
 """
 
-
 from graftwork.adapters.prefix import EMBEDDINGS_KEY, PrefixSpec
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions, VirtualTokens

@@ -130,10 +130,6 @@ class TensorFile:
         self.path = folder / WEIGHTS_FILE
         self._left = read_tensors(self.path, sha256)
 
-    def unread_names(self) -> list[str]:
-        """Names of the tensors that nobody has taken yet."""
-        return list(self._left)
-
     def match(self, key: re.Pattern[str]) -> list[re.Match[str]]:
         """Return the matches of unread names of PEFT's form: `key` matches the part after the prefix."""
         names = (name for name in self._left if name.startswith(MODULE_PREFIX))

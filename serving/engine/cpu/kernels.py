@@ -23,7 +23,6 @@ import torch
 
 from graftwork import environment
 from graftwork.cache import build_once
-from graftwork.serving.engine.adapters.format import SiteWeights
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.kv_cache import KvRow, KvStore
 from graftwork.serving.engine.lora_layers import LoraLayer
@@ -203,41 +202,26 @@ class Addresses:
     """Where the halves of each adapter lie, by linear. Holds no weights: an adapter is forgotten before it is freed."""
 
     def __init__(self, groups: Mapping[str, Sequence[LoraLayer]], dtype: torch.dtype) -> None:
-        self._sites = {site.name: number for number, site in enumerate(s for sites in groups.values() for s in sites)}
+        self.numbers = {site.name: number for number, site in enumerate(s for sites in groups.values() for s in sites)}
         self._groups, self._dtype = groups, dtype
-        self._places: dict[str, numpy.ndarray] = {}
+        self.places: dict[str, numpy.ndarray] = {}
+        """[S] of each version."""
 
     def admit(self, weights: LoadedAdapter) -> None:
-        """Notes an adapter. One that the kernel cannot read as it lies is left out: see `holds`."""
-        places_S = numpy.zeros(len(self._sites), _PLACE)
+        """Notes an adapter. One that the kernel cannot read as it lies is left out."""
+        places_S = numpy.zeros(len(self.numbers), _PLACE)
         for name, group in weights.groups.items():
             for site, part in zip(self._groups[name], group.members, strict=True):
                 if part is None:
                     continue
-                if part.rank > MOST_RANK or not self._readable(part):
+                halves = (part.a_RI, part.b_OR)
+                readable = part.a_RI.dtype == part.b_OR.dtype and part.a_RI.dtype in (self._dtype, torch.bfloat16)
+                if part.rank > MOST_RANK or not readable or not all(half.is_contiguous() for half in halves):
                     return
                 narrow = part.a_RI.dtype == torch.bfloat16
                 addresses = (part.a_RI.data_ptr(), part.b_OR.data_ptr())
-                places_S[self._sites[site.name]] = (*addresses, part.rank, part.scaling, narrow)
-        self._places[weights.version] = places_S
-
-    def _readable(self, part: SiteWeights) -> bool:
-        halves = (part.a_RI, part.b_OR)
-        same = part.a_RI.dtype == part.b_OR.dtype and part.a_RI.dtype in (self._dtype, torch.bfloat16)
-        return same and all(half.is_contiguous() for half in halves)
-
-    def holds(self, version: str) -> bool:
-        return version in self._places
-
-    def forget(self, version: str) -> None:
-        self._places.pop(version, None)
-
-    def lookup(self, versions: Sequence[str]) -> numpy.ndarray:
-        """[S, P]"""
-        return numpy.ascontiguousarray(numpy.stack([self._places[version] for version in versions], axis=1))
-
-    def number(self, site: LoraLayer) -> int:
-        return self._sites[site.name]
+                places_S[self.numbers[site.name]] = (*addresses, part.rank, part.scaling, narrow)
+        self.places[weights.version] = places_S
 
 
 class Compiled:
@@ -251,8 +235,9 @@ class Compiled:
         pairs: Sequence[tuple[int, int]],
     ) -> None:
         self._add, self._dtype, self._active = kernels.add, kernels.dtype, active
-        self._places_SP = addresses.lookup([weights.version for weights in active])
-        self._number, self._line = addresses.number, self._places_SP.strides[0]
+        columns = [addresses.places[weights.version] for weights in active]
+        self._places_SP = numpy.ascontiguousarray(numpy.stack(columns, axis=1))
+        self._numbers, self._line = addresses.numbers, self._places_SP.strides[0]
         self._groups = {group for weights in active for group in weights.groups}
         self._adapted = (self._places_SP["a"] != 0).any(axis=1)
         together = sorted(pairs, key=lambda pair: pair[1])  # rows of one adapter in a row: it is read once
@@ -277,7 +262,7 @@ class Compiled:
         return x_NI.contiguous()
 
     def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
-        number = self._number(site)
+        number = self._numbers[site.name]
         if not self._adapted[number]:
             return
         assert out_NO.dtype == self._dtype, f"a linear's result in {out_NO.dtype}, adapters in {self._dtype}"

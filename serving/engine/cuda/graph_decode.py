@@ -146,7 +146,7 @@ def reads_positions_on_host(config: object) -> str | None:
 
 
 class GraphDecode:
-    """The engine's `DecodePath` on CUDA. capture: how a step is kept; None takes graphs where the model allows them."""
+    """Decodes on a GPU; the engine's thread alone uses it. capture: None takes graphs where the model allows them."""
 
     def __init__(self, device: torch.device, capture: Capture | None = None) -> None:
         self._device, self._capture = device, capture
