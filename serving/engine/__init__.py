@@ -27,7 +27,7 @@ class Engine(Protocol):
         """
 
     def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
-        """As `load_adapter`, without keeping it."""
+        """Reads and checks a PEFT folder as `load_adapter` does, without keeping it."""
 
     def retire_adapter(self, version: str) -> None:
         """Takes no new requests for `version`; freed when its last request ends. ArtifactError where not loaded."""
@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Cancels what is queued or running and ends. Blocks until that is done."""
 
     def alive(self) -> bool:
-        """Whether requests are decoded: False before `start`, after `stop`, and once the engine has died."""
+        """Return True while requests are decoded: False before `start`, after `stop`, and once the engine has died."""
 
     def stats(self) -> EngineStats:
         """Counters since the start and the state now."""

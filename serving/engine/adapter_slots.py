@@ -193,7 +193,7 @@ class AdapterSlots:
         self._rows: dict[str, int] = {}
 
     def can_acquire(self, version: str) -> bool:
-        """Whether a request of this version can start: it has a slot, or one is empty or idle."""
+        """True: a request of this version can start. It has a slot, or one is empty or idle."""
         return version in self._slots or len(self._slots) < self._max_loaded or self._idle() is not None
 
     def acquire(self, version: str) -> LoadedAdapter:

@@ -68,7 +68,7 @@ class StepBatch:
     kv: KvStore | None
     chunks: Sequence[Chunk]
     by_kv_N: torch.Tensor | None = None
-    """Where each decoding token is packed, by KV place; None: in that very order."""
+    """Place where each decoding token is packed, by KV place; None: in that very order."""
     rows: DecodeRows | None = None
     """The decoding tokens for the kernel that attends for them, where there is one."""
     seen: dict[int, KvShape] = field(default_factory=dict)
@@ -238,7 +238,7 @@ def attend(
 
 
 class Call(NamedTuple):
-    """How one layer attends."""
+    """Settings of one layer's attention."""
 
     layer: int
     scale: float

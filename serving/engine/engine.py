@@ -106,7 +106,7 @@ class NativeEngine:
         return self.pool.load(version, folder, digests)
 
     def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
-        """As `load_adapter`, and lets it go again."""
+        """Reads a PEFT folder as `load_adapter` does, without keeping it."""
         return self.pool.check(folder, digests)
 
     def retire_adapter(self, version: str) -> None:
@@ -192,7 +192,7 @@ class NativeEngine:
         self.runner.close()
 
     def alive(self) -> bool:
-        """Whether the engine's thread runs; False before `start`, after `stop`, and should it ever have died."""
+        """Return True while the engine's thread runs; False before `start`, after `stop`, and should it ever have died."""
         return self._thread is not None and self._thread.is_alive()
 
     def stats(self) -> EngineStats:

@@ -46,7 +46,7 @@ _starting = threading.Lock()
 
 
 def on_tall_stack(call: Callable[[], T]) -> T:
-    """What `call` returns or raises, run in a thread of its own. Blocks. About 0.1 ms."""
+    """Return or raise the outcome of `call`, run in a thread of its own. Blocks. About 0.1 ms."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -204,7 +204,7 @@ def _definition(text: GrammarText) -> str:
 
 
 def _levels(schema: object) -> int:
-    """How deep a walk along the schema's references can get at most: its nesting, once for each different $ref.
+    """Return the most levels of a walk along the schema's references: its nesting, once for each different $ref.
 
     The library walks by recursion, 8 KB a level: a chain of 1,000 $refs ended the process on an 8 MiB stack.
     """
@@ -304,7 +304,7 @@ def _list(node: dict[str, Any], key: str) -> list[Any]:
 
 
 def _referred(ref: object, root: dict[str, Any]) -> object:
-    """What a reference within the schema points at (RFC 6901); None for any other."""
+    """Return the target of a reference within the schema (RFC 6901); None for any other."""
     if not isinstance(ref, str) or not ref.startswith("#"):
         return None
     node: object = root

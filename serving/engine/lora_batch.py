@@ -167,7 +167,7 @@ class EmbeddingBagLora:
 
 
 def pick(rows: Sequence[int], device: torch.device) -> Rows:
-    """Which decoding tokens a part takes, in ascending order; a slice where they are neighbours."""
+    """Decoding tokens of a part, in ascending order; a slice where they are neighbours."""
     if list(rows) == list(range(rows[0], rows[-1] + 1)):
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows, device=device)
@@ -194,7 +194,7 @@ class LoraSegment:
 
 
 class StepDeltas:
-    """What `Sites` adds during one forward pass: the decoding tokens' `parts`, the prompt tokens' segments."""
+    """Deltas that `Sites` adds during one forward pass: the decoding tokens' `parts`, the prompt tokens' segments."""
 
     def __init__(self, parts: Sequence[LoraPart], segments: Sequence[LoraSegment]) -> None:
         self.parts, self._segments = parts, segments
@@ -245,7 +245,7 @@ class DeltaPlanner:
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether decoding reads adapters where they lie, of 16 bits as well as of the engine's."""
+        """True: decoding reads adapters in host memory, of 16 bits as well as of the engine's."""
         return self._kernels is not None
 
     def admit(self, weights: LoadedAdapter) -> None:

@@ -37,7 +37,7 @@ class Deltas(Protocol):
 
 
 class Inputs(Protocol):
-    """What rows of one step change in a linear's input."""
+    """Changes of a linear's input by rows of one step."""
 
     def scaled(self, site: LoraLayer, x: torch.Tensor) -> torch.Tensor:
         """`x` itself, or a copy with some rows changed."""

@@ -118,7 +118,7 @@ def _is_gated_mlp(module: Any, dtype: torch.dtype) -> bool:
 
 
 def _takes_one(module: Any) -> bool:
-    """Whether a module is called with its input alone: a gated norm has another argument."""
+    """True: a module is called with its input alone: a gated norm has another argument."""
     return len(signature(type(module).forward).parameters) == 2
 
 

@@ -33,7 +33,7 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen.
+    """Settings of the sampler for one request.
 
     The logits are changed in this order: `logit_bias`, `repetition_penalty`, `frequency_penalty`, `presence_penalty`,
     stop ids (`min_new_tokens`), the grammar; then `temperature` scales them, and `top_k`, `top_p` and `min_p` cut what
@@ -100,9 +100,9 @@ class GenerateRequest:
     adapter: str | None = None
     """Version digest given to `Engine.load_adapter`; None is the base model."""
     grammar: Grammar | None = None
-    """What the answer must look like. The answer ends with "stop" once it is whole and nothing may follow."""
+    """Form of the answer. The answer ends with "stop" once it is whole and nothing may follow."""
     continuation: tuple[int, ...] = ()
-    """Where given, nothing is generated: the one event has finish_reason="scored" and, as its `logprob`, the sum over
+    """Tokens to score; where given, nothing is generated: the one event has finish_reason="scored" and, as its `logprob`, the sum over
     these tokens, each given the prompt and the ones before it."""
     idle_only: bool = False
     """Computed in steps that have nothing else to do: it holds no row, slot or memory that another one could use."""
@@ -279,7 +279,7 @@ class TokenCounts:
 
     @property
     def counts(self) -> numpy.typing.NDArray[numpy.float32]:
-        """How often the answer holds each of `ids`."""
+        """Number of times that the answer holds each of `ids`."""
         return self._counts[: len(self._spots)]
 
 

@@ -43,12 +43,12 @@ def draw(scores_RV: torch.Tensor, rows: Sequence[SamplerState]) -> tuple[torch.T
 
 
 def draw_cut(scores_KV: torch.Tensor, rows: Sequence[SamplerState], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `draw`, of rows with cuts alone, from the `width` best candidates; never too few where that is all of them."""
+    """Tokens as `draw` gives them, of rows with cuts alone, from the `width` best candidates; never too few where that is all of them."""
     return _draw_cut(_probabilities(scores_KV, rows), rows, _uniform(rows, scores_KV.device), width)
 
 
 def places(of: Sequence[bool], device: torch.device) -> torch.Tensor:
-    """Where it is true."""
+    """Indices of what is true."""
     return send(numpy.flatnonzero(numpy.array(of, bool)), device)
 
 
@@ -133,10 +133,10 @@ class SampledToken:
 def choose(logits_BV: torch.Tensor, rows: Sequence[SamplerState]) -> list[SampledToken]:
     """The next token of every row. The logits of rows that change them (`SamplerState.edits`) are changed in place."""
     scores_BV = logits_BV.float().contiguous()
-    told = [place for place, row in enumerate(rows) if row.params.logprobs is not None]
+    listed = [place for place, row in enumerate(rows) if row.params.logprobs is not None]
     drawn = [place for place, row in enumerate(rows) if row.params.temperature > 0]
     edits = any(row.edits for row in rows)
-    model_LV = scores_BV[_at(told, scores_BV)] if told else None  # a copy: the model's own, before any change
+    model_LV = scores_BV[_at(listed, scores_BV)] if listed else None  # a copy: the model's own, before any change
     model_top_B = scores_BV.amax(-1) if edits else None
     if edits:
         process_logits(scores_BV, rows)
@@ -158,7 +158,7 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[SamplerState]) -> list[Sample
         if not fine or not left or (row.matcher is not None and row.matcher.problem is not None):
             choices[place] = SampledToken(tokens[place], error=_error(row, bool(fine)))
     if model_LV is not None:
-        _add_logprobs(choices, model_LV, rows, told)
+        _add_logprobs(choices, model_LV, rows, listed)
     return choices
 
 
@@ -200,18 +200,18 @@ def _error(row: SamplerState, fine: bool) -> str:
 
 
 def _add_logprobs(
-    choices: list[SampledToken], model_LV: torch.Tensor, rows: Sequence[SamplerState], told: Sequence[int]
+    choices: list[SampledToken], model_LV: torch.Tensor, rows: Sequence[SamplerState], listed: Sequence[int]
 ) -> None:
     """Adds the model's own log probabilities (temperature 1, nothing changed, nothing cut)."""
     logsum_L1 = model_LV.logsumexp(-1, keepdim=True)
-    tokens_L1 = torch.tensor([[choices[place].token_id] for place in told], device=model_LV.device)
+    tokens_L1 = torch.tensor([[choices[place].token_id] for place in listed], device=model_LV.device)
     chosen_L = (model_LV.gather(1, tokens_L1) - logsum_L1)[:, 0].tolist()
-    counts = [rows[place].params.logprobs or 0 for place in told]
+    counts = [rows[place].params.logprobs or 0 for place in listed]
     best = min(max(counts), model_LV.shape[1])
     if best:
         top_L, ids_L = model_LV.topk(best, dim=-1)
         tops = list(zip(ids_L.tolist(), (top_L - logsum_L1).tolist(), strict=True))
-    for line, (place, count) in enumerate(zip(told, counts, strict=True)):
+    for line, (place, count) in enumerate(zip(listed, counts, strict=True)):
         top = tuple(zip(tops[line][0][:count], tops[line][1][:count], strict=True)) if count else ()
         one = choices[place]
         choices[place] = SampledToken(one.token_id, chosen_L[line], top, one.error)

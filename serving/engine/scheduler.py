@@ -91,7 +91,7 @@ class RunningRequest:
         self.given = ScoredContinuation(request.continuation, self.prompt_end - 1) if request.continuation else None
         """The continuation that is scored; None where one is generated."""
         self.choosing = SamplerState(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
-        """What its tokens are chosen by; kept when the request steps back into the queue."""
+        """State of the sampler; it stays when the request steps back into the queue."""
 
     @property
     def remaining(self) -> int:
@@ -118,7 +118,7 @@ class RunningRequest:
         return "length" if len(self.tokens) - self.prompt_end >= sampling.max_new_tokens else None
 
     def _completes_stop(self, decode: Decode) -> bool:
-        """Whether the last tokens' text holds a stop string. A character is at most 4 tokens of a byte-level BPE."""
+        """True: the last tokens' text holds a stop string. A character is at most 4 tokens of a byte-level BPE."""
         longest = max(len(text) for text in self.request.sampling.stop)
         tail = decode(self.tokens[self.prompt_end :][-(4 * longest + 4) :])
         return any(text in tail for text in self.request.sampling.stop)
@@ -190,7 +190,7 @@ class Scheduler:
         self.preemptions += 1
 
     def _schedule(self, request: RunningRequest) -> None:
-        """As much of the request as is left of the step for it, maybe nothing."""
+        """Sets how much of the request the step computes, within the step's limits, maybe nothing."""
         request.scheduled = min(request.remaining, self._tokens_left)
         if request.given is not None and request.row is not None:
             before = max(request.given.first - request.row.length, 0)

@@ -28,12 +28,12 @@ class BaseView:
 
     @property
     def tied(self) -> bool:
-        """Whether the output layer's weight is the embedding itself."""
+        """True: the output layer's weight is the embedding itself."""
         return self.output is not None and self.output.weight is self.embedding.weight
 
     @property
     def embedding_scale(self) -> torch.Tensor | None:
-        """What the embedding layer multiplies its rows by (Gemma 3), as peft asks for it."""
+        """Factor of the embedding layer's rows (Gemma 3), as peft reads it."""
         scale = getattr(self.embedding, "embed_scale", None)
         return torch.as_tensor(scale) if scale is not None else None
 

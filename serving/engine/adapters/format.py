@@ -78,7 +78,7 @@ class InputRows:
     """Embedding rows that replace the base's."""
 
     rows_KH: torch.Tensor
-    """As the embedding layer gives them out, its own scale included."""
+    """Results of the embedding layer, its own scale included."""
     places: Mapping[int, int] | None
     """Row of each token id; None: rows_KH is a whole matrix, a row a token id."""
 
@@ -95,14 +95,14 @@ class OutputRows:
 
 @dataclass(frozen=True)
 class VirtualTokens:
-    """What stands before the first prompt token: `tokens` places of the KV row, either given or to be computed."""
+    """Places before the first prompt token: `tokens` places of the KV row, either given or to be computed."""
 
     count: int
     keys: tuple[torch.Tensor, ...] = ()
     """A layer each, [Hkv, N, D]: prefix tuning. Empty: computed from embeddings_NH."""
     values: tuple[torch.Tensor, ...] = ()
     embeddings_NH: torch.Tensor | None = None
-    """What goes in where word embeddings would: prompt tuning."""
+    """Inputs in place of word embeddings: prompt tuning."""
 
 
 @dataclass(frozen=True)
@@ -217,13 +217,13 @@ class ConfigFile:
 
 
 def is_positive(number: object) -> TypeGuard[int | float]:
-    """Whether it is a number above 0 that a float32 holds; JSON as Python reads it has NaN and Infinity too."""
+    """True: it is a number above 0 that a float32 holds; JSON as Python reads it has NaN and Infinity too."""
     return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < 3e38
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Which linears peft puts an adapter on."""
+    """Linears that peft puts an adapter on."""
 
     names: Names
     excluded: Names
@@ -237,13 +237,13 @@ class Targets:
         return cls(config.names("target_modules"), config.names("exclude_modules", optional=True), some)
 
     def include(self, module: str) -> bool:
-        """Whether peft would put an adapter on this linear."""
+        """True: peft would put an adapter on this linear."""
         if self.excluded and matches_module(self.excluded, module):
             return False
         return self.names == "all-linear" or matches_module(self.names, module)
 
     def check(self, found: Iterable[str], linears: Iterable[str], config: ConfigFile, weights: Path) -> None:
-        """What the config targets, what the file holds and what the base has must agree."""
+        """Refuses a file whose modules differ from what the config targets and the base has."""
         held, base = set(found), set(linears)
         rule = "an adapter sits on the base's inner linears (not on embeddings or the output layer)"
         _refuse_any(held - base, "target", rule, weights)
@@ -258,7 +258,7 @@ class Targets:
 
 
 def matches_module(names: Sequence[str] | str, module: str) -> bool:
-    """Whether a list of suffixes, or a regular expression, means this module."""
+    """True: a list of suffixes, or a regular expression, means this module."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)

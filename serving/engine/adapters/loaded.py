@@ -51,12 +51,12 @@ class LoadedAdapter:
 
     @cached_property
     def only_lora(self) -> bool:
-        """Whether `groups` is all that it changes."""
+        """True: `groups` is all that it changes."""
         return bool(self.groups) and self.decodes_by_lora and self.virtual_tokens is None
 
     @property
     def decodes_by_lora(self) -> bool:
-        """Whether `groups` is all that a decoding token needs of it: what stands before the prompt is in its KV."""
+        """True: `groups` is all that a decoding token needs of it; what stands before the prompt is in its KV."""
         return not (self.scales or self.bottlenecks or self.inputs or self.outputs)
 
 

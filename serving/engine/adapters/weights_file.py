@@ -113,7 +113,7 @@ def _views(data: torch.Tensor, infos: Mapping[str, TensorInfo], data_start: int)
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is inf or nan. By NumPy: PyTorch's helpers of this thread would slow the engine's."""
+    """True: no value is inf or nan. By NumPy: PyTorch's helpers of this thread would slow the engine's."""
     for part_N in values.reshape(-1).split(_AT_ONCE):
         if part_N.dtype == torch.bfloat16:  # NumPy has none; every bit of the exponent is set in what is not finite
             if ((part_N.view(torch.int16).numpy() & 0x7F80) == 0x7F80).any():
@@ -136,7 +136,7 @@ class TensorFile:
         return [found for name in names if (found := key.fullmatch(name, len(MODULE_PREFIX)))]
 
     def holds(self, key: str) -> bool:
-        """Whether the tensor is there and not taken yet."""
+        """True: the tensor is there and not taken yet."""
         return key in self._left
 
     def take(

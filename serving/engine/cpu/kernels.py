@@ -145,7 +145,7 @@ class _Attention(ctypes.Structure):
 
 
 def fits(head_dim: int) -> bool:
-    """Whether heads of that size can be attended to."""
+    """Return True where the kernel takes heads of that size."""
     return head_dim % _LANES == 0 and head_dim <= _MOST_HEAD
 
 
@@ -162,7 +162,7 @@ class DecodeRows:
         self._call = _Attention(rows=self._rows.ctypes.data)
 
     def takes(self, layer: int, query_NHD: torch.Tensor, values_NKD: torch.Tensor) -> bool:
-        """Whether the kernel can do it. values_NKD: the new ones."""
+        """Return True where the kernel can do it. values_NKD: the new ones."""
         size, together = query_NHD.shape[-1], (query_NHD, values_NKD, self._kv.keys[layer])
         return fits(size) and all(part.shape[-1] == size and part.dtype == self._dtype for part in together)
 
@@ -199,7 +199,7 @@ _PLACE = numpy.dtype([("a", "u8"), ("b", "u8"), ("rank", "i8"), ("scaling", "f8"
 
 
 class Addresses:
-    """Where the halves of each adapter lie, by linear. Holds no weights: an adapter is forgotten before it is freed."""
+    """Addresses of the halves of each adapter, by linear. Holds no weights: an adapter is forgotten before it is freed."""
 
     def __init__(self, groups: Mapping[str, Sequence[LoraLayer]], dtype: torch.dtype) -> None:
         self.numbers = {site.name: number for number, site in enumerate(s for sites in groups.values() for s in sites)}

@@ -68,7 +68,7 @@ def _rows(part_1HND: torch.Tensor) -> torch.Tensor:
 
 
 class TableDeltas:
-    """What `Sites` adds: one shrink for the linears of a group (q/k/v, gate/up), one expand each."""
+    """Deltas that `Sites` adds: one shrink for the linears of a group (q/k/v, gate/up), one expand each."""
 
     def __init__(self, tiles: Tiles, table: SlotTable) -> None:
         self._tiles, self._table = tiles, table
