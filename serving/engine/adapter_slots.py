@@ -42,7 +42,7 @@ class AdapterPool:
 
     device: where the adapters will be computed with; for a GPU the memory is page-locked. stacked: each group's lora_A
     are needed in one; otherwise plain LoRA stays as its file was read, not copied again.
-    on_freed: told each version whose memory went back (any thread, outside the lock).
+    on_freed: called with each version whose memory went back (any thread, outside the lock).
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class AdapterPool:
         self._on_freed(version)
 
     def copy_to_device(self, version: str, device: torch.device) -> LoadedAdapter:
-        """A held version on a device; on the CPU the host copy itself."""
+        """An acquired version on a device; on the CPU the host copy itself."""
         with self._lock:
             slot = self._find(version)
         return copy_to_device(slot.weights, slot.buffer, device)
@@ -183,8 +183,8 @@ class AdapterSlots:
     are enough for any mix of adapters. On the CPU a slot is the host copy and a place in the tables that decoding
     reads (`lora_tables`); on another device it is a copy there. The engine's thread alone uses them.
 
-    bring: a held version on the engine's device. on_left: told each version that has lost its slot; its host copy and
-    its cached prefixes stay.
+    bring: an acquired version on the engine's device. on_left: called with each version that has lost its slot; its
+    host copy and its cached prefixes stay.
     """
 
     def __init__(self, max_loaded: int, bring: Callable[[str], LoadedAdapter], on_left: Callable[[str], None]) -> None:

@@ -1,7 +1,7 @@
 """The engine: one base model, many adapters, many requests decoded together in one thread.
 
 Life of a request: `submit` checks it, holds its adapter's slot and queues it; the thread's next step admits it (copying
-its cached prefix), computes its prompt in chunks beside the running answers, then one token a step; each token goes to
+its cached prefix), computes its prompt in chunks next to the running answers, then one token a step; each token goes to
 `on_event`. An adapter version is pinned at `submit`: retiring or dropping it later never changes a running answer.
 """
 
@@ -192,7 +192,7 @@ class NativeEngine:
         self.runner.close()
 
     def alive(self) -> bool:
-        """Return True while the engine's thread runs; False before `start`, after `stop`, and should it ever have died."""
+        """Return True while the engine's thread runs: not before `start`, after `stop`, or once it has died."""
         return self._thread is not None and self._thread.is_alive()
 
     def stats(self) -> EngineStats:

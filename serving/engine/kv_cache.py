@@ -249,7 +249,7 @@ def block_keys(version: str | None, tokens: Sequence[int], salt: str = "") -> li
 class PrefixCache:
     """Blocks of computed KV, the least recently used dropped first. The engine's thread alone uses it.
 
-    tokens: memory of the cache, beside the rows of `store`.
+    tokens: memory of the cache, next to the rows of `store`.
     """
 
     def __init__(self, store: KvStore, tokens: int) -> None:

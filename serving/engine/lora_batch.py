@@ -5,7 +5,7 @@ to it bit for bit at equal shape. Decoding tokens (one a request) share work; fi
 
 One adapter with many rows gets matmuls of its own. Adapters with few rows are read in their places (`lora_tables`), all
 at once: neighbouring places by batched matmul, which reads each weight once for all rows of its adapter; scattered ones
-by embedding bags, which need no place beside another.
+by embedding bags, which need no neighbouring places.
 Legend: N decoding tokens, P places, M rows a place at most, R rank, I in, O out, K lines of a bag.
 """
 
@@ -93,12 +93,12 @@ class BatchedMatmulLora:
     def __init__(self, live: ActiveAdapters, pairs: Sequence[tuple[int, int]], device: torch.device) -> None:
         self._live, self._first = live, min(place for _, place in pairs)
         self._count = max(place for _, place in pairs) + 1 - self._first
-        held: list[list[int]] = [[] for _ in range(self._count)]
+        places: list[list[int]] = [[] for _ in range(self._count)]
         for row, place in pairs:
-            held[place - self._first].append(row)
-        self._most = max(map(len, held))
-        gather = [row for rows in held for row in [*rows, *[0] * (self._most - len(rows))]]
-        spots = {row: n * self._most + m for n, rows in enumerate(held) for m, row in enumerate(rows)}
+            places[place - self._first].append(row)
+        self._most = max(map(len, places))
+        gather = [row for rows in places for row in [*rows, *[0] * (self._most - len(rows))]]
+        spots = {row: n * self._most + m for n, rows in enumerate(places) for m, row in enumerate(rows)}
         self._rows = pick(sorted(spots), device)
         self._straight = isinstance(self._rows, slice) and gather == sorted(spots)
         if not self._straight:

@@ -126,14 +126,14 @@ def _runs(parts: Iterable[_Part]) -> list[tuple[slice, _Part, int, int]]:
     next one's lora_A and lora_B lie."""
     runs: list[tuple[list[_Part], int, int]] = []
     for item in parts:
-        held, step_a, step_b = runs[-1] if runs else ([], 0, 0)
-        steps = _steps(held[-1], item) if held else None
-        if steps is not None and (len(held) == 1 or steps == (step_a, step_b)):
-            held.append(item)
-            runs[-1] = (held, *steps)
+        run, step_a, step_b = runs[-1] if runs else ([], 0, 0)
+        steps = _steps(run[-1], item) if run else None
+        if steps is not None and (len(run) == 1 or steps == (step_a, step_b)):
+            run.append(item)
+            runs[-1] = (run, *steps)
         else:
             runs.append(([item], 0, 0))
-    return [(slice(held[0][0], held[-1][0] + 1), held[0], a, b) for held, a, b in runs]
+    return [(slice(run[0][0], run[-1][0] + 1), run[0], a, b) for run, a, b in runs]
 
 
 def _steps(last: _Part, item: _Part) -> tuple[int, int] | None:

@@ -135,7 +135,7 @@ KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 class Runner:
     """Owns the prepared model. BaseModelError for a decoder whose attention is not called through transformers.
 
-    path: computes decoding tokens in its own way; None computes them beside the prompts. places: how many adapters of a
+    path: computes decoding tokens in its own way; None computes them with the prompts. places: how many adapters of a
     rank bucket are laid out for that.
     """
 
@@ -187,17 +187,17 @@ class Runner:
         """
         if self.path is not None:
             return self._step_by_path(self.path, kv, decoding, prompts, adapters, wanted)
-        ahead, beside = adapters
-        order = self.planner.order(ahead) if any(ahead) else None
+        decoders, prefills = adapters
+        order = self.planner.order(decoders) if any(decoders) else None
         batch = pack(decoding, prompts, kv, self.device, order, self._kernels)
         if order is not None:
-            ahead = [ahead[n] for n in order]
+            decoders = [decoders[n] for n in order]
             packed = [*inverse(order), *range(len(order), max(wanted) + 1)]
             wanted = [packed[place] for place in wanted]
         if prompts or self._layers is None:  # prompts are computed as peft computes them, bit for bit
-            return self.forward(batch, ahead, beside, wanted)
+            return self.forward(batch, decoders, prefills, wanted)
         with self._layers.decoding():
-            return self.forward(batch, ahead, beside, wanted)
+            return self.forward(batch, decoders, prefills, wanted)
 
     def _step_by_path(
         self,
@@ -208,7 +208,7 @@ class Runner:
         adapters: tuple[Sequence[LoadedAdapter | None], Sequence[LoadedAdapter | None]],
         wanted: Sequence[int],
     ) -> torch.Tensor:
-        """Decoding tokens by the device's own path where it supports their adapters, the others beside the prompts."""
+        """Decoding tokens by the device's own path where it supports their adapters, the others with the prompts."""
         fast = [n for n, weights in enumerate(adapters[0]) if path.supports(weights)]
         slow = [n for n, weights in enumerate(adapters[0]) if not path.supports(weights)]
         parts = []
@@ -321,7 +321,7 @@ class Runner:
 
     @torch.inference_mode()
     def _require_apart(self) -> None:
-        """Try two requests in one pass: state that goes from token to token beside keys and values would mix them."""
+        """Try two requests in one pass: state that goes from token to token next to keys and values would mix them."""
         ids = probe_ids(self.vocab_size)
         first, second = ids[:PROBE_LENGTH], ids[PROBE_LENGTH:]
 

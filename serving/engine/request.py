@@ -28,7 +28,7 @@ class SamplingError(DataError):
 MIN_REPETITION_PENALTY = 0.01
 """A logit divided by far less is inf: then no token may come next."""
 MAX_TOP_LOGPROBS = 20
-"""Alternatives that are told at one place at most, as in the OpenAI API."""
+"""Alternatives at one place at most, as in the OpenAI API."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class GenerateRequest:
     grammar: Grammar | None = None
     """Form of the answer. The answer ends with "stop" once it is whole and nothing may follow."""
     continuation: tuple[int, ...] = ()
-    """Tokens to score; where given, nothing is generated: the one event has finish_reason="scored" and, as its `logprob`, the sum over
-    these tokens, each given the prompt and the ones before it."""
+    """Tokens to score; where given, nothing is generated: the one event has finish_reason="scored" and, as its
+    `logprob`, the sum over these tokens, each given the prompt and the ones before it."""
     idle_only: bool = False
     """Computed in steps that have nothing else to do: it holds no row, slot or memory that another one could use."""
     cache_salt: str = ""

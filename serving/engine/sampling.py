@@ -43,7 +43,7 @@ def draw(scores_RV: torch.Tensor, rows: Sequence[SamplerState]) -> tuple[torch.T
 
 
 def draw_cut(scores_KV: torch.Tensor, rows: Sequence[SamplerState], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens as `draw` gives them, of rows with cuts alone, from the `width` best candidates; never too few where that is all of them."""
+    """`draw` for rows with cuts alone, from the `width` best candidates; never too few where that is all of them."""
     return _draw_cut(_probabilities(scores_KV, rows), rows, _uniform(rows, scores_KV.device), width)
 
 

@@ -244,14 +244,14 @@ class Targets:
 
     def check(self, found: Iterable[str], linears: Iterable[str], config: ConfigFile, weights: Path) -> None:
         """Refuses a file whose modules differ from what the config targets and the base has."""
-        held, base = set(found), set(linears)
+        present, base = set(found), set(linears)
         rule = "an adapter sits on the base's inner linears (not on embeddings or the output layer)"
-        _refuse_any(held - base, "target", rule, weights)
+        _refuse_any(present - base, "target", rule, weights)
         targeted = {name for name in base if self.include(name)}
-        _refuse_any(held - targeted, "weights for", "every tensor belongs to a module of target_modules", weights)
+        _refuse_any(present - targeted, "weights for", "every tensor belongs to a module of target_modules", weights)
         if not self.some_layers:
             rule = "every module that target_modules names has its tensors"
-            _refuse_any(targeted - held, "no weights for", rule, weights)
+            _refuse_any(targeted - present, "no weights for", rule, weights)
         for name in self.names if isinstance(self.names, tuple) else ():
             if not any(matches_module((name,), module) for module in base):
                 raise config.make_error("target_modules", "every target is a linear of the base", value=name)

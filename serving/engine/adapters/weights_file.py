@@ -104,7 +104,7 @@ def _views(data: torch.Tensor, infos: Mapping[str, TensorInfo], data_start: int)
     views = {}
     for name, info in infos.items():
         dtype, start = _DTYPES[info.dtype], info.start - data_start
-        if info.dtype not in whole or start % dtype.itemsize:  # an odd number of narrower values stands beside it
+        if info.dtype not in whole or start % dtype.itemsize:  # an odd number of narrower values comes before it
             views[name] = data[start : info.stop - data_start].clone().view(dtype).view(info.shape)
         else:
             strides = [math.prod(info.shape[place + 1 :]) for place in range(len(info.shape))]

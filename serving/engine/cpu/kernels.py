@@ -112,7 +112,7 @@ def load(compiler: str | None = None, flags: Collection[str] | None = None) -> c
     try:
         folder = build_once(cache_root() / "kernels" / digest.hexdigest()[:24], lambda into: _compile(command, into))
         return ctypes.CDLL(str(folder / _LIBRARY))
-    except (OSError, RuntimeError) as error:  # the latter where no home, and so no cache, can be told
+    except (OSError, RuntimeError) as error:  # the latter where no home, and so no cache, is known
         raise NoKernels(str(error)) from error
 
 
@@ -199,7 +199,7 @@ _PLACE = numpy.dtype([("a", "u8"), ("b", "u8"), ("rank", "i8"), ("scaling", "f8"
 
 
 class Addresses:
-    """Addresses of the halves of each adapter, by linear. Holds no weights: an adapter is forgotten before it is freed."""
+    """Addresses of each adapter's halves, by linear. Holds no weights: an adapter is forgotten before it is freed."""
 
     def __init__(self, groups: Mapping[str, Sequence[LoraLayer]], dtype: torch.dtype) -> None:
         self.numbers = {site.name: number for number, site in enumerate(s for sites in groups.values() for s in sites)}
