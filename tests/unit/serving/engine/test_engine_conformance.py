@@ -27,16 +27,11 @@ from graftwork.serving.spec import EngineSpec
 from graftwork.serving.vllm.engine import Tally, VllmEngine, create_vllm
 from tests import engines
 from tests.async_llm import PlainWords, StandIn
-from tests.tiny import VOCAB_SIZE, write_tiny_base
+from tests.tiny import VOCAB_SIZE
 
 PROMPT = list(range(10, 50))
 LIMITS: dict[str, Any] = {"max_batch": 16, "max_seq_len": 256, "kv_tokens": 8192, "prefill_tokens": 64}
 Open = Callable[[], Engine]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,8 @@ import torch
 from graftwork.errors import ConfigError
 from graftwork.serving.engine.engine import NativeEngine
 from tests import engines
-from tests.tiny import write_tiny_base
 
 PROMPT = list(range(10, 60))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

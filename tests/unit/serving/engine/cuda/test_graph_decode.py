@@ -22,7 +22,7 @@ from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.kv_cache import KvRow, KvStore
 from graftwork.serving.engine.model_runner import Runner
 from tests import engines
-from tests.tiny import VOCAB_SIZE, write_tiny_base
+from tests.tiny import VOCAB_SIZE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ADAPTERS = {
@@ -31,11 +31,6 @@ ADAPTERS = {
     "c" * 12: {"r": 20, "target_modules": "all-linear"},
     "d" * 12: {"r": 4, "target_modules": ["k_proj", "down_proj"], "use_dora": True},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
