@@ -181,7 +181,7 @@ class AdapterSlots:
 
     A version takes a slot when a request starts to run, not while it is queued, so `max_loaded` >= `max_batch` slots
     are enough for any mix of adapters. On the CPU a slot is the host copy and a place in the tables that decoding
-    reads (`lora_tables`); on another device it is a copy there. The engine's thread alone uses them.
+    reads (`lora_batch`); on another device it is a copy there. The engine's thread alone uses them.
 
     bring: an acquired version on the engine's device. on_left: called with each version that has lost its slot; its
     host copy and its cached prefixes stay.

@@ -250,7 +250,7 @@ class NativeEngine:
     def _compute(
         self, decoding: Sequence[RunningRequest], prompts: Sequence[RunningRequest]
     ) -> dict[RunningRequest, SampledToken]:
-        """Runs the plan; returns a token, or the score of a continuation, for every request that is computed so far."""
+        """Runs the plan; returns the next token, or the score of a continuation, of requests that are ready for it."""
         chunks: list[Chunk] = []
         counts: list[int] = []  # logits that each request needs
         wanted: list[int] = []

@@ -4,13 +4,15 @@ A hook replaces the `forward` of one module instance (nn.Linear and bitsandbytes
 names, weights and `state_dict` of the model stay as they are; `unhook` gives the model back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import linear
 
 from graftwork.serving.engine.adapters.format import LinearShape
+from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor: their lora_A are computed together."""
@@ -34,6 +36,54 @@ class Deltas(Protocol):
 
     def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """`result` of the base plus each row's delta. x: [..., in], result: [..., out]."""
+
+
+class LoraPart(Protocol):
+    """Some adapters of one step. `shrink` is called once a group, `expand` with its result once a linear of it."""
+
+    def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
+        """lora_A of every member on the part's rows; None where none of its adapters touches the group."""
+
+    def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+        """Adds the deltas of one linear to the part's rows of `out_NO`."""
+
+
+@dataclass(frozen=True)
+class LoraSegment:
+    """Packed tokens `first` to `stop` run with one adapter."""
+
+    first: int
+    stop: int
+    weights: LoadedAdapter
+
+
+class StepDeltas:
+    """Deltas that `Sites` adds during one forward pass: the decoding tokens' `parts`, the prompt tokens' segments."""
+
+    def __init__(self, parts: Sequence[LoraPart], segments: Sequence[LoraSegment]) -> None:
+        self.parts, self._segments = parts, segments
+        self._group = ""
+        self._input: torch.Tensor | None = None
+        self._shrunk: list[torch.Tensor | None] = []
+
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Adds in place: `result` is the linear's own fresh output."""
+        x_TI, out_TO = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
+        if self.parts:
+            if site.group != self._group or x is not self._input:
+                self._group, self._input = site.group, x
+                self._shrunk = [part.shrink(site.group, x_TI) for part in self.parts]
+            for part, shrunk in zip(self.parts, self._shrunk, strict=True):
+                if shrunk is not None:
+                    part.expand(site, shrunk, out_TO)
+        for segment in self._segments:
+            group = segment.weights.groups.get(site.group)
+            weights = group.members[site.member] if group else None
+            if weights is not None:
+                x_SI = x_TI[segment.first : segment.stop]
+                a_RI, b_OR = weights.widened(x_SI.dtype)
+                out_TO[segment.first : segment.stop] += linear(linear(x_SI, a_RI), b_OR) * weights.scaling
+        return result
 
 
 class Inputs(Protocol):

@@ -28,8 +28,8 @@ from graftwork.serving.engine.attention import Chunk, StepBatch, inverse, pack
 from graftwork.serving.engine.cpu.host_tuning import PiecewiseOutput
 from graftwork.serving.engine.cpu.kernels import fits, kernels_for
 from graftwork.serving.engine.kv_cache import KvShape, KvStore, longest_sequence
-from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, Sites
+from graftwork.serving.engine.lora_batch import DeltaPlanner
+from graftwork.serving.engine.lora_layers import Deltas, LoraSegment, Sites
 
 if TYPE_CHECKING:
     from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # imports Triton

@@ -12,8 +12,7 @@ from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions, SiteBottleneck, Targets
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.adapters.weights_file import TensorFile
-from graftwork.serving.engine.lora_batch import LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, LoraLayer
+from graftwork.serving.engine.lora_layers import Deltas, LoraLayer, LoraSegment
 
 _HONOURED = frozenset({"bottleneck_size", "activation", "use_bias", "scaling", "target_modules", "exclude_modules"})
 

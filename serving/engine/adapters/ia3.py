@@ -20,8 +20,7 @@ from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile,
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.adapters.token_rows import ROW_KEYS, replaced_rows
 from graftwork.serving.engine.adapters.weights_file import TensorFile
-from graftwork.serving.engine.lora_batch import LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, LoraLayer
+from graftwork.serving.engine.lora_layers import Deltas, LoraLayer, LoraSegment
 
 _HONOURED = ROW_KEYS | {"target_modules", "exclude_modules", "feedforward_modules"}
 _WITHOUT_EFFECT_HERE = frozenset({"init_ia3_weights"})

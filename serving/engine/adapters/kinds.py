@@ -21,8 +21,8 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.adapters.token_rows import changed_result, input_change, output_change
 from graftwork.serving.engine.adapters.weights_file import TensorFile
 from graftwork.serving.engine.attention import StepBatch
-from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, Sites
+from graftwork.serving.engine.lora_batch import DeltaPlanner
+from graftwork.serving.engine.lora_layers import Deltas, LoraSegment, Sites
 
 _MODULES = {peft_type: name_of(kind) for peft_type, kind in PEFT_KINDS.items()} | {
     "PROMPT_TUNING": "prefix",

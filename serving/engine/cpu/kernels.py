@@ -3,7 +3,7 @@
 They do what is not a matrix product of the base: norms and gates (`Kernels`), attention over keys and values in their
 places (`DecodeRows`), and LoRA, read in place from host memory, all adapters of a linear in one call (`Compiled`). They
 are worth their compiler where vectors are wide. Where there is none, PyTorch does the same work: slower, and with every
-adapter copied once more (see `lora_tables`).
+adapter copied once more (see `lora_batch`).
 Legend: N decoding tokens, H query heads, K key-value heads, D head size, S linears of the model, P adapters of a part.
 """
 
