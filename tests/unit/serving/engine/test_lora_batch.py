@@ -1,4 +1,4 @@
-"""Every way to compute decoding tokens' deltas says what `x @ A.T @ B.T * scaling` says, row by row, wherever weights are stored."""
+"""Deltas of decoding tokens are `x @ A.T @ B.T * scaling` row by row, however they are computed and stored."""
 
 from collections.abc import Mapping, Sequence
 
