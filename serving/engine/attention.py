@@ -11,15 +11,14 @@ Legend: T packed tokens, H query heads, K key-value heads, G = H / K, D head siz
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graftwork.errors import BaseModelError
-from graftwork.serving.engine.cpu.attention import DecodeRows
-from graftwork.serving.engine.cpu.kernels import Kernels
+from graftwork.serving.engine.cpu.kernels import DecodeRows, Kernels
 from graftwork.serving.engine.kv_cache import KvRow, KvShape, KvStore
 
 
@@ -69,7 +68,7 @@ class StepBatch:
     kv: KvStore | None
     chunks: Sequence[Chunk]
     by_kv_N: torch.Tensor | None = None
-    """Where each decoding token is packed, by KV place; None: in that very order."""
+    """Place where each decoding token is packed, by KV place; None: in that very order."""
     rows: DecodeRows | None = None
     """The decoding tokens for the kernel that attends for them, where there is one."""
     seen: dict[int, KvShape] = field(default_factory=dict)
@@ -77,17 +76,12 @@ class StepBatch:
     _lines: dict[int, torch.Tensor] = field(default_factory=dict)
     _biases: dict[tuple[int, int | None, int], torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def decoding(self) -> int:
-        """Leading packed tokens that belong to `runs`."""
-        return sum(run.count for run in self.runs)
-
     def write_lines(self, layer: int) -> torch.Tensor:
         """Lines of the arena that take the new keys, [T * Hkv], token-major; the same for all layers of equal heads."""
         assert self.kv is not None, "a batch without KV writes nothing"
         heads = self.kv.shapes[layer].heads
         if heads not in self._lines:
-            starts = [self.kv.first_line(chunk.row, layer) for chunk in self.chunks if chunk.row is not None]
+            starts = [chunk.row.start * heads for chunk in self.chunks if chunk.row is not None]
             counts = torch.tensor([len(chunk.ids) for chunk in self.chunks])
             caps = [chunk.row.cap for chunk in self.chunks if chunk.row is not None]
             start_T = torch.repeat_interleave(torch.tensor(starts), counts).to(self.ids_1T.device)
@@ -103,27 +97,27 @@ class StepBatch:
         if key not in self._biases:
             run, device = self.runs[index], self.ids_1T.device
             length_R = torch.tensor(run.lengths, device=device).repeat_interleave(heads)[:, None, None]
-            place_S = torch.arange(run.longest, device=device)
-            hidden = place_S >= length_R
-            if window is not None:
-                hidden |= place_S < length_R - window
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
-            self._biases[key] = bias.masked_fill_(hidden, float("-inf"))
+            self._biases[key] = _causal_bias(length_R, run.longest, window, dtype)
         return self._biases[key]
 
     def segment_bias(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """0 where a prompt token may look (itself and before), -inf elsewhere: [count, context + count]."""
         key = (-1 - index, window, 0)
         if key not in self._biases:
-            segment, device = self.segments[index], self.ids_1T.device
-            query = torch.arange(segment.context, segment.context + segment.count, device=device)[:, None]
-            place = torch.arange(segment.context + segment.count, device=device)
-            hidden = place > query
-            if window is not None:
-                hidden |= place <= query - window
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
-            self._biases[key] = bias.masked_fill_(hidden, float("-inf"))
+            segment = self.segments[index]
+            stop = segment.context + segment.count
+            length_T1 = torch.arange(segment.context + 1, stop + 1, device=self.ids_1T.device)[:, None]
+            self._biases[key] = _causal_bias(length_T1, stop, window, dtype)
         return self._biases[key]
+
+
+def _causal_bias(length: torch.Tensor, longest: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """length: keys of each query, its own included; with a window it looks at the last of them alone."""
+    place_S = torch.arange(longest, device=length.device)
+    hidden = place_S >= length
+    if window is not None:
+        hidden |= place_S < length - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=length.device).masked_fill_(hidden, float("-inf"))
 
 
 def pack(
@@ -134,7 +128,7 @@ def pack(
     order: Sequence[int] | None = None,
     kernels: Kernels | None = None,
 ) -> StepBatch:
-    """One batch of single-token chunks (sorted by KV place, as `by_place` gives them) and prompt chunks.
+    """One batch of single-token chunks (sorted by KV place: `KvRow.start`) and prompt chunks.
 
     order: in which the single tokens are packed; None: as they come. kernels: a CPU's.
     """
@@ -168,25 +162,21 @@ def inverse(order: Sequence[int]) -> list[int]:
     return places
 
 
-def by_place(row: KvRow) -> tuple[int, int]:
-    """Sort key that brings neighbouring KV rows together."""
-    return row.page, row.index
-
-
 def _runs(decoding: Sequence[Chunk]) -> list[DecodeRun]:
-    groups: list[list[Chunk]] = []
+    groups: list[list[KvRow]] = []
     for chunk in decoding:
         assert chunk.row is not None, "a decoding request has a KV row"
-        last = groups[-1][-1].row if groups else None
+        last = groups[-1][-1] if groups else None
         if last is not None and (chunk.row.page, chunk.row.index) == (last.page, last.index + 1):
-            groups[-1].append(chunk)
+            groups[-1].append(chunk.row)
         else:
-            groups.append([chunk])
+            groups.append([chunk.row])
     runs, first = [], 0
     for group in groups:
-        assert group[0].row is not None, "checked above"
-        runs.append(DecodeRun(first, len(group), group[0].row, tuple(chunk.start + 1 for chunk in group)))
-        first += len(group)
+        stop = first + len(group)
+        lengths = tuple(chunk.start + 1 for chunk in decoding[first:stop])
+        runs.append(DecodeRun(first, len(group), group[0], lengths))
+        first = stop
     return runs
 
 
@@ -217,30 +207,26 @@ def attend(
     batch = _batch_of(options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(layer, scale, options.get("sliding_window"), options.get("softcap"))
+    window, softcap = options.get("sliding_window"), options.get("softcap")
+    call = Call(layer, scale, window, softcap)
     if not isinstance(batch, StepBatch):
         return batch.attend(call, query_1HTD, key_1KTD, value_1KTD)[None], None
     query_THD, key_TKD, value_TKD = (part[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
     out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
     rows = batch.rows if batch.rows is not None and batch.rows.takes(layer, query_THD, value_TKD) else None
     if batch.kv is None:
-        _require_equal_heads(key_1KTD, value_1KTD)
+        if key_1KTD.shape != value_1KTD.shape:
+            found = f"a head's key has {key_1KTD.shape[-1]} values and its value {value_1KTD.shape[-1]}"
+            raise BaseModelError("the model", found, "the engine keeps keys and values in rows of one size")
         batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])
     elif rows is None or batch.segments:
         lines = batch.write_lines(layer)
         for arena, fresh_TKD in ((batch.kv.keys[layer], key_TKD), (batch.kv.values[layer], value_TKD)):
             arena.index_copy_(0, lines, fresh_TKD.reshape(len(lines), -1).to(arena.dtype))
     if rows is not None:
-        rows.attend(
-            layer,
-            query_THD,
-            (key_TKD, value_TKD),
-            out_THD,
-            writes=not batch.segments,
-            scale=call.scale,
-            window=call.window,
-            softcap=call.softcap,
-        )
+        fresh = (key_TKD, value_TKD)
+        writes = not batch.segments
+        rows.attend(layer, query_THD, fresh, out_THD, writes=writes, scale=scale, window=window, softcap=softcap)
     elif batch.runs:
         _decode_all(call, batch, query_THD, out_THD)
     for index, segment in enumerate(batch.segments):
@@ -251,11 +237,13 @@ def attend(
     return out_THD[None], None
 
 
-class Call:
-    """How one layer attends."""
+class Call(NamedTuple):
+    """Settings of one layer's attention."""
 
-    def __init__(self, layer: int, scale: float, window: int | None, softcap: float | None) -> None:
-        self.layer, self.scale, self.window, self.softcap = layer, scale, window, softcap
+    layer: int
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 class OwnAttention(Protocol):
@@ -268,24 +256,14 @@ class OwnAttention(Protocol):
 def _batch_of(options: dict[str, Any]) -> StepBatch | OwnAttention:
     batch: StepBatch | OwnAttention | None = options.pop(BATCH_KEY, None)
     if batch is None:
-        raise BaseModelError(
-            "the model",
-            "its attention was called without the engine's batch",
-            "a served decoder hands keyword arguments down to its attention function",
-        )
-    unknown = sorted(key for key, value in options.items() if value is not None and key not in _KNOWN_OPTIONS)
+        rule = "a served decoder hands keyword arguments down to its attention function"
+        raise BaseModelError("the model", "its attention was called without the engine's batch", rule)
+    unknown = [key for key, value in options.items() if value is not None and key not in _KNOWN_OPTIONS]
     if unknown:
-        raise BaseModelError("the model", f"attention option {unknown[0]}", "the engine's attention knows its options")
-    return batch
-
-
-def _require_equal_heads(key_1KTD: torch.Tensor, value_1KTD: torch.Tensor) -> None:
-    if key_1KTD.shape != value_1KTD.shape:
         raise BaseModelError(
-            "the model",
-            f"a head's key has {key_1KTD.shape[-1]} values and its value {value_1KTD.shape[-1]}",
-            "the engine keeps keys and values in rows of one size",
+            "the model", f"attention option {min(unknown)}", "the engine's attention knows its options"
         )
+    return batch
 
 
 def _decode_all(call: Call, batch: StepBatch, query_THD: torch.Tensor, out_THD: torch.Tensor) -> None:

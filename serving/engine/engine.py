@@ -1,7 +1,7 @@
 """The engine: one base model, many adapters, many requests decoded together in one thread.
 
 Life of a request: `submit` checks it, holds its adapter's slot and queues it; the thread's next step admits it (copying
-its cached prefix), computes its prompt in chunks beside the running answers, then one token a step; each token goes to
+its cached prefix), computes its prompt in chunks next to the running answers, then one token a step; each token goes to
 `on_event`. An adapter version is pinned at `submit`: retiring or dropping it later never changes a running answer.
 """
 
@@ -11,11 +11,13 @@ import logging
 import math
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,9 +27,10 @@ from graftwork.serving.engine.adapters.format import ReadOptions, VirtualTokens
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk
 from graftwork.serving.engine.cpu.host_tuning import keep_few_kernels, keep_freed_memory, spare_old_objects
-from graftwork.serving.engine.kv_cache import KvStore, PrefixCache
-from graftwork.serving.engine.model_runner import DecodePath, Runner, path_for
+from graftwork.serving.engine.kv_cache import KvStore, PrefixCache, block_keys
+from graftwork.serving.engine.model_runner import Runner
 from graftwork.serving.engine.request import (
+    STEP_S,
     EngineStats,
     FinishReason,
     GenerateRequest,
@@ -36,9 +39,11 @@ from graftwork.serving.engine.request import (
     check_request,
 )
 from graftwork.serving.engine.sampling import SampledToken, choose
-from graftwork.serving.engine.scheduler import Counters, ScheduledTokens, Scheduler, SchedulerOutput
-from graftwork.serving.engine.sequence import Decode, RunningRequest, ScoredContinuation
+from graftwork.serving.engine.scheduler import Decode, RunningRequest, Scheduler, ScoredContinuation
 from graftwork.serving.spec import EngineSpec
+
+if TYPE_CHECKING:
+    from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # imports Triton
 
 _log = logging.getLogger(__name__)
 _CACHE_SHARE = 4
@@ -49,15 +54,19 @@ class NativeEngine:
     """Decodes requests for the base and for every loaded adapter in one batch, in its own thread.
 
     model: a loaded transformers decoder (`AutoModelForCausalLM`) on `device`; the engine uses it alone until `stop`.
-    decode: token ids to text; needed only for requests with stop strings. path: None takes the device's own.
+    decode: token ids to text; needed only for requests with stop strings. path: decodes on a GPU; None makes it.
     """
 
     def __init__(
-        self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None, path: DecodePath | None = None
+        self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None, path: "GraphDecode | None" = None
     ) -> None:
         self.spec, self._decode = spec, decode
         keep_few_kernels()
-        self._path = path or path_for(torch.device(device))
+        if path is None and torch.device(device).type == "cuda":
+            from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # Triton: on CUDA alone
+
+            path = GraphDecode(torch.device(device))
+        self._path = path
         self.runner = Runner(model, device, self._path, places=0 if self._path else spec.max_loaded)
         try:
             self._kv, self._cache = _memory(self.runner, spec)
@@ -72,13 +81,14 @@ class NativeEngine:
             ReadOptions(spec.max_rank, self.runner.dtype, narrow=self.runner.planner.reads_in_place),
             device=self.runner.device,
             stacked=self._path is not None,
-            on_freed=self._tell_freed,
+            on_freed=lambda version: self._post(partial(self._forget, version)),
         )
         self._slots = AdapterSlots(spec.max_loaded, self._bring, self.runner.forget)
         self._scheduler = Scheduler(
             self._kv, self._cache, self._slots, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens
         )
-        self._counters = Counters()
+        self._counts = EngineStats()
+        """Counters alone. Other threads read them; each is right by itself."""
         self._arrivals = itertools.count()
         self._live: dict[str, RunningRequest] = {}
         self._inbox: deque[Callable[[], None]] = deque()
@@ -96,7 +106,7 @@ class NativeEngine:
         return self.pool.load(version, folder, digests)
 
     def check_adapter(self, folder: Path, digests: Mapping[str, str] | None = None) -> int:
-        """As `load_adapter`, and lets it go again."""
+        """Reads a PEFT folder as `load_adapter` does, without keeping it."""
         return self.pool.check(folder, digests)
 
     def retire_adapter(self, version: str) -> None:
@@ -129,6 +139,9 @@ class NativeEngine:
         arrived = request.arrived if request.arrived is not None else time.perf_counter()
         arrival = (request.idle_only, arrived, next(self._arrivals))
         running = RunningRequest(arrival, request, on_event, adapter)
+        if self._cache is not None:
+            prefix = running.tokens[: running.prompt_end - 1]
+            running.prefix_keys = block_keys(request.adapter, prefix, request.cache_salt)
         with self._wake:
             if self._stopping or request.request_id in self._live:
                 found = "the engine is stopped" if self._stopping else "in use"
@@ -136,7 +149,7 @@ class NativeEngine:
                     self.pool.release(request.adapter)
                 raise DataError(f"request_id {request.request_id!r}", found, "ids of running requests differ")
             self._live[request.request_id] = running
-            self._inbox.append(lambda: self._scheduler.add(running))
+            self._inbox.append(partial(self._scheduler.add, running))
             self._wake.notify()
 
     def _check_virtual_tokens(self, request: GenerateRequest, version: str, lead: VirtualTokens) -> None:
@@ -151,7 +164,7 @@ class NativeEngine:
 
     def cancel(self, request_id: str) -> None:
         """Ends a request with finish_reason="cancelled" before the next step; unknown ids are ignored."""
-        self._post(lambda: self._cancel(request_id))
+        self._post(partial(self._cancel, request_id))
 
     def start(self) -> None:
         """Starts the engine's thread; on a GPU, captures its graphs first."""
@@ -172,18 +185,28 @@ class NativeEngine:
         if self._thread is not None:
             self._thread.join()
             gc.unfreeze()
-        self._drain()
+        while self._inbox:
+            self._inbox.popleft()()
         for request in list(self._live.values()):
             self._end(request, "cancelled")
         self.runner.close()
 
     def alive(self) -> bool:
-        """Whether the engine's thread runs; False before `start`, after `stop`, and should it ever have died."""
+        """Return True while the engine's thread runs: not before `start`, after `stop`, or once it has died."""
         return self._thread is not None and self._thread.is_alive()
 
     def stats(self) -> EngineStats:
         """Counters since the start and the state now."""
-        return self._counters.snapshot(self._scheduler, self._kv, self._cache)
+        return replace(
+            self._counts,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_tokens_used=self._kv.used_tokens,
+            kv_tokens_limit=self._kv.capacity,
+            prefix_tokens_cached=self._cache.tokens if self._cache else 0,
+            preemptions=self._scheduler.preemptions,
+            finished=dict(self._counts.finished),
+        )
 
     # -- the engine's thread ------------------------------------------------------------------------------------------
 
@@ -195,7 +218,8 @@ class NativeEngine:
                     self._wake.wait_for(lambda: self._stopping or self._inbox or self._live)
                     if self._stopping:
                         return
-                self._drain()
+                while self._inbox:
+                    self._inbox.popleft()()
                 self._step()
 
     def _step(self) -> None:
@@ -203,74 +227,72 @@ class NativeEngine:
         started = time.perf_counter()
         involved = [*self._scheduler.running, *self._scheduler.waiting]
         try:
-            plan = self._scheduler.plan()
-            involved = [work.request for work in plan.works()]
-            choices = self._compute(plan) if plan else {}
+            decoding, prompts = self._scheduler.plan()
+            involved = [*decoding, *prompts]
+            choices = self._compute(decoding, prompts) if involved else {}
         except Exception as error:  # top of the thread: whatever the model raises ends these requests, and only these
             for request in involved:
                 self._end(request, "error", f"{type(error).__name__}: {error}")
             return
-        finishing = [work.request for work in plan.works() if work.finishes]
-        for work in plan.works():
-            _advance(work)
-        for request in finishing:
-            if request.given is not None:
-                self._tell_score(request, request.given)
-            else:
-                self._deliver(request, choices[request])
-        self._counters.steps += bool(plan)
-        mixed = len({work.request.request.adapter for work in plan.works()} - {None})
-        self._counters.most_adapters_in_step = max(self._counters.most_adapters_in_step, mixed)
-        self._counters.step(time.perf_counter() - started)
+        for request in involved:
+            assert request.row is not None, "a running request has a KV row"
+            request.row.length += request.scheduled
+        for request, choice in choices.items():
+            self._deliver(request, choice)
+        counts, adapters = self._counts, {request.version for request in involved} - {None}
+        counts.steps += bool(involved)
+        counts.most_adapters_in_step = max(counts.most_adapters_in_step, len(adapters))
+        seconds = time.perf_counter() - started
+        slot = bisect_left(STEP_S, seconds)
+        counts.step_s += seconds
+        counts.step_times = (*counts.step_times[:slot], counts.step_times[slot] + 1, *counts.step_times[slot + 1 :])
 
-    def _compute(self, plan: SchedulerOutput) -> dict[RunningRequest, SampledToken]:
-        """Runs the plan, chooses a token for every request that is ready for one, and scores given continuations."""
-        works = list(plan.works())
-        decoding, prompts = ([_chunk(work) for work in half] for half in (plan.decoding, plan.prompts))
-        firsts = itertools.accumulate((work.count for work in works), initial=0)
-        wanted = [first + place for work, first in zip(works, firsts, strict=False) for place in work.wanted]
-        adapters = [work.request.slot for work in plan.decoding], [work.request.slot for work in plan.prompts]
-        logits_NV = self.runner.step(self._kv, decoding, prompts, adapters, wanted)
-        choosing = [work.request for work in works if work.finishes and work.request.given is None]
+    def _compute(
+        self, decoding: Sequence[RunningRequest], prompts: Sequence[RunningRequest]
+    ) -> dict[RunningRequest, SampledToken]:
+        """Runs the plan; returns the next token, or the score of a continuation, of requests that are ready for it."""
+        chunks: list[Chunk] = []
+        counts: list[int] = []  # logits that each request needs
+        wanted: list[int] = []
+        first = 0
+        for one in (*decoding, *prompts):
+            start = one.row.length if one.row is not None else 0
+            chunks.append(Chunk(one.tokens[start : start + one.scheduled], start, one.row))
+            counts.append(len(one.scored) if one.given is not None else int(one.scheduled == one.remaining))
+            first += one.scheduled
+            wanted += range(first - counts[-1], first)
+        adapters = [one.slot for one in decoding], [one.slot for one in prompts]
+        split = len(decoding)
+        logits_NV = self.runner.step(self._kv, chunks[:split], chunks[split:], adapters, wanted)
+        ready = [one for one in (*decoding, *prompts) if one.scheduled == one.remaining]
+        choosing = [one for one in ready if one.given is None]
         if len(choosing) < len(wanted):
-            logits_NV = _score(works, logits_NV)
-        if not choosing:
-            return {}
-        return dict(zip(choosing, choose(logits_NV, [one.choosing for one in choosing]), strict=True))
+            logits_NV = _score((*decoding, *prompts), logits_NV.split(counts))
+        tokens = iter(choose(logits_NV, [one.choosing for one in choosing]) if choosing else ())
+        return {one: next(tokens) if one.given is None else _total(one.given) for one in ready}
 
     def _deliver(self, running: RunningRequest, choice: SampledToken) -> None:
-        """Hands one token out, and ends the request where it is the last."""
+        """Hands one token or score out, and ends the request where it is the last."""
         if choice.error is not None:
             self._end(running, "error", choice.error)
             return
-        first = len(running.tokens) == len(running.request.prompt_ids)
-        if first:
-            self._keep_prompt(running)
-        self._counters.generated_tokens += 1
-        reason = running.append(choice.token_id, self._decode)
+        cached = 0
+        if running.given is not None or len(running.tokens) == running.prompt_end:  # its prompt was computed just now
+            if self._cache is not None and running.row is not None:
+                self._cache.insert(running.prefix_keys, running.row, running.version)
+            cached = running.cached_tokens
+            self._counts.prompt_tokens += len(running.request.prompt_ids)
+            self._counts.prompt_tokens_from_cache += cached
+        reason: FinishReason | None = "scored"
+        if running.given is None:
+            self._counts.generated_tokens += 1
+            reason = running.append(choice.token_id, self._decode)
         if reason is not None:
             self._release(running, reason)
-        cached = running.cached_tokens if first else 0
-        event = TokenEvent(
-            running.request.request_id, choice.token_id, choice.logprob, reason, cached_tokens=cached, top=choice.top
-        )
+        name = running.request.request_id
+        event = TokenEvent(name, choice.token_id, choice.logprob, reason, cached_tokens=cached, top=choice.top)
         if not self._emit(running, event) and reason is None:
             self._release(running, "error")
-
-    def _tell_score(self, running: RunningRequest, given: ScoredContinuation) -> None:
-        if not math.isfinite(given.total):
-            self._end(running, "error", "the model's logits are not finite")
-            return
-        self._keep_prompt(running)
-        self._release(running, "scored")
-        name, cached = running.request.request_id, running.cached_tokens
-        self._emit(running, TokenEvent(name, -1, given.total, "scored", cached_tokens=cached))
-
-    def _keep_prompt(self, running: RunningRequest) -> None:
-        """Shares a prompt that has just been computed, and counts it."""
-        self._scheduler.keep_prefix(running)
-        self._counters.prompt_tokens += len(running.request.prompt_ids)
-        self._counters.prompt_tokens_from_cache += running.cached_tokens
 
     def _end(self, running: RunningRequest, reason: FinishReason, error: str | None = None) -> None:
         """Ends a request without a token."""
@@ -282,9 +304,9 @@ class NativeEngine:
         self._scheduler.remove(running, wipe=reason == "error")
         with self._wake:
             del self._live[running.request.request_id]
-        if running.adapter is not None:
-            self.pool.release(running.adapter.version)
-        self._counters.finished[reason] += 1
+        if running.version is not None:
+            self.pool.release(running.version)
+        self._counts.finished[reason] = self._counts.finished.get(reason, 0) + 1
 
     def _emit(self, running: RunningRequest, event: TokenEvent) -> bool:
         """Calls the request's own function; False where that raised, which is that request's fault alone."""
@@ -307,9 +329,6 @@ class NativeEngine:
             self.runner.planner.admit(weights)
         return weights
 
-    def _tell_freed(self, version: str) -> None:
-        self._post(lambda: self._forget(version))
-
     def _forget(self, version: str) -> None:
         self._slots.empty(version)
         if self._cache is not None:
@@ -319,10 +338,6 @@ class NativeEngine:
         with self._wake:
             self._inbox.append(command)
             self._wake.notify()
-
-    def _drain(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
 
 
 def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | None]:
@@ -334,24 +349,17 @@ def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | No
     return kv, PrefixCache(kv, cache_tokens) if spec.prefix_cache else None
 
 
-def _chunk(work: ScheduledTokens) -> Chunk:
-    request, start = work.request, work.request.computed
-    return Chunk(request.ids(start, work.count), start, request.row)
+def _score(requests: Sequence[RunningRequest], logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Notes the scores of given continuations; returns the logits of the other requests."""
+    left = []
+    for one, logits_NV in zip(requests, logits, strict=True):
+        if one.given is None:
+            left.append(logits_NV)
+        elif len(logits_NV):
+            one.given.take(one.scored, logits_NV)
+    return torch.cat(left) if left else logits[0][:0]
 
 
-def _score(works: Sequence[ScheduledTokens], logits_NV: torch.Tensor) -> torch.Tensor:
-    """Reads off what was asked about given continuations; the logits of the other requests remain."""
-    left, first = [], 0
-    for work in works:
-        logits = logits_NV[first : first + len(work.wanted)]
-        first += len(work.wanted)
-        if work.request.given is None:
-            left.append(logits)
-        elif len(logits):
-            work.request.given.take(work.scored, logits)
-    return torch.cat(left) if left else logits_NV[:0]
-
-
-def _advance(work: ScheduledTokens) -> None:
-    assert work.request.row is not None, "a running request has a KV row"
-    work.request.row.length += work.count
+def _total(given: ScoredContinuation) -> SampledToken:
+    error = None if math.isfinite(given.total) else "the model's logits are not finite"
+    return SampledToken(-1, given.total, error=error)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import unquote
 
 import numpy
@@ -39,35 +39,6 @@ class GrammarError(DataError):
     """A grammar that cannot be enforced: not valid, no answer can have it, or a part of it is not known."""
 
 
-class Matcher(Protocol):
-    """The state of one answer in its grammar. The engine's thread alone uses it; nothing of it raises."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why the grammar cannot go on (it became too complex); the answer then ends with an error."""
-
-    @property
-    def finished(self) -> bool:
-        """The answer is whole, and no token may follow."""
-
-    def fill(self, words_W: MaskWords) -> None:
-        """Sets the bits of the tokens that may come next; stop ids are among them where the answer is whole."""
-
-    def take(self, token_id: int) -> None:
-        """The answer goes on with this token."""
-
-
-class Grammar(Protocol):
-    """A compiled grammar, shared by all requests that ask for the same one."""
-
-    @property
-    def text(self) -> GrammarText:
-        """What it was compiled from."""
-
-    def matcher(self) -> Matcher:
-        """A new answer's state; cheap."""
-
-
 T = TypeVar("T")
 STACK_BYTES = 512 * 2**20
 """Address space; only what is touched becomes memory."""
@@ -75,7 +46,7 @@ _starting = threading.Lock()
 
 
 def on_tall_stack(call: Callable[[], T]) -> T:
-    """What `call` returns or raises, run in a thread of its own. Blocks. About 0.1 ms."""
+    """Return or raise the outcome of `call`, run in a thread of its own. Blocks. About 0.1 ms."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -141,30 +112,30 @@ class Grammars:
         self.compile = lru_cache(maxsize=_KEPT)(self._compile)
         """Grammar of a text. Blocks for about 1 ms, on the first call for the table too. Raises GrammarError."""
 
-    def _compile(self, text: GrammarText) -> "CompiledGrammar":
+    def _compile(self, text: GrammarText) -> "Grammar":
         return on_tall_stack(partial(self._build, text))
 
-    def _build(self, text: GrammarText) -> "CompiledGrammar":
+    def _build(self, text: GrammarText) -> "Grammar":
         matcher = LLMatcher(self._vocabulary.open(), _definition(text), log_level=0, limits=_limits())
         words = -(-self._vocabulary.size // 32)
-        _try_out(text, GrammarState(matcher, words), words)
+        _try_out(text, Matcher(matcher, words), words)
         matcher.reset()
-        return CompiledGrammar(text, matcher, words)
+        return Grammar(text, matcher, words)
 
 
-class CompiledGrammar:
+class Grammar:
     """Shared by the requests of one grammar: copies take 2 us and share the states that the lexer has built."""
 
     def __init__(self, text: GrammarText, matcher: LLMatcher, words: int) -> None:
         self.text, self._matcher, self._words = text, matcher, words
 
-    def matcher(self) -> "GrammarState":
+    def matcher(self) -> "Matcher":
         """A new answer's state."""
-        return GrammarState(self._matcher.deep_copy(), self._words)
+        return Matcher(self._matcher.deep_copy(), self._words)
 
 
-class GrammarState:
-    """One growing answer, a `Matcher` of the engine. A step costs microseconds where the lexer knows the state.
+class Matcher:
+    """One growing answer in its grammar. A step costs microseconds where the lexer knows the state; nothing raises.
 
     words: 32-bit words that the library writes; more than the model's where the tokenizer has ids that the model lacks.
     """
@@ -174,18 +145,16 @@ class GrammarState:
 
     @property
     def problem(self) -> str | None:
-        """In the library's words: a limit that the grammar passed."""
-        if not self._matcher.is_error():
-            return None
-        return _plain(self._matcher.get_error())
+        """In the library's words, a limit that the grammar passed; the answer then ends with an error."""
+        return _plain(self._matcher.get_error()) if self._matcher.is_error() else None
 
     @property
     def finished(self) -> bool:
-        """Nothing but the end may follow."""
+        """The answer is whole, and no token may follow."""
         return bool(self._matcher.is_stopped())
 
     def fill(self, words_W: MaskWords) -> None:
-        """The bits of the tokens that may come next. Releases the interpreter's lock."""
+        """Sets the bits of the tokens that may come next, stop ids too where the answer is whole. Releases the GIL."""
         self._matcher.unsafe_compute_mask_ptr(self._all.ctypes.data, self._all.nbytes)
         words_W[: len(self._all)] = self._all[: len(words_W)]
 
@@ -235,7 +204,7 @@ def _definition(text: GrammarText) -> str:
 
 
 def _levels(schema: object) -> int:
-    """How deep a walk along the schema's references can get at most: its nesting, once for each different $ref.
+    """Return the most levels of a walk along the schema's references: its nesting, once for each different $ref.
 
     The library walks by recursion, 8 KB a level: a chain of 1,000 $refs ended the process on an 8 MiB stack.
     """
@@ -335,7 +304,7 @@ def _list(node: dict[str, Any], key: str) -> list[Any]:
 
 
 def _referred(ref: object, root: dict[str, Any]) -> object:
-    """What a reference within the schema points at (RFC 6901); None for any other."""
+    """Return the target of a reference within the schema (RFC 6901); None for any other."""
     if not isinstance(ref, str) or not ref.startswith("#"):
         return None
     node: object = root
@@ -345,7 +314,7 @@ def _referred(ref: object, root: dict[str, Any]) -> object:
     return node
 
 
-def _try_out(text: GrammarText, answer: "GrammarState", words: int) -> None:
+def _try_out(text: GrammarText, answer: Matcher, words: int) -> None:
     """The first steps of an answer, here and not in the engine: what has no answer shows at once, and so does what
     would hold everybody up. The library's own limits do not see `a{100000}`, 0.1 s a step."""
     mask = numpy.zeros(words, numpy.int32)

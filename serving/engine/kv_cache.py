@@ -15,15 +15,15 @@ Legend: L length, D head size.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-import numpy
 import torch
 
 from graftwork.errors import ConfigError
 from graftwork.serving.engine.adapters.format import VirtualTokens
+from graftwork.serving.engine.cpu.host_tuning import new_zeros
 
 _PAGE_TOKENS = 4096
 _SMALLEST_CLASS = 64
@@ -39,23 +39,24 @@ class KvShape:
 
 @dataclass(eq=False)
 class KvRow:
-    """The place of one request's keys and values. `length` tokens of it are written."""
+    """The place of one request's keys and values. `length` tokens of it are written.
+
+    start: its first token in an arena; head h, position p of a layer is line `start * heads + h * cap + p`.
+    """
 
     page: int
     index: int
     cap: int
+    start: int
     length: int = 0
 
 
+@dataclass(eq=False)
 class _Page:
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.cap = 0
-        self.rows: list[KvRow | None] = []
-
-    @property
-    def used(self) -> int:
-        return sum(row is not None for row in self.rows)
+    number: int
+    cap: int = 0
+    used: int = 0
+    rows: list[KvRow | None] = field(default_factory=list)
 
 
 class KvStore:
@@ -73,17 +74,10 @@ class KvStore:
         self.shapes = tuple(shapes)
         self.page_tokens = max(max_len, min(_PAGE_TOKENS, tokens // 8))
         self.classes = _classes(max_len)
-        self.keys = [self._arena(shape, tokens, dtype, device) for shape in shapes]
-        self.values = [self._arena(shape, tokens, dtype, device) for shape in shapes]
         self._pages = [_Page(number) for number in range(tokens // self.page_tokens)]
-
-    def _arena(self, shape: KvShape, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        lines = tokens // self.page_tokens * self.page_tokens * shape.heads
-        if device.type != "cpu":
-            return torch.zeros(lines, shape.head_dim, dtype=dtype, device=device)
-        # calloc: zero (masked lines must be finite) and not resident until written, which torch.zeros would be
-        size_bytes = lines * shape.head_dim * dtype.itemsize
-        return torch.from_numpy(numpy.zeros(size_bytes, numpy.uint8)).view(dtype).view(lines, shape.head_dim)
+        sizes = [(self.capacity * shape.heads, shape.head_dim) for shape in shapes]
+        self.keys = [new_zeros(size, dtype, device) for size in sizes]  # masked lines must be finite
+        self.values = [new_zeros(size, dtype, device) for size in sizes]
 
     @property
     def capacity(self) -> int:
@@ -96,9 +90,18 @@ class KvStore:
         return sum(row.length for page in self._pages for row in page.rows if row is not None)
 
     def allocate(self, tokens: int) -> KvRow | None:
-        """A row with room for `tokens`, or None while there is none."""
-        row = self._place(tokens)
-        return row if row is not None or not self._defragment() else self._place(tokens)
+        """A row with room for `tokens` (at most max_len), or None while there is none.
+
+        In the fullest page of the class, then in a free page, then in a gap of a longer class.
+        """
+        classes = [cap for cap in self.classes if cap >= tokens]
+        for cap in (classes[0], 0, *classes[1:]):
+            pages = [page for page in self._pages if page.cap == cap and page.used < self.page_tokens // (cap or 1)]
+            if pages:
+                page = max(pages, key=lambda candidate: candidate.used)
+                page.cap = page.cap or classes[0]
+                return self._take(page, page.rows.index(None) if None in page.rows else len(page.rows))
+        return self.allocate(tokens) if self._defragment() else None  # in the page that this has emptied
 
     def grow(self, row: KvRow, tokens: int) -> bool:
         """Makes room for `tokens` in the row, moving it if needed. False: no room; the row is unchanged."""
@@ -121,6 +124,7 @@ class KvStore:
                     view.zero_()
         page = self._pages[row.page]
         page.rows[row.index] = None
+        page.used -= 1
         while page.rows and page.rows[-1] is None:
             page.rows.pop()
         if not page.rows:
@@ -143,43 +147,23 @@ class KvStore:
 
     def row_view(self, row: KvRow, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one row, each [Hkv, cap, D]."""
-        return self._strided(self.keys[layer], row, layer), self._strided(self.values[layer], row, layer)
+        heads, size = self.shapes[layer].heads, self.shapes[layer].head_dim
+        lines = slice(row.start * heads, (row.start + row.cap) * heads)
+        keys, values = self.keys[layer][lines], self.values[layer][lines]
+        return keys.view(heads, row.cap, size), values.view(heads, row.cap, size)
 
     def run_view(self, row: KvRow, count: int, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `count` neighbouring rows from `row` on, each [count * Hkv, length, D]."""
-        shape, line = self.shapes[layer], self.first_line(row, layer)
+        shape = self.shapes[layer]
         size = (count * shape.heads, length, shape.head_dim)
         stride = (row.cap * shape.head_dim, shape.head_dim, 1)
-        start = line * shape.head_dim
+        start = row.start * shape.heads * shape.head_dim
         return self.keys[layer].as_strided(size, stride, start), self.values[layer].as_strided(size, stride, start)
 
-    def first_line(self, row: KvRow, layer: int) -> int:
-        """Index in the arena of head 0, position 0; head h is `h * cap` further."""
-        return (row.page * self.page_tokens + row.index * row.cap) * self.shapes[layer].heads
-
-    def _strided(self, arena: torch.Tensor, row: KvRow, layer: int) -> torch.Tensor:
-        shape, line = self.shapes[layer], self.first_line(row, layer)
-        return arena[line : line + shape.heads * row.cap].view(shape.heads, row.cap, shape.head_dim)
-
-    def _place(self, tokens: int) -> KvRow | None:
-        """In the fullest page of the class, then in a free page, then in a gap of a longer class."""
-        classes = [cap for cap in self.classes if cap >= tokens]
-        if not classes:
-            return None
-        for cap in (classes[0], 0, *classes[1:]):
-            pages = [page for page in self._pages if page.cap == cap and page.used < self.page_tokens // (cap or 1)]
-            if pages:
-                page = max(pages, key=lambda candidate: candidate.used)
-                page.cap = page.cap or classes[0]
-                return self._take(page, page.rows.index(None) if None in page.rows else len(page.rows))
-        return None
-
     def _take(self, page: _Page, index: int) -> KvRow:
-        row = KvRow(page.number, index, page.cap)
-        if index == len(page.rows):
-            page.rows.append(row)
-        else:
-            page.rows[index] = row
+        row = KvRow(page.number, index, page.cap, page.number * self.page_tokens + index * page.cap)
+        page.rows[index : index + 1] = [row]
+        page.used += 1
         return row
 
     def _move(self, row: KvRow, target: KvRow) -> None:
@@ -188,17 +172,19 @@ class KvStore:
             for source, sink in zip(self.row_view(row, layer), self.row_view(target, layer), strict=True):
                 sink[:, : row.length].copy_(source[:, : row.length])
         self.free(row)
-        row.page, row.index, row.cap = target.page, target.index, target.cap
+        self._replace(row, target)
+
+    def _replace(self, row: KvRow, target: KvRow) -> None:
+        row.page, row.index, row.cap, row.start = target.page, target.index, target.cap, target.start
         self._pages[row.page].rows[row.index] = row
 
     def _recut(self, row: KvRow, tokens: int) -> None:
         """Gives the page of a lone row a longer class, through a copy: no other page is free."""
         saved = [[view[:, : row.length].clone() for view in self.row_view(row, n)] for n in range(len(self.shapes))]
         self.free(row)
-        target = self._place(tokens)
+        target = self.allocate(tokens)
         assert target is not None, "an empty page holds the longest row"
-        row.page, row.index, row.cap = target.page, target.index, target.cap
-        self._pages[row.page].rows[row.index] = row
+        self._replace(row, target)
         for layer, halves in enumerate(saved):
             for view, half in zip(self.row_view(row, layer), halves, strict=True):
                 view[:, : row.length] = half
@@ -263,27 +249,29 @@ def block_keys(version: str | None, tokens: Sequence[int], salt: str = "") -> li
 class PrefixCache:
     """Blocks of computed KV, the least recently used dropped first. The engine's thread alone uses it.
 
-    tokens: memory of the cache, beside the rows of `store`.
+    tokens: memory of the cache, next to the rows of `store`.
     """
 
     def __init__(self, store: KvStore, tokens: int) -> None:
-        self._store = store
+        self._store, self._device = store, store.keys[0].device
         blocks = tokens // BLOCK
         self._free = list(range(blocks))
         self._index: OrderedDict[bytes, int] = OrderedDict()
         self._owner: dict[bytes, str | None] = {}
         arena = store.keys[0]
-        self._keys, self._values = (
-            [arena.new_empty(blocks, shape.heads, BLOCK, shape.head_dim) for shape in store.shapes] for _ in range(2)
-        )
+        self._layers = [
+            tuple(arena.new_empty(blocks, shape.heads, BLOCK, shape.head_dim) for _ in range(2))
+            for shape in store.shapes
+        ]
+        """Keys and values of each layer."""
 
     @property
     def tokens(self) -> int:
-        """Tokens held."""
+        """Tokens in the cache."""
         return len(self._index) * BLOCK
 
     def match(self, keys: Sequence[bytes]) -> int:
-        """How many leading blocks are held; they become the most recently used, the first one most of all."""
+        """Number of leading blocks in the cache; they become the most recently used, the first one most of all."""
         count = 0
         while count < len(keys) and keys[count] in self._index:
             count += 1
@@ -293,54 +281,41 @@ class PrefixCache:
 
     def fetch(self, keys: Sequence[bytes], row: KvRow) -> None:
         """Copies the blocks into the beginning of `row`; `match` has just found them all."""
-        blocks = self._tensor([self._index[key] for key in keys])
-        for layer in range(len(self._store.shapes)):
-            k, v = self._store.row_view(row, layer)
-            self._blocked(k, len(keys)).copy_(self._keys[layer][blocks].transpose(0, 1))
-            self._blocked(v, len(keys)).copy_(self._values[layer][blocks].transpose(0, 1))
+        blocks = torch.tensor([self._index[key] for key in keys], device=self._device)
         row.length = len(keys) * BLOCK
+        for layer, halves in enumerate(self._layers):
+            for cached, view in zip(halves, self._store.row_view(row, layer), strict=True):
+                fresh = view[:, : row.length].view(len(view), len(keys), BLOCK, -1)
+                fresh.copy_(cached[blocks].transpose(0, 1))
 
     def insert(self, keys: Sequence[bytes], row: KvRow, version: str | None) -> None:
-        """Keeps the blocks of a computed prompt that are not held yet."""
-        held = self.match(keys)
-        places = self._make_room(len(keys) - held, protected=set(keys[:held]))
-        fresh = keys[held : held + len(places)]
-        if not fresh:
+        """Adds the blocks of a computed prompt, dropping old ones for them but none of this prompt."""
+        known = self.match(keys)
+        wanted, protected = len(keys) - known, set(keys[:known])
+        for key in list(self._index):
+            if len(self._free) >= wanted:
+                break
+            if key not in protected:
+                self._evict(key)
+        places = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+        stop = known + len(places)
+        if not places:
             return
-        blocks = self._tensor(places)
-        for layer in range(len(self._store.shapes)):
-            k, v = self._store.row_view(row, layer)
-            self._keys[layer][blocks] = self._blocked(k, held + len(fresh))[:, held:].transpose(0, 1)
-            self._values[layer][blocks] = self._blocked(v, held + len(fresh))[:, held:].transpose(0, 1)
-        for key, place in reversed(list(zip(fresh, places, strict=True))):
+        blocks = torch.tensor(places, device=self._device)
+        for layer, halves in enumerate(self._layers):
+            for cached, view in zip(halves, self._store.row_view(row, layer), strict=True):
+                computed = view[:, : stop * BLOCK].view(len(view), stop, BLOCK, -1)
+                cached[blocks] = computed[:, known:].transpose(0, 1)
+        for key, place in reversed(list(zip(keys[known:stop], places, strict=True))):
             self._index[key] = place
             self._owner[key] = version
-        self.match(keys[: held + len(fresh)])
+        self.match(keys[:stop])
 
     def drop(self, version: str) -> None:
         """Forgets every block of an adapter version."""
         for key in [key for key, owner in self._owner.items() if owner == version]:
             self._evict(key)
 
-    def _make_room(self, wanted: int, protected: set[bytes]) -> list[int]:
-        """Up to `wanted` free places, dropping old blocks but none of `protected`."""
-        for key in list(self._index):
-            if len(self._free) >= wanted:
-                break
-            if key not in protected:
-                self._evict(key)
-        count = min(wanted, len(self._free))
-        return [self._free.pop() for _ in range(count)]
-
     def _evict(self, key: bytes) -> None:
         self._free.append(self._index.pop(key))
         del self._owner[key]
-
-    @staticmethod
-    def _blocked(row_view: torch.Tensor, count: int) -> torch.Tensor:
-        """[Hkv, cap, D] -> the first `count` blocks as [Hkv, count, BLOCK, D], a view."""
-        heads, _, size = row_view.shape
-        return row_view[:, : count * BLOCK].view(heads, count, BLOCK, size)
-
-    def _tensor(self, places: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(places, device=self._store.keys[0].device)

@@ -12,7 +12,7 @@ import numpy.typing
 import torch
 
 from graftwork.serving.engine.grammar import MaskWords
-from graftwork.serving.engine.sequence import SamplerState
+from graftwork.serving.engine.request import SamplerState
 
 
 def process_logits(scores_BV: torch.Tensor, rows: Sequence[SamplerState]) -> None:

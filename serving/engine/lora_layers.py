@@ -4,13 +4,15 @@ A hook replaces the `forward` of one module instance (nn.Linear and bitsandbytes
 names, weights and `state_dict` of the model stay as they are; `unhook` gives the model back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import linear
 
 from graftwork.serving.engine.adapters.format import LinearShape
+from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor: their lora_A are computed together."""
@@ -29,12 +31,6 @@ class LoraLayer:
 Forward = Callable[..., torch.Tensor]
 
 
-def own_forward(module: torch.nn.Module) -> Forward:
-    """The base's result as the module computes it."""
-    forward: Forward = module.forward
-    return forward
-
-
 class Deltas(Protocol):
     """The adapters of one step."""
 
@@ -42,8 +38,56 @@ class Deltas(Protocol):
         """`result` of the base plus each row's delta. x: [..., in], result: [..., out]."""
 
 
+class LoraPart(Protocol):
+    """Some adapters of one step. `shrink` is called once a group, `expand` with its result once a linear of it."""
+
+    def shrink(self, group: str, x_NI: torch.Tensor) -> torch.Tensor | None:
+        """lora_A of every member on the part's rows; None where none of its adapters touches the group."""
+
+    def expand(self, site: LoraLayer, shrunk: torch.Tensor, out_NO: torch.Tensor) -> None:
+        """Adds the deltas of one linear to the part's rows of `out_NO`."""
+
+
+@dataclass(frozen=True)
+class LoraSegment:
+    """Packed tokens `first` to `stop` run with one adapter."""
+
+    first: int
+    stop: int
+    weights: LoadedAdapter
+
+
+class StepDeltas:
+    """Deltas that `Sites` adds during one forward pass: the decoding tokens' `parts`, the prompt tokens' segments."""
+
+    def __init__(self, parts: Sequence[LoraPart], segments: Sequence[LoraSegment]) -> None:
+        self.parts, self._segments = parts, segments
+        self._group = ""
+        self._input: torch.Tensor | None = None
+        self._shrunk: list[torch.Tensor | None] = []
+
+    def add(self, site: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Adds in place: `result` is the linear's own fresh output."""
+        x_TI, out_TO = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
+        if self.parts:
+            if site.group != self._group or x is not self._input:
+                self._group, self._input = site.group, x
+                self._shrunk = [part.shrink(site.group, x_TI) for part in self.parts]
+            for part, shrunk in zip(self.parts, self._shrunk, strict=True):
+                if shrunk is not None:
+                    part.expand(site, shrunk, out_TO)
+        for segment in self._segments:
+            group = segment.weights.groups.get(site.group)
+            weights = group.members[site.member] if group else None
+            if weights is not None:
+                x_SI = x_TI[segment.first : segment.stop]
+                a_RI, b_OR = weights.widened(x_SI.dtype)
+                out_TO[segment.first : segment.stop] += linear(linear(x_SI, a_RI), b_OR) * weights.scaling
+        return result
+
+
 class Inputs(Protocol):
-    """What rows of one step change in a linear's input."""
+    """Changes of a linear's input by rows of one step."""
 
     def scaled(self, site: LoraLayer, x: torch.Tensor) -> torch.Tensor:
         """`x` itself, or a copy with some rows changed."""
@@ -52,17 +96,17 @@ class Inputs(Protocol):
 class Sites:
     """All hooked linears of one model. `deltas` and `inputs` are set around a pass; None costs a comparison a linear.
 
-    forward_of: what computes a linear's own result.
+    forward_of: computes a linear's own result; None: the module.
     """
 
-    def __init__(self, model: torch.nn.Module, forward_of: Callable[[torch.nn.Module], Forward] = own_forward) -> None:
+    def __init__(self, model: torch.nn.Module, forward_of: Callable[[torch.nn.Module], Forward] | None = None) -> None:
         self.deltas: Deltas | None = None
         self.inputs: Inputs | None = None
         self._hooked: list[torch.nn.Module] = []
         linears = _inner_linears(model)
         self.sites = {site.name: site for site in _grouped(linears)}
         for name, module in linears.items():
-            self._hook(self.sites[name], module, forward_of(module))
+            self._hook(self.sites[name], module, module.forward if forward_of is None else forward_of(module))
 
     @property
     def shapes(self) -> Mapping[str, LinearShape]:

@@ -7,11 +7,11 @@ formula bit for bit.
 Legend: B rows of a batch, T tokens, V vocabulary, N chosen tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.functional import silu
@@ -25,12 +25,14 @@ from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.kinds import MixedKinds
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk, StepBatch, inverse, pack
-from graftwork.serving.engine.cpu.attention import fits
 from graftwork.serving.engine.cpu.host_tuning import PiecewiseOutput
-from graftwork.serving.engine.cpu.kernels import kernels_for
+from graftwork.serving.engine.cpu.kernels import fits, kernels_for
 from graftwork.serving.engine.kv_cache import KvShape, KvStore, longest_sequence
-from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, Forward, Sites, own_forward
+from graftwork.serving.engine.lora_batch import DeltaPlanner
+from graftwork.serving.engine.lora_layers import Deltas, LoraSegment, Sites
+
+if TYPE_CHECKING:
+    from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # imports Triton
 
 
 class DecodeInputs(Protocol):
@@ -40,43 +42,6 @@ class DecodeInputs(Protocol):
     def ids_1T(self) -> torch.Tensor: ...
     @property
     def positions_1T(self) -> torch.Tensor: ...
-
-
-class DecodePath(Protocol):
-    """Decodes in its own way. The engine's thread alone uses it."""
-
-    def forward_of(self, module: torch.nn.Module) -> Forward:
-        """What computes a linear's own result; called once for each before `attach`."""
-
-    def attach(self, runner: "Runner", kv: KvStore, *, max_batch: int, max_rank: int) -> None:
-        """Sets up the device's memory."""
-
-    def warm_up(self) -> None:
-        """Does what would slow the first requests down."""
-
-    def bring(self, move: Callable[[], LoadedAdapter]) -> LoadedAdapter:
-        """Calls `move`, which copies an adapter to the device; the copy may still be under way afterwards."""
-
-    def wait_uploads(self, adapters: Sequence[LoadedAdapter | None]) -> None:
-        """Makes the device's next work wait for the copies of these adapters."""
-
-    def supports(self, weights: LoadedAdapter | None) -> bool:
-        """Whether requests of this adapter can be decoded here; others are computed beside the prompts."""
-
-    def logits(self, chunks: Sequence[Chunk], adapters: Sequence[LoadedAdapter | None]) -> torch.Tensor:
-        """Logits [N, V] after the one token of each chunk; valid until the next call. Settles the adapters."""
-
-    def forget(self, version: str) -> None:
-        """Drops references to a freed adapter."""
-
-
-def path_for(device: torch.device) -> DecodePath | None:
-    """The device's own path; None on a CPU. Triton is imported on CUDA alone."""
-    if device.type != "cuda":
-        return None
-    from graftwork.serving.engine.cuda.graph_decode import GraphDecode
-
-    return GraphDecode(device)
 
 
 _PROBE_ROWS = 2
@@ -153,7 +118,7 @@ def _is_gated_mlp(module: Any, dtype: torch.dtype) -> bool:
 
 
 def _takes_one(module: Any) -> bool:
-    """Whether a module is called with its input alone: a gated norm has another argument."""
+    """True: a module is called with its input alone: a gated norm has another argument."""
     return len(signature(type(module).forward).parameters) == 2
 
 
@@ -170,11 +135,11 @@ KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 class Runner:
     """Owns the prepared model. BaseModelError for a decoder whose attention is not called through transformers.
 
-    path: computes decoding tokens in its own way; None computes them beside the prompts. places: how many adapters of a
+    path: computes decoding tokens in its own way; None computes them with the prompts. places: how many adapters of a
     rank bucket are laid out for that.
     """
 
-    def __init__(self, model: Any, device: str, path: DecodePath | None = None, places: int = 0) -> None:
+    def __init__(self, model: Any, device: str, path: "GraphDecode | None" = None, places: int = 0) -> None:
         self.model, self.device = model, torch.device(device)
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
@@ -186,7 +151,7 @@ class Runner:
         set_attention(self.config, attention.NAME)
         model.eval()
         self.path = path
-        self.sites = Sites(model, own_forward if path is None else path.forward_of)
+        self.sites = Sites(model, None if path is None else path.forward_of)
         self._output = PiecewiseOutput(model.get_output_embeddings())
         self._kernels = kernels_for(self.dtype) if self.device.type == "cpu" else None
         self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, self._kernels)
@@ -220,17 +185,39 @@ class Runner:
 
         adapters: of each decoding chunk and of each prompt chunk.
         """
-        if self.path is None:
-            return self._step_mixed(kv, decoding, prompts, adapters, wanted)
-        fast = [n for n, weights in enumerate(adapters[0]) if self.path.supports(weights)]
-        slow = [n for n, weights in enumerate(adapters[0]) if not self.path.supports(weights)]
+        if self.path is not None:
+            return self._step_by_path(self.path, kv, decoding, prompts, adapters, wanted)
+        decoders, prefills = adapters
+        order = self.planner.order(decoders) if any(decoders) else None
+        batch = pack(decoding, prompts, kv, self.device, order, self._kernels)
+        if order is not None:
+            decoders = [decoders[n] for n in order]
+            packed = [*inverse(order), *range(len(order), max(wanted) + 1)]
+            wanted = [packed[place] for place in wanted]
+        if prompts or self._layers is None:  # prompts are computed as peft computes them, bit for bit
+            return self.forward(batch, decoders, prefills, wanted)
+        with self._layers.decoding():
+            return self.forward(batch, decoders, prefills, wanted)
+
+    def _step_by_path(
+        self,
+        path: "GraphDecode",
+        kv: KvStore,
+        decoding: Sequence[Chunk],
+        prompts: Sequence[Chunk],
+        adapters: tuple[Sequence[LoadedAdapter | None], Sequence[LoadedAdapter | None]],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """Decoding tokens by the device's own path where it supports their adapters, the others with the prompts."""
+        fast = [n for n, weights in enumerate(adapters[0]) if path.supports(weights)]
+        slow = [n for n, weights in enumerate(adapters[0]) if not path.supports(weights)]
         parts = []
         if fast:
-            parts.append(self.path.logits([decoding[n] for n in fast], [adapters[0][n] for n in fast]))
+            parts.append(path.logits([decoding[n] for n in fast], [adapters[0][n] for n in fast]))
         if slow or prompts:
             batch = pack([decoding[n] for n in slow], prompts, kv, self.device)
             shift = len(slow) - len(decoding)
-            self.path.wait_uploads([*(adapters[0][n] for n in slow), *adapters[1]])
+            path.wait_uploads([*(adapters[0][n] for n in slow), *adapters[1]])
             ends = [*range(len(slow)), *(place + shift for place in wanted[len(decoding) :])]
             parts.append(self.forward(batch, [adapters[0][n] for n in slow], adapters[1], ends))
         logits_NV = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -238,26 +225,6 @@ class Runner:
         if not slow:
             return logits_NV
         return torch.empty_like(logits_NV).index_copy_(0, torch.tensor(places, device=self.device), logits_NV)
-
-    def _step_mixed(
-        self,
-        kv: KvStore,
-        decoding: Sequence[Chunk],
-        prompts: Sequence[Chunk],
-        adapters: tuple[Sequence[LoadedAdapter | None], Sequence[LoadedAdapter | None]],
-        wanted: Sequence[int],
-    ) -> torch.Tensor:
-        """Decoding tokens and prompts in one pass, the decoding ones packed as their adapters lie."""
-        order = self.planner.order(adapters[0])
-        if order is None:
-            batch = pack(decoding, prompts, kv, self.device, kernels=self._kernels)
-            if prompts or self._layers is None:  # prompts are computed as peft computes them, bit for bit
-                return self.forward(batch, *adapters, wanted)
-            with self._layers.decoding():
-                return self.forward(batch, *adapters, wanted)
-        packed = [*inverse(order), *range(len(order), max(wanted) + 1)]
-        batch = pack(decoding, prompts, kv, self.device, order)
-        return self.forward(batch, [adapters[0][n] for n in order], adapters[1], [packed[place] for place in wanted])
 
     @torch.inference_mode()
     def forward(
@@ -268,9 +235,12 @@ class Runner:
         wanted: Sequence[int],
     ) -> torch.Tensor:
         """Logits [N, V] at the packed positions `wanted`. decoding, prompts: the adapter of each chunk of the batch."""
-        segments = _lora_segments(batch, prompts)
         wanted_N = torch.tensor(wanted, dtype=torch.long, device=self.device)
-        if all(weights is None or weights.only_lora for half in (decoding, prompts) for weights in half):
+        adapters = {weights for half in (decoding, prompts) for weights in half if weights is not None}
+        if not adapters:
+            return self.run(batch, None, wanted_N)[0]
+        segments = _lora_segments(batch, prompts)
+        if all(weights.only_lora for weights in adapters):
             return self.run(batch, self.planner.plan(decoding, segments), wanted_N)[0]
         with self.kinds.step(batch, decoding, prompts, segments, wanted) as deltas:
             return self.run(batch, deltas, wanted_N)[0]
@@ -305,7 +275,6 @@ class Runner:
     def close(self) -> None:
         """Gives the model back as it was."""
         self.sites.unhook()
-        self.kinds.unhook()
         self._output.unhook()
         set_attention(self.config, self._own_attention)
         self.model.train(self._was_training)
@@ -352,7 +321,7 @@ class Runner:
 
     @torch.inference_mode()
     def _require_apart(self) -> None:
-        """Try two requests in one pass: state that goes from token to token beside keys and values would mix them."""
+        """Try two requests in one pass: state that goes from token to token next to keys and values would mix them."""
         ids = probe_ids(self.vocab_size)
         first, second = ids[:PROBE_LENGTH], ids[PROBE_LENGTH:]
 

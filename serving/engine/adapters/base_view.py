@@ -28,12 +28,12 @@ class BaseView:
 
     @property
     def tied(self) -> bool:
-        """Whether the output layer's weight is the embedding itself."""
+        """True: the output layer's weight is the embedding itself."""
         return self.output is not None and self.output.weight is self.embedding.weight
 
     @property
     def embedding_scale(self) -> torch.Tensor | None:
-        """What the embedding layer multiplies its rows by (Gemma 3), as peft asks for it."""
+        """Factor of the embedding layer's rows (Gemma 3), as peft reads it."""
         scale = getattr(self.embedding, "embed_scale", None)
         return torch.as_tensor(scale) if scale is not None else None
 
@@ -60,20 +60,17 @@ def linear_weight(module: torch.nn.Module) -> torch.Tensor:
     kind = type(weight).__name__
     if kind == "Params4bit":
         return _unpacked_4bit(weight)
+    plain: torch.Tensor
     if kind == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
         state: Any = module.state
-        rows_OI: torch.Tensor = weight.data if state.CB is None else state.CB
-        scale_O: torch.Tensor = weight.SCB if state.SCB is None else state.SCB
-        return _unpacked_8bit(rows_OI, scale_O)
-    plain: torch.Tensor = weight.detach().float()
-    return plain
-
-
-def _unpacked_8bit(rows_OI: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
-    from bitsandbytes.functional import int8_vectorwise_dequant
-
-    unpacked: torch.Tensor = int8_vectorwise_dequant(rows_OI, scale_O.to(rows_OI.device))
-    return unpacked.float()
+        rows_OI = weight.data if state.CB is None else state.CB
+        scale_O = weight.SCB if state.SCB is None else state.SCB
+        plain = int8_vectorwise_dequant(rows_OI, scale_O.to(rows_OI.device))
+    else:
+        plain = weight.detach()
+    return plain.float()
 
 
 def _unpacked_4bit(weight: Any) -> torch.Tensor:

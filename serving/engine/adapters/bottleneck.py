@@ -12,8 +12,7 @@ from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions, SiteBottleneck, Targets
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.adapters.weights_file import TensorFile
-from graftwork.serving.engine.lora_batch import LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, LoraLayer
+from graftwork.serving.engine.lora_layers import Deltas, LoraLayer, LoraSegment
 
 _HONOURED = frozenset({"bottleneck_size", "activation", "use_bias", "scaling", "target_modules", "exclude_modules"})
 
@@ -78,7 +77,10 @@ class StepBottlenecks:
             network = weights.bottlenecks.get(site.name)
             if network is not None:
                 own_MO = out_TO[rows]
-                out_TO[rows] = own_MO + _through(network, own_MO)
+                inner_MR = functional.linear(own_MO, network.down_RO, network.down_bias_R)
+                active_MR = _ACTIVATIONS[network.activation](inner_MR)
+                outer_MO = functional.linear(active_MR, network.up_OR, network.up_bias_O)
+                out_TO[rows] = own_MO + outer_MO * network.scaling
         return result
 
 
@@ -96,9 +98,3 @@ def bottlenecks_of(
     rows: list[tuple[LoadedAdapter, Rows]] = [(one, torch.tensor(some, device=device)) for one, some in own.items()]
     rows += [(one.weights, slice(one.first, one.stop)) for one in segments if one.weights.bottlenecks]
     return StepBottlenecks(rows, then) if rows else None
-
-
-def _through(network: SiteBottleneck, result_MO: torch.Tensor) -> torch.Tensor:
-    inner_MR = functional.linear(result_MO, network.down_RO, network.down_bias_R)
-    outer_MO = functional.linear(_ACTIVATIONS[network.activation](inner_MR), network.up_OR, network.up_bias_O)
-    return outer_MO * network.scaling

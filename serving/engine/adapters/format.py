@@ -78,7 +78,7 @@ class InputRows:
     """Embedding rows that replace the base's."""
 
     rows_KH: torch.Tensor
-    """As the embedding layer gives them out, its own scale included."""
+    """Results of the embedding layer, its own scale included."""
     places: Mapping[int, int] | None
     """Row of each token id; None: rows_KH is a whole matrix, a row a token id."""
 
@@ -95,14 +95,14 @@ class OutputRows:
 
 @dataclass(frozen=True)
 class VirtualTokens:
-    """What stands before the first prompt token: `tokens` places of the KV row, either given or to be computed."""
+    """Places before the first prompt token: `tokens` places of the KV row, either given or to be computed."""
 
     count: int
     keys: tuple[torch.Tensor, ...] = ()
     """A layer each, [Hkv, N, D]: prefix tuning. Empty: computed from embeddings_NH."""
     values: tuple[torch.Tensor, ...] = ()
     embeddings_NH: torch.Tensor | None = None
-    """What goes in where word embeddings would: prompt tuning."""
+    """Inputs in place of word embeddings: prompt tuning."""
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,16 @@ class ConfigFile:
             if key not in known and value and not (key == "bias" and value == "none"):
                 raise self.make_error(key, why.get(key, "this setting is not served"))
 
-    def names(self, key: str) -> Names:
-        """A list of module names, or one regular expression."""
-        return self._names(key, self.values.get(key))
-
-    def optional_names(self, key: str) -> Names:
-        """The same, where the key may be absent, null or empty."""
-        return self._names(key, self.values.get(key) or [])
+    def names(self, key: str, *, optional: bool = False) -> Names:
+        """A list of module names, or one regular expression. optional: absent, null and empty are []."""
+        value = self.values.get(key) or ([] if optional else self.values.get(key))
+        if isinstance(value, str):
+            if value != "all-linear":
+                self._require_quick(key, value)
+            return value
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        raise self.make_error(key, f"{key} is a list of names or one regular expression")
 
     def numbers(self, key: str) -> dict[str, float]:
         """A mapping of module patterns to numbers; absent and null are empty."""
@@ -212,24 +215,15 @@ class ConfigFile:
         if problem := pattern_problem(pattern):
             raise self.make_error(key, problem, "write the module names out", pattern)
 
-    def _names(self, key: str, value: object) -> Names:
-        if isinstance(value, str):
-            if value != "all-linear":
-                self._require_quick(key, value)
-            return value
-        if isinstance(value, list) and all(isinstance(name, str) for name in value):
-            return tuple(value)
-        raise self.make_error(key, f"{key} is a list of names or one regular expression")
-
 
 def is_positive(number: object) -> TypeGuard[int | float]:
-    """Whether it is a number above 0 that a float32 holds; JSON as Python reads it has NaN and Infinity too."""
+    """True: it is a number above 0 that a float32 holds; JSON as Python reads it has NaN and Infinity too."""
     return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < 3e38
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Which linears peft puts an adapter on."""
+    """Linears that peft puts an adapter on."""
 
     names: Names
     excluded: Names
@@ -240,31 +234,31 @@ class Targets:
     def from_config(cls, config: ConfigFile) -> "Targets":
         """From target_modules, exclude_modules and layers_to_transform."""
         some = config.values.get("layers_to_transform") is not None
-        return cls(config.names("target_modules"), config.optional_names("exclude_modules"), some)
+        return cls(config.names("target_modules"), config.names("exclude_modules", optional=True), some)
 
     def include(self, module: str) -> bool:
-        """Whether peft would put an adapter on this linear."""
+        """True: peft would put an adapter on this linear."""
         if self.excluded and matches_module(self.excluded, module):
             return False
         return self.names == "all-linear" or matches_module(self.names, module)
 
     def check(self, found: Iterable[str], linears: Iterable[str], config: ConfigFile, weights: Path) -> None:
-        """What the config targets, what the file holds and what the base has must agree."""
-        held, base = set(found), set(linears)
+        """Refuses a file whose modules differ from what the config targets and the base has."""
+        present, base = set(found), set(linears)
         rule = "an adapter sits on the base's inner linears (not on embeddings or the output layer)"
-        _refuse_any(held - base, "target", rule, weights)
+        _refuse_any(present - base, "target", rule, weights)
         targeted = {name for name in base if self.include(name)}
-        _refuse_any(held - targeted, "weights for", "every tensor belongs to a module of target_modules", weights)
+        _refuse_any(present - targeted, "weights for", "every tensor belongs to a module of target_modules", weights)
         if not self.some_layers:
             rule = "every module that target_modules names has its tensors"
-            _refuse_any(targeted - held, "no weights for", rule, weights)
+            _refuse_any(targeted - present, "no weights for", rule, weights)
         for name in self.names if isinstance(self.names, tuple) else ():
             if not any(matches_module((name,), module) for module in base):
                 raise config.make_error("target_modules", "every target is a linear of the base", value=name)
 
 
 def matches_module(names: Sequence[str] | str, module: str) -> bool:
-    """Whether a list of suffixes, or a regular expression, means this module."""
+    """True: a list of suffixes, or a regular expression, means this module."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)

@@ -16,12 +16,11 @@ from torch.nn.functional import linear
 from graftwork.adapters.ia3 import FACTOR_KEY
 from graftwork.adapters.kind import MODULE_PREFIX
 from graftwork.serving.engine.adapters.base_view import BaseView
-from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, Names, ReadOptions, SiteScale, Targets
+from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions, SiteScale, Targets
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.adapters.token_rows import ROW_KEYS, replaced_rows
 from graftwork.serving.engine.adapters.weights_file import TensorFile
-from graftwork.serving.engine.lora_batch import LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, LoraLayer
+from graftwork.serving.engine.lora_layers import Deltas, LoraLayer, LoraSegment
 
 _HONOURED = ROW_KEYS | {"target_modules", "exclude_modules", "feedforward_modules"}
 _WITHOUT_EFFECT_HERE = frozenset({"init_ia3_weights"})
@@ -31,31 +30,24 @@ _WHY_REFUSED = {"fan_in_fan_out": "the base's linears store [out, in]"}
 def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
     """Return factors of the results of some linears and of the inputs of others, in fp32 as in peft 0.21."""
     config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, _WHY_REFUSED)
-    targets, feedforward = Targets.from_config(config), config.optional_names("feedforward_modules")
+    targets, feedforward = Targets.from_config(config), config.names("feedforward_modules", optional=True)
     inputs, outputs = replaced_rows(config, tensors, base, options.dtype)
     modules = [match["module"] for match in tensors.match(FACTOR_KEY)]
     targets.check(modules, base.linears, config, tensors.path)
-    scales = {
-        module: _scale(module, tensors, base, on_input=_is_feedforward(feedforward, module)) for module in modules
-    }
+    scales = {}
+    for module in modules:
+        shape = base.linears[module]
+        if isinstance(feedforward, str):
+            on_input = re.fullmatch(feedforward, module) is not None
+        else:  # peft's rule: a bare suffix, not one that begins at a dot
+            on_input = any(module.endswith(name) for name in feedforward)
+        wanted = (1, shape.in_features) if on_input else (shape.out_features, 1)
+        factor = tensors.take(f"{MODULE_PREFIX}{module}.ia3_l", wanted, torch.float32).flatten()
+        scales[module] = SiteScale(input_I=factor) if on_input else SiteScale(output_O=factor)
     tensors.require_empty(f"{MODULE_PREFIX}MODULE.ia3_l, and what the config names")
     if not scales:
         raise tensors.make_error("no tensors", "an adapter adapts at least one linear")
     return AdapterWeights(scales=scales, inputs=inputs, outputs=outputs)
-
-
-def _scale(module: str, tensors: TensorFile, base: BaseView, *, on_input: bool) -> SiteScale:
-    shape = base.linears[module]
-    wanted = (1, shape.in_features) if on_input else (shape.out_features, 1)
-    factor = tensors.take(f"{MODULE_PREFIX}{module}.ia3_l", wanted, torch.float32).flatten()
-    return SiteScale(input_I=factor) if on_input else SiteScale(output_O=factor)
-
-
-def _is_feedforward(names: Names, module: str) -> bool:
-    """peft's rule: a bare suffix, not one that begins at a dot."""
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module.endswith(name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,14 @@ class _Stack:
         """None where no adapter multiplies this linear's result."""
         if site.name not in self._outputs:
             factors = self._stacked(site, lambda scale: scale.output_O, site.shape.out_features)
-            shift = self._stacked(site, _shift, site.shape.out_features, neutral=0.0)
+            shift = self._stacked(
+                site,
+                lambda one: (
+                    None if one.bias_O is None or one.output_O is None else (1 - one.output_O) * one.bias_O.float()
+                ),
+                site.shape.out_features,
+                neutral=0.0,
+            )
             self._outputs[site.name] = factors and _Factors(factors.factor, shift.factor if shift else None)
         return self._outputs[site.name]
 
@@ -197,12 +196,6 @@ class ScalePlanner:
 
     def _tensor(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, device=self._device)
-
-
-def _shift(scale: SiteScale) -> torch.Tensor | None:
-    if scale.output_O is None or scale.bias_O is None:
-        return None
-    return (1 - scale.output_O) * scale.bias_O.float()
 
 
 def _finish(scale: SiteScale, x_TI: torch.Tensor, out_TO: torch.Tensor) -> None:

@@ -13,17 +13,16 @@ import torch
 
 from graftwork.adapters.spec import PEFT_KINDS, name_of
 from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
-from graftwork.errors import ArtifactError
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.bottleneck import bottlenecks_of
 from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions
 from graftwork.serving.engine.adapters.ia3 import ScalePlanner
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
-from graftwork.serving.engine.adapters.token_rows import LayerEnd, input_change, output_change
+from graftwork.serving.engine.adapters.token_rows import changed_result, input_change, output_change
 from graftwork.serving.engine.adapters.weights_file import TensorFile
 from graftwork.serving.engine.attention import StepBatch
-from graftwork.serving.engine.lora_batch import DeltaPlanner, LoraSegment
-from graftwork.serving.engine.lora_layers import Deltas, Sites
+from graftwork.serving.engine.lora_batch import DeltaPlanner
+from graftwork.serving.engine.lora_layers import Deltas, LoraSegment, Sites
 
 _MODULES = {peft_type: name_of(kind) for peft_type, kind in PEFT_KINDS.items()} | {
     "PROMPT_TUNING": "prefix",
@@ -36,23 +35,9 @@ Reader = Callable[[ConfigFile, TensorFile, BaseView, ReadOptions], AdapterWeight
 SCORING = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks of adapters whose head gives scores in place of tokens."""
 _DELTAS = frozenset(
-    {
-        "ADALORA",
-        "ADAMSS",
-        "BOFT",
-        "C3A",
-        "DELORA",
-        "FOURIERFT",
-        "FROD",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-        "LOHA",
-        "LOKR",
-        "MISS",
-    }
-    | {"OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TINYLORA", "UNILORA", "VBLORA", "VERA"}
-    | {"WAVEFT"}
+    {"ADALORA", "ADAMSS", "BOFT", "C3A", "DELORA", "FOURIERFT", "FROD", "GRALORA", "HIRA", "HRA", "LOHA", "LOKR"}
+    | {"MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "TINYLORA", "UNILORA"}
+    | {"VBLORA", "VERA", "WAVEFT"}
 )
 """Kinds whose delta is one matrix a linear, so that the base can take it over."""
 _WHY_REFUSED = {
@@ -80,8 +65,13 @@ def read_adapter(
     known = digests or {}
     config = ConfigFile.read(folder, known.get(CONFIG_FILE))
     kind = config.values.get("peft_type")
+    served = f"served are {', '.join(SERVED)}"
+    if isinstance(kind, str) and kind in _DELTAS:
+        move = "convert it with peft's convert_to_lora, or merge it into the base and serve that as a base of its own"
+        raise config.make_error("peft_type", f"{kind} is not computed row by row; {served}", move)
     if not isinstance(kind, str) or kind not in SERVED:
-        raise _refused_kind(config, kind)
+        why = f"{_WHY_REFUSED[kind]}; " if isinstance(kind, str) and kind in _WHY_REFUSED else ""
+        raise config.make_error("peft_type", why + served, "train it as one of those")
     if config.values.get("task_type") in SCORING:
         raise config.make_error(
             "task_type",
@@ -99,15 +89,6 @@ def reader_of(peft_type: str) -> Reader:
     return reader
 
 
-def _refused_kind(config: ConfigFile, kind: object) -> ArtifactError:
-    served = f"served are {', '.join(SERVED)}"
-    if isinstance(kind, str) and kind in _DELTAS:
-        move = "convert it with peft's convert_to_lora, or merge it into the base and serve that as a base of its own"
-        return config.make_error("peft_type", f"{kind} is not computed row by row; {served}", move)
-    why = f"{_WHY_REFUSED[kind]}; " if isinstance(kind, str) and kind in _WHY_REFUSED else ""
-    return config.make_error("peft_type", why + served, "train it as one of those")
-
-
 Adapters = Sequence[LoadedAdapter | None]
 
 
@@ -116,8 +97,7 @@ class MixedKinds:
 
     def __init__(self, model: Any, sites: Sites, lora: DeltaPlanner, device: torch.device) -> None:
         self._sites, self._lora, self._device = sites, lora, device
-        self._embedding = LayerEnd(model.get_input_embeddings())
-        self._output = LayerEnd(model.get_output_embeddings())
+        self._embedding, self._output = model.get_input_embeddings(), model.get_output_embeddings()
         self._scales = ScalePlanner(device)
 
     @contextlib.contextmanager
@@ -136,19 +116,18 @@ class MixedKinds:
         scaled = lora if scales is None else scales
         networks = bottlenecks_of(decoding, segments, scaled, self._device)
         adapters = [*decoding, *prompts]
-        try:
+        changes = (
+            (self._embedding, input_change(batch, adapters)),
+            (self._output, output_change(batch, adapters, wanted)),
+        )
+        with contextlib.ExitStack() as stack:
+            for layer, change in changes:
+                if change is not None:
+                    stack.enter_context(changed_result(layer, change))
             self._sites.inputs = scales if scales is not None and scales.changes_inputs else None
-            self._embedding.change = input_change(batch, adapters)
-            self._output.change = output_change(batch, adapters, wanted)
+            stack.callback(setattr, self._sites, "inputs", None)
             yield scaled if networks is None else networks
-        finally:
-            self._sites.inputs = self._embedding.change = self._output.change = None
 
     def forget(self, version: str) -> None:
         """Drops references to a freed adapter."""
         self._scales.forget(version)
-
-    def unhook(self) -> None:
-        """Gives both layers back as they were."""
-        self._output.unhook()
-        self._embedding.unhook()

@@ -51,12 +51,12 @@ class LoadedAdapter:
 
     @cached_property
     def only_lora(self) -> bool:
-        """Whether `groups` is all that it changes."""
+        """True: `groups` is all that it changes."""
         return bool(self.groups) and self.decodes_by_lora and self.virtual_tokens is None
 
     @property
     def decodes_by_lora(self) -> bool:
-        """Whether `groups` is all that a decoding token needs of it: what stands before the prompt is in its KV."""
+        """True: `groups` is all that a decoding token needs of it; what stands before the prompt is in its KV."""
         return not (self.scales or self.bottlenecks or self.inputs or self.outputs)
 
 
@@ -132,22 +132,18 @@ def _outermost(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 def tensors_of(tree: object) -> list[torch.Tensor]:
     """Every tensor of a record."""
     found: list[torch.Tensor] = []
-    rest = [tree]
+    rest: list[Any] = [tree]
     while rest:
         one = rest.pop()
         if isinstance(one, torch.Tensor):
             found.append(one)
+        elif isinstance(one, dict):
+            rest += one.values()
+        elif isinstance(one, tuple | list):
+            rest += one
         elif not isinstance(one, str):
-            rest += _children(one)
+            rest += [getattr(one, name) for name in _fields(type(one))]
     return found
-
-
-def _children(tree: object) -> Sequence[Any]:
-    if isinstance(tree, dict):
-        return list(tree.values())
-    if isinstance(tree, tuple | list):
-        return tree
-    return [getattr(tree, name) for name in _fields(type(tree))]
 
 
 def _fields(kind: type) -> Iterable[str]:

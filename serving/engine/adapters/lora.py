@@ -120,7 +120,9 @@ def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadO
     scales: dict[str, SiteScale] = {}
     if settings.use_dora:
         for module, site in sites.items():
-            magnitude_O = _magnitude(module, tensors, base)
+            key = f"{MODULE_PREFIX}{module}.{MAGNITUDE_KEY}"
+            key = key if tensors.holds(key) else f"{key}.weight"  # peft's form between two refactorings of DoRA
+            magnitude_O = tensors.take(key, (base.linears[module].out_features,), torch.float32)
             sites[module], scales[module] = rescaled(site, magnitude_O, base.weight(module), base.bias(module))
     tensors.require_empty(_EXPECTED)
     return AdapterWeights(sites, scales, inputs=inputs, outputs=outputs)
@@ -158,12 +160,6 @@ def _site(
     if a_RI.dtype != b_OR.dtype:
         a_RI, b_OR = a_RI.to(dtype), b_OR.to(dtype)
     return SiteWeights(a_RI, b_OR, settings.scaling_of(module))
-
-
-def _magnitude(module: str, tensors: TensorFile, base: BaseView) -> torch.Tensor:
-    key = f"{MODULE_PREFIX}{module}.{MAGNITUDE_KEY}"
-    key = key if tensors.holds(key) else f"{key}.weight"  # peft's form between two refactorings of DoRA
-    return tensors.take(key, (base.linears[module].out_features,), torch.float32)
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

@@ -5,8 +5,6 @@ prompt stands where word embeddings would and is computed with the request. Prom
 behind it, as in peft 0.21 (`PeftModelForCausalLM.prepare_inputs_for_generation`).
 """
 
-import torch
-
 from graftwork.adapters.prefix import EMBEDDINGS_KEY, PrefixSpec
 from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.format import AdapterWeights, ConfigFile, ReadOptions, VirtualTokens
@@ -22,34 +20,19 @@ _WITHOUT_EFFECT_HERE = frozenset(
 
 
 def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
-    """Return a prefix, or a trained prompt (PROMPT_TUNING and P_TUNING)."""
-    kind_reader = _read_prefix if config.values["peft_type"] == PrefixSpec.peft_type else _read_prompt
-    return kind_reader(config, tensors, base, options.dtype)
-
-
-def _read_prefix(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype: torch.dtype) -> AdapterWeights:
-    """Keys and values of every layer from one tensor [N, layers * 2 * Hkv * D]."""
-    count = _count(config)
-    shapes = set(base.kv_shapes)
-    if len(shapes) != 1:
+    """Return a prefix, one tensor [N, layers * 2 * Hkv * D], or a trained prompt, one tensor [N, H]."""
+    config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, {})
+    if config.values.get("num_transformer_submodules") not in (None, 1):
+        raise config.make_error("num_transformer_submodules", "a decoder has one")
+    count, dtype = config.positive_int("num_virtual_tokens"), options.dtype
+    if config.values["peft_type"] != PrefixSpec.peft_type:
+        embeddings_NH = tensors.take(EMBEDDINGS_KEY, (count, base.hidden_size), dtype)
+        tensors.require_empty(EMBEDDINGS_KEY)
+        return AdapterWeights(virtual_tokens=VirtualTokens(count, embeddings_NH=embeddings_NH))
+    if len(set(base.kv_shapes)) != 1:
         raise config.make_error("peft_type", "a prefix needs equal key-value heads in every layer of the base")
     shape, layers = base.kv_shapes[0], len(base.kv_shapes)
     saved = tensors.take(EMBEDDINGS_KEY, (count, layers * 2 * shape.heads * shape.head_dim), dtype)
     tensors.require_empty(EMBEDDINGS_KEY)
     parts_LHND = saved.view(count, layers * 2, shape.heads, shape.head_dim).permute(1, 2, 0, 3).contiguous()
     return AdapterWeights(virtual_tokens=VirtualTokens(count, tuple(parts_LHND[0::2]), tuple(parts_LHND[1::2])))
-
-
-def _read_prompt(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype: torch.dtype) -> AdapterWeights:
-    """Trained embeddings from one tensor [N, H]."""
-    count = _count(config)
-    embeddings_NH = tensors.take(EMBEDDINGS_KEY, (count, base.hidden_size), dtype)
-    tensors.require_empty(EMBEDDINGS_KEY)
-    return AdapterWeights(virtual_tokens=VirtualTokens(count, embeddings_NH=embeddings_NH))
-
-
-def _count(config: ConfigFile) -> int:
-    config.require_known(_HONOURED, _WITHOUT_EFFECT_HERE, {})
-    if config.values.get("num_transformer_submodules") not in (None, 1):
-        raise config.make_error("num_transformer_submodules", "a decoder has one")
-    return config.positive_int("num_virtual_tokens")

@@ -1,15 +1,15 @@
 """Trained rows of the embedding and of the output layer, and trained embeddings before a prompt.
 
 Rows come from `trainable_token_indices`, or whole from `modules_to_save`. The base's layers run as they are; afterwards
-the rows of the tokens concerned are overwritten. Both layers are hooked once; a step without such adapters costs one
-comparison each.
+the rows of the tokens concerned are overwritten. Both layers are hooked for a step with such adapters alone.
 
 The reference is peft 0.21 (`peft/utils/other.py`, `peft/tuners/trainable_tokens/`). Where the base ties the output
 layer to the embedding, trained tokens change both, and a saved embedding does so only with `ensure_weight_tying`.
 Legend: T packed tokens, M of them overwritten, N chosen tokens, K trained rows, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ Rows = tuple[InputRows | None, OutputRows | None]
 
 def replaced_rows(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype: torch.dtype) -> Rows:
     """(embedding rows, output rows) that the adapter brings; None for what it leaves as it is."""
-    whole = _saved_modules(config, base)
-    indices = _token_indices(config, "trainable_token_indices", base)
+    names = config.names("modules_to_save", optional=True)
+    names = (names,) if isinstance(names, str) else names
+    whole = [_layer(config, "modules_to_save", name, base) for name in names]
+    indices = _token_indices(config, base)
     both = sorted(set(whole) & set(indices))
     if both:
         raise config.make_error(
@@ -42,14 +44,9 @@ def replaced_rows(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype
 def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
     """Return an adapter of peft_type TRAINABLE_TOKENS: nothing but trained rows."""
     config.require_known({"token_indices", "target_modules"}, {"init_weights"}, {})
-    name = config.values.get("target_modules")
-    names = (
-        [base.embedding_name]
-        if name is None
-        else [name]
-        if isinstance(name, str)
-        else list(config.names("target_modules"))
-    )
+    targets = config.values.get("target_modules")
+    names = [base.embedding_name] if targets is None else [targets] if isinstance(targets, str) else []
+    names = names or list(config.names("target_modules"))
     ids = _ids(config, "token_indices", config.values.get("token_indices"), base)
     indices = {_layer(config, "target_modules", one, base): ids for one in names}
     inputs, outputs = _some(config, indices, tensors, base, options.dtype, "trainable_tokens_delta")
@@ -58,12 +55,6 @@ def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadO
         tensors.take(tied_copy, (len(ids), base.hidden_size), options.dtype)  # peft saves a tied layer's rows twice
     tensors.require_empty(f"{MODULE_PREFIX}MODULE.trainable_tokens_delta")
     return AdapterWeights(inputs=inputs, outputs=outputs)
-
-
-def _saved_modules(config: ConfigFile, base: BaseView) -> list[str]:
-    """Full names of the whole layers that the adapter replaces."""
-    names = config.optional_names("modules_to_save")
-    return [_layer(config, "modules_to_save", name, base) for name in ((names,) if isinstance(names, str) else names)]
 
 
 def _layer(config: ConfigFile, key: str, name: str, base: BaseView) -> str:
@@ -78,8 +69,9 @@ def _layer(config: ConfigFile, key: str, name: str, base: BaseView) -> str:
     raise config.make_error(key, rule, f"train without {name}, or serve it merged as its own base", value=name)
 
 
-def _token_indices(config: ConfigFile, key: str, base: BaseView) -> dict[str, list[int]]:
+def _token_indices(config: ConfigFile, base: BaseView) -> dict[str, list[int]]:
     """Token ids by layer."""
+    key = "trainable_token_indices"
     value = config.values.get(key)
     if not value:
         return {}
@@ -153,35 +145,19 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(input of the layer, its result) -> the result, changed in place where it may be."""
 
 
-class LayerEnd:
-    """One layer hooked at its end. `change` is set around a forward pass."""
-
-    def __init__(self, layer: torch.nn.Module | None) -> None:
-        self.change: Change | None = None
-        self._layer: Any = layer
-        self._own: Callable[..., torch.Tensor] | None = None
-        if layer is not None:
-            self._hook(layer)
-
-    def unhook(self) -> None:
-        """Gives the layer the forward back that it had before."""
-        if self._layer is None:
-            return
-        if self._own is None:
-            del self._layer.forward
+@contextmanager
+def changed_result(layer: Any, change: Change) -> Iterator[None]:
+    """Within it, `change` is applied to what the layer returns."""
+    inner: Callable[..., torch.Tensor] = layer.forward
+    hooked = layer.__dict__.get("forward")  # another hook's
+    layer.forward = lambda x, *args, **kwargs: change(x, inner(x, *args, **kwargs))
+    try:
+        yield
+    finally:
+        if hooked is None:
+            del layer.forward
         else:
-            self._layer.forward = self._own
-        self._layer = None
-
-    def _hook(self, layer: torch.nn.Module) -> None:
-        inner: Callable[..., torch.Tensor] = layer.forward
-        self._own = layer.__dict__.get("forward")  # another hook's, which takes itself away later
-
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            result = inner(x, *args, **kwargs)
-            return result if self.change is None else self.change(x, result)
-
-        layer.forward = forward
+            layer.forward = hooked
 
 
 class InputChange:

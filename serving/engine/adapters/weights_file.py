@@ -38,17 +38,18 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            head = _head(file, size)
+            start = _exactly(file, min(size, 9))
+            head = start + _exactly(file, 8 + header_bytes(start, size) - len(start))
             infos = parse_header(head, size)
             dtypes = {_DTYPES[info.dtype] for info in infos.values()}
             data, digest, finite = _read(file, head, size, dtypes.pop() if len(dtypes) == 1 else None)
     except (OSError, ValueError) as error:
         raise ArtifactError(str(path), str(error), SAFETENSORS_ONLY, _REPUBLISH) from error
-    if sha256 is not None:
-        _require_digest(path, sha256, digest)
+    _require_digest(path, sha256, digest)
     tensors = _views(data, infos, len(head))
-    if not finite:
-        _require_finite(path, tensors)
+    bad = [] if finite else [name for name, tensor in tensors.items() if not all_finite(tensor)]
+    if bad:
+        raise ArtifactError(str(path), f"inf or nan in {bad[0]} ({len(bad)} such)", "adapter weights are finite")
     return tensors
 
 
@@ -61,14 +62,8 @@ def read_bytes(path: Path, sha256: str | None = None, *, most: int) -> bytes:
         raise ArtifactError(str(path), str(error), "an adapter's files can be read", _REPUBLISH) from error
     if len(data) > most:
         raise ArtifactError(str(path), f"more than {most} bytes", f"at most {most} are read", _REPUBLISH)
-    if sha256 is not None:
-        _require_digest(path, sha256, hashlib.sha256(data).hexdigest())
+    _require_digest(path, sha256, hashlib.sha256(data).hexdigest())
     return data
-
-
-def _head(file: BinaryIO, size: int) -> bytes:
-    start = _exactly(file, min(size, 9))
-    return start + _exactly(file, 8 + header_bytes(start, size) - len(start))
 
 
 def _read(file: BinaryIO, head: bytes, size: int, dtype: torch.dtype | None) -> tuple[torch.Tensor, str, bool]:
@@ -98,40 +93,34 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
     return parts
 
 
-def _require_digest(path: Path, expected: str, digest: str) -> None:
-    if digest != expected:
+def _require_digest(path: Path, expected: str | None, digest: str) -> None:
+    if expected is not None and digest != expected:
         found = f"sha256 differs from the manifest's ({digest[:12]}, expected {expected[:12]})"
         raise ArtifactError(str(path), found, "every byte is as published", _REPUBLISH)
 
 
 def _views(data: torch.Tensor, infos: Mapping[str, TensorInfo], data_start: int) -> dict[str, torch.Tensor]:
     whole = {name: data.view(dtype) for name, dtype in _DTYPES.items() if len(data) % dtype.itemsize == 0}
-    return {name: _view(data, whole.get(info.dtype), info, data_start) for name, info in infos.items()}
-
-
-def _view(data: torch.Tensor, typed: torch.Tensor | None, info: TensorInfo, data_start: int) -> torch.Tensor:
-    dtype, start = _DTYPES[info.dtype], info.start - data_start
-    if typed is None or start % dtype.itemsize:  # an odd number of narrower values stands beside it
-        return data[start : info.stop - data_start].clone().view(dtype).view(info.shape)
-    strides = [math.prod(info.shape[place + 1 :]) for place in range(len(info.shape))]
-    return typed.as_strided(info.shape, strides, start // dtype.itemsize)
-
-
-def _require_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    bad = [name for name, tensor in tensors.items() if not all_finite(tensor)]
-    if bad:
-        raise ArtifactError(str(path), f"inf or nan in {bad[0]} ({len(bad)} such)", "adapter weights are finite")
+    views = {}
+    for name, info in infos.items():
+        dtype, start = _DTYPES[info.dtype], info.start - data_start
+        if info.dtype not in whole or start % dtype.itemsize:  # an odd number of narrower values comes before it
+            views[name] = data[start : info.stop - data_start].clone().view(dtype).view(info.shape)
+        else:
+            strides = [math.prod(info.shape[place + 1 :]) for place in range(len(info.shape))]
+            views[name] = whole[info.dtype].as_strided(info.shape, strides, start // dtype.itemsize)
+    return views
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is inf or nan. Asked of NumPy: PyTorch's helpers of this thread would slow the engine's."""
-    return all(_finite(part) for part in values.reshape(-1).split(_AT_ONCE))
-
-
-def _finite(values_N: torch.Tensor) -> bool:
-    if values_N.dtype == torch.bfloat16:  # NumPy has none; every bit of the exponent is set in what is not finite
-        return not ((values_N.view(torch.int16).numpy() & 0x7F80) == 0x7F80).any()
-    return bool(numpy.isfinite(values_N.numpy()).all())
+    """True: no value is inf or nan. By NumPy: PyTorch's helpers of this thread would slow the engine's."""
+    for part_N in values.reshape(-1).split(_AT_ONCE):
+        if part_N.dtype == torch.bfloat16:  # NumPy has none; every bit of the exponent is set in what is not finite
+            if ((part_N.view(torch.int16).numpy() & 0x7F80) == 0x7F80).any():
+                return False
+        elif not numpy.isfinite(part_N.numpy()).all():
+            return False
+    return True
 
 
 class TensorFile:
@@ -141,17 +130,13 @@ class TensorFile:
         self.path = folder / WEIGHTS_FILE
         self._left = read_tensors(self.path, sha256)
 
-    def unread_names(self) -> list[str]:
-        """Names of the tensors that nobody has taken yet."""
-        return list(self._left)
-
     def match(self, key: re.Pattern[str]) -> list[re.Match[str]]:
         """Return the matches of unread names of PEFT's form: `key` matches the part after the prefix."""
         names = (name for name in self._left if name.startswith(MODULE_PREFIX))
         return [found for name in names if (found := key.fullmatch(name, len(MODULE_PREFIX)))]
 
     def holds(self, key: str) -> bool:
-        """Whether the tensor is there and not taken yet."""
+        """True: the tensor is there and not taken yet."""
         return key in self._left
 
     def take(

@@ -5,10 +5,12 @@ Heap memory is not given back, old objects are not searched for garbage, a tall 
 
 import ctypes
 import gc
+import math
 import os
 import sys
 from collections.abc import Callable
 
+import numpy
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -52,6 +54,13 @@ def spare_old_objects() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def new_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take no memory of a CPU until they are written (calloc), which `torch.zeros` would."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
 
 
 class PiecewiseOutput:

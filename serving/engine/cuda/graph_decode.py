@@ -68,7 +68,7 @@ def _rows(part_1HND: torch.Tensor) -> torch.Tensor:
 
 
 class TableDeltas:
-    """What `Sites` adds: one shrink for the linears of a group (q/k/v, gate/up), one expand each."""
+    """Deltas that `Sites` adds: one shrink for the linears of a group (q/k/v, gate/up), one expand each."""
 
     def __init__(self, tiles: Tiles, table: SlotTable) -> None:
         self._tiles, self._table = tiles, table
@@ -146,24 +146,22 @@ def reads_positions_on_host(config: object) -> str | None:
 
 
 class GraphDecode:
-    """The engine's `DecodePath` on CUDA. capture: how a step is kept; None takes graphs where the model allows them."""
+    """Decodes on a GPU; the engine's thread alone uses it. capture: None takes graphs where the model allows them."""
 
     def __init__(self, device: torch.device, capture: Capture | None = None) -> None:
         self._device, self._capture = device, capture
         self._linears = DecodeLinears()
-        self._uploads = Uploads(device)
+        self.forward_of = self._linears.forward_of
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._uploads: dict[LoadedAdapter, torch.cuda.Event] = {}  # copies under way
         self._steps: dict[tuple[int, bool], Step] = {}
-
-    def forward_of(self, module: torch.nn.Module) -> Forward:
-        """The forward that the hook of a linear calls."""
-        return self._linears.forward_of(module)
 
     def attach(self, runner: Runner, kv: KvStore, *, max_batch: int, max_rank: int) -> None:
         """Sets up the device memory that steps read."""
         self._runner, self._kv = runner, kv
         self._layers = DecodeLayers(runner.model, runner.dtype, elementwise)
         self._buckets = row_buckets(max_batch)
-        self._inputs = StepInputs(max_batch, kv.page_tokens, self._device)
+        self._inputs = StepInputs(max_batch, self._device)
         self._table = SlotTable(runner.sites.groups(), max_batch, max_rank, runner.dtype, self._device)
         if self._capture is None:
             moving = reads_positions_on_host(runner.config)
@@ -180,12 +178,25 @@ class GraphDecode:
                 self._step(rows, adapted)
 
     def bring(self, move: Callable[[], LoadedAdapter]) -> LoadedAdapter:
-        """Calls `move` on the side stream: the step that is under way goes on beside the copy."""
-        return self._uploads.bring(move)
+        """The adapter that `move` copies, on a side stream. Returns before the copy has ended; the step goes on.
 
-    def wait_uploads(self, adapters: Sequence[LoadedAdapter | None]) -> None:
-        """Makes the step wait for adapters whose copy may still be under way."""
-        self._uploads.wait_uploads(adapters)
+        The side stream first waits for the work queued so far: the copy may go into memory that an adapter has just
+        left, and that a prompt of it may still be reading.
+        """
+        if self._stream is None:
+            return move()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            weights = move()
+            self._uploads[weights] = torch.cuda.Event()
+            self._uploads[weights].record(self._stream)
+        return weights
+
+    def wait_uploads(self, adapters: Iterable[LoadedAdapter | None]) -> None:
+        """Orders the current stream after the copies of these adapters."""
+        for weights in adapters:
+            if weights is not None and weights in self._uploads:
+                torch.cuda.current_stream(self._device).wait_event(self._uploads.pop(weights))
 
     def supports(self, weights: LoadedAdapter | None) -> bool:
         """The base, and every adapter whose decoding tokens need LoRA weights alone."""
@@ -194,7 +205,7 @@ class GraphDecode:
     def logits(self, chunks: Sequence[Chunk], adapters: Sequence[LoadedAdapter | None]) -> torch.Tensor:
         """Logits [N, V] after each request's one token; valid until the next call."""
         rows = next(bucket for bucket in self._buckets if bucket >= len(chunks))
-        self._uploads.wait_uploads(adapters)
+        self.wait_uploads(adapters)
         slots = self._table.slots(adapters)
         self._inputs.fill(chunks, slots, rows)
         return self._step(rows, max(slots) >= 0)()[: len(chunks)]
@@ -202,7 +213,7 @@ class GraphDecode:
     def forget(self, version: str) -> None:
         """Drops references to an adapter that has left the device."""
         self._table.forget(version)
-        self._uploads.forget(version)
+        self._uploads = {one: event for one, event in self._uploads.items() if one.version != version}
 
     def _step(self, rows: int, adapted: bool) -> Step:
         if (rows, adapted) not in self._steps:
@@ -225,45 +236,10 @@ def row_buckets(max_batch: int) -> list[int]:
     return sizes
 
 
-class Uploads:
-    """Copies under way. The engine's thread alone uses it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending: dict[LoadedAdapter, torch.cuda.Event] = {}
-
-    def bring(self, move: Callable[[], LoadedAdapter]) -> LoadedAdapter:
-        """The adapter that `move` copies. Returns before the copy has ended.
-
-        The side stream first waits for the work queued so far: the copy may go into memory that an adapter has just
-        left, and that a prompt of it may still be reading.
-        """
-        if self._stream is None:
-            return move()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            weights = move()
-            self._pending[weights] = torch.cuda.Event()
-            self._pending[weights].record(self._stream)
-        return weights
-
-    def wait_uploads(self, adapters: Iterable[LoadedAdapter | None]) -> None:
-        """Orders the current stream after the copies of these adapters."""
-        for weights in adapters:
-            if weights is not None and weights in self._pending:
-                torch.cuda.current_stream(self._device).wait_event(self._pending.pop(weights))
-
-    def forget(self, version: str) -> None:
-        """Drops the reference to an adapter that has left the device before it was ever used."""
-        self._pending = {one: event for one, event in self._pending.items() if one.version != version}
-
-
 class StepInputs:
     """One pinned buffer on the host and its image on the device, int64 [7 lines + tiles, rows]."""
 
-    def __init__(self, rows: int, page_tokens: int, device: torch.device) -> None:
-        self._page_tokens = page_tokens
+    def __init__(self, rows: int, device: torch.device) -> None:
         self._host = torch.zeros(_LINES, rows, dtype=torch.long, pin_memory=device.type == "cuda")
         self._device = torch.zeros(_LINES, rows, dtype=torch.long, device=device)
         self.fill([], [], rows)
@@ -291,7 +267,7 @@ class StepInputs:
         assert len(kept) == len(chunks), "a decoding request has a KV row"
         host[_IDS, :rows] = [chunk.ids[0] for chunk in chunks] + pad
         host[_POSITIONS, :rows] = [chunk.start for chunk in chunks] + pad
-        host[_STARTS, :rows] = [row.page * self._page_tokens + row.index * row.cap for row in kept] + pad
+        host[_STARTS, :rows] = [row.start for row in kept] + pad
         host[_CAPS, :rows] = [row.cap for row in kept] + pad
         host[_LENGTHS, :rows] = [chunk.start + 1 for chunk in chunks] + pad
         host[_SLOTS, :rows] = -1
@@ -320,7 +296,7 @@ class DecodeLinears:
         finally:
             self._on = False
 
-    def forward_of(self, module: torch.nn.Module) -> Forward:
+    def forward_of(self, module: Any) -> Forward:
         """The forward that the engine's hook calls; the module's own where it is no 4-bit linear."""
         own: Forward = module.forward
         if not _is_packed(module):
@@ -332,7 +308,9 @@ class DecodeLinears:
                 return own(x, *args, **kwargs)
             if not state:
                 state.append(packed_weight(module.weight))
-            return _multiply(x, state[0], module)
+            dtype = module.compute_dtype or x.dtype  # as `Linear4bit.forward`: the result is in x's
+            x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+            return multiply(x_NI, state[0], module.bias).to(x.dtype).view(*x.shape[:-1], state[0].outputs)
 
         return forward
 
@@ -345,13 +323,6 @@ def packed_weight(parameter: Any) -> PackedWeight:
     outer = (nested.code, nested.absmax, nested.blocksize, quant.offset) if quant.nested else ()
     codes = parameter.data.view(torch.uint8).reshape(-1)
     return PackedWeight(outputs, inputs, codes, quant.code.float(), quant.absmax, quant.blocksize, *outer)
-
-
-def _multiply(x: torch.Tensor, weight: PackedWeight, module: Any) -> torch.Tensor:
-    """As `Linear4bit.forward`: computed in its compute dtype, returned in x's."""
-    dtype = module.compute_dtype or x.dtype
-    x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
-    return multiply(x_NI, weight, module.bias).to(x.dtype).view(*x.shape[:-1], weight.outputs)
 
 
 def _is_packed(module: Any) -> bool:

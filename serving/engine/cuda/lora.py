@@ -1,10 +1,10 @@
 """Slot table: addresses of the weights of the adapters that decode now, at a fixed address for captured graphs.
 
 A slot is one line of 64-bit words: for each group of linears the address and number of lines of its stacked lora_A, for
-each linear the address of its lora_B, its rank and its first line in the stack; scalings stand beside. To load, drop or
-update an adapter changes a line, never an address that a graph holds; an adapter of rank 8 costs rank 8, and its
-weights are used where they were loaded. Slots are only as many as requests decode together; an adapter takes one when
-it first decodes, and one that is not decoding now gives its slot to the next.
+each linear the address of its lora_B, its rank and its first line in the stack; scalings have a tensor of their own. To
+load, drop or update an adapter changes a line, never an address that a graph holds; an adapter of rank 8 costs rank 8,
+and its weights are used where they were loaded. Slots are only as many as requests decode together; an adapter takes
+one when it first decodes, and one that is not decoding now gives its slot to the next.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,35 +53,35 @@ class SlotTable:
         self.width = _GROUP_WORDS * len(groups) + _SITE_WORDS * len(self.sites)
         self.entries = torch.zeros(slots, self.width, dtype=torch.long, device=device)
         self.scalings = torch.zeros(slots, len(self.sites), dtype=torch.float32, device=device)
-        self._held: dict[LoadedAdapter, int] = {}  # least recently used first
+        self._slot_of: dict[LoadedAdapter, int] = {}  # least recently used first
 
     def slots(self, adapters: Sequence[LoadedAdapter | None]) -> list[int]:
         """The slot of each token's adapter, -1 for the base; writes the lines of those that have none yet."""
         wanted = dict.fromkeys(weights for weights in adapters if weights is not None)
         for weights in wanted:
-            if weights in self._held:
-                self._held[weights] = self._held.pop(weights)
+            if weights in self._slot_of:
+                self._slot_of[weights] = self._slot_of.pop(weights)
         for weights in wanted:
-            if weights not in self._held:
+            if weights not in self._slot_of:
                 self._seat(weights, wanted)
-        return [-1 if weights is None else self._held[weights] for weights in adapters]
+        return [-1 if weights is None else self._slot_of[weights] for weights in adapters]
 
     def forget(self, version: str) -> None:
         """Drops the reference to a freed adapter, so that its memory goes back."""
-        self._held = {weights: slot for weights, slot in self._held.items() if weights.version != version}
+        self._slot_of = {weights: slot for weights, slot in self._slot_of.items() if weights.version != version}
 
     def _seat(self, weights: LoadedAdapter, wanted: Mapping[LoadedAdapter, None]) -> None:
-        free = set(range(len(self.entries))) - set(self._held.values())
+        free = set(range(len(self.entries))) - set(self._slot_of.values())
         if not free:
-            idle = next((held for held in self._held if held not in wanted), None)
+            idle = next((one for one in self._slot_of if one not in wanted), None)
             assert idle is not None, "a step decodes at most as many adapters as there are slots"
-            free = {self._held.pop(idle)}
+            free = {self._slot_of.pop(idle)}
         slot = min(free)
         words, scalings = self._line(weights)
         pinned = self.entries.device.type == "cuda"  # then a copy only queues on the stream, before the step's kernels
         self.entries[slot].copy_(torch.tensor(words, pin_memory=pinned), non_blocking=True)
         self.scalings[slot].copy_(torch.tensor(scalings, pin_memory=pinned), non_blocking=True)
-        self._held[weights] = slot
+        self._slot_of[weights] = slot
 
     def _line(self, weights: LoadedAdapter) -> tuple[list[int], list[float]]:
         words, scalings = [0] * self.width, [0.0] * len(self.sites)

@@ -27,9 +27,9 @@ _LONGEST_PART = 2048
 
 @dataclass(frozen=True)
 class StaticInputs:
-    """Where each request's KV lies, [N] each: first token of its row in the arena, room of the row, tokens in it.
+    """Place of each request's KV, [N] each: first token of its row in the arena, room of the row, tokens in it.
 
-    Head h, position p of a request is line `start * heads + h * cap + p` of a layer's arena (see `kv.py`). `lengths`
+    Head h, position p of a request is line `start * heads + h * cap + p` of a layer's arena (see `kv_cache`). `lengths`
     counts the step's own token; 0 is padding.
     """
 

@@ -24,7 +24,7 @@ _ENOUGH_PROGRAMS = 264
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """What bitsandbytes keeps of a Linear4bit, all on one device.
+    """Tensors that bitsandbytes keeps of a Linear4bit, all on one device.
 
     codes: uint8 [O * I / 2], the earlier weight in the high nibble; book: float32 [16]; scales: float32 [O * I / block]
     or uint8 with double quantisation: then a scale is `book2[scale] * scales2[number // block2] + offset`.

@@ -27,16 +27,11 @@ from graftwork.serving.spec import EngineSpec
 from graftwork.serving.vllm.engine import Tally, VllmEngine, create_vllm
 from tests import engines
 from tests.async_llm import PlainWords, StandIn
-from tests.tiny import VOCAB_SIZE, write_tiny_base
+from tests.tiny import VOCAB_SIZE
 
 PROMPT = list(range(10, 50))
 LIMITS: dict[str, Any] = {"max_batch": 16, "max_seq_len": 256, "kv_tokens": 8192, "prefill_tokens": 64}
 Open = Callable[[], Engine]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +113,8 @@ def test_stop_ids_and_stop_strings_end_an_answer(engine: Engine, base: Path) -> 
     assert (cut.tokens, cut.finish) == (full[: full.index(stop) + 1], "stop")
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     text = tokenizer.decode(full)
-    string = text[len(text) // 2 : len(text) // 2 + 3]
-    cut = ask(engine, engines.request("string", PROMPT, stop=(string,), max_new_tokens=12))[0]
+    string = text[len(text) // 2 : len(text) // 2 + 4]
+    cut = ask(engine, engines.request("string", PROMPT, stop=("never there", string), max_new_tokens=12))[0]
     assert cut.finish == "stop"
     assert string in tokenizer.decode(cut.tokens)
     assert string not in tokenizer.decode(cut.tokens[:-1])
@@ -212,6 +207,8 @@ def test_a_retired_version_serves_what_runs_and_is_then_gone(engine: Engine, ada
         engine.submit(engines.request("late", PROMPT, "v1"), collector)
     assert collector.wait("running")[0].tokens == expected
     assert engine.adapters() == []
+    with pytest.raises(ArtifactError, match="not loaded"):
+        engine.retire_adapter("v1")
 
 
 def test_an_update_under_the_same_name_meets_nothing_of_the_old_one(

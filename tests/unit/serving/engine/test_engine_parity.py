@@ -17,7 +17,7 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.model_runner import Runner
 from tests import engines
-from tests.tiny import VOCAB_SIZE, write_tiny_base
+from tests.tiny import VOCAB_SIZE
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a" * 12: {"r": 8, "lora_alpha": 16, "target_modules": list(engines.ALL)},
@@ -32,11 +32,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
 }
 NEW_TOKENS = 8
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

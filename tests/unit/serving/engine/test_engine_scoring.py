@@ -9,16 +9,11 @@ import pytest
 from graftwork.errors import DataError
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.request import GenerateRequest, SamplingParams
-from graftwork.serving.engine.sequence import SCORED_A_STEP
+from graftwork.serving.engine.scheduler import SCORED_A_STEP
 from tests import engines
-from tests.tiny import VOCAB_SIZE, write_tiny_base
+from tests.tiny import VOCAB_SIZE
 
 Pairs = list[tuple[list[int], list[int]]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

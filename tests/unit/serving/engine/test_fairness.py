@@ -20,8 +20,7 @@ from graftwork.serving.engine.adapter_slots import AdapterSlots
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.kv_cache import KvShape, KvStore
 from graftwork.serving.engine.request import GenerateRequest, SamplingParams
-from graftwork.serving.engine.scheduler import Scheduler
-from graftwork.serving.engine.sequence import RunningRequest
+from graftwork.serving.engine.scheduler import RunningRequest, Scheduler
 
 STEP_MS, TOKEN_MS, LOAD_MS = 10.0, 0.5, 25.0
 PROMPT = 32
@@ -97,32 +96,34 @@ class World:
     async def step(self) -> None:
         """One engine step, or, where there is nothing to compute, the time up to the next load's end."""
         await settle()
-        plan = self.scheduler.plan()
-        tokens = sum(work.count for work in plan.works())
+        decoding, prompts = self.scheduler.plan()
+        work = [*decoding, *prompts]
+        tokens = sum(request.scheduled for request in work)
         if tokens:
             self.now_ms += STEP_MS + TOKEN_MS * tokens
         elif self._timers:
             self.now_ms = min(when for when, _ in self._timers)
         rows: dict[str | None, int] = defaultdict(int)
-        for work in plan.works():
-            rows[work.request.version] += 1
-            self._advance(work.request, work.count, finishes=work.finishes)
+        for request in work:
+            rows[request.version] += 1
+            self._advance(request)
         for version, count in rows.items():
             self.most_rows[version] = max(self.most_rows[version], count)
         for timer in [timer for timer in self._timers if timer[0] <= self.now_ms]:
             self._timers.remove(timer)
             timer[1].set()
 
-    def _advance(self, request: RunningRequest, count: int, *, finishes: bool) -> None:
+    def _advance(self, request: RunningRequest) -> None:
         assert request.row is not None
-        request.row.length += count
+        finishes = request.scheduled == request.remaining
+        request.row.length += request.scheduled
         if not finishes:
             return
-        if not request.generated:
+        if len(request.tokens) == request.prompt_end:
             self.ttft_ms[request.version].append(self.now_ms - request.arrival[1])
             self.order.append(request.version)
         request.tokens.append(7)
-        if len(request.generated) == request.request.sampling.max_new_tokens:
+        if len(request.tokens) - request.prompt_end == request.request.sampling.max_new_tokens:
             self.scheduler.remove(request)
             request.on_event(None)  # type: ignore[arg-type]  # only says that it ended
 

@@ -21,7 +21,7 @@ from graftwork.serving.engine.grammar import GrammarError, Grammars, GrammarText
 from graftwork.serving.engine.request import GenerateRequest, SamplingParams
 from graftwork.serving.spec import ArmSpec, GrammarSpec
 from tests import engines
-from tests.tiny import VOCAB_SIZE, write_tiny_base
+from tests.tiny import VOCAB_SIZE
 
 _LLGUIDANCE = tuple(map(int, metadata.version("llguidance").split(".")[:2]))
 PROMPT = tuple(range(10, 60))
@@ -37,11 +37,6 @@ SCHEMA = {
 }
 CARD = GrammarText("json_schema", json.dumps(SCHEMA))
 CODE = GrammarText("regex", "[A-Z]{2}-[0-9]{3}")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.kv_cache import KvShape, KvStore
 from graftwork.serving.engine.request import GenerateRequest, SamplingParams
-from graftwork.serving.engine.scheduler import Scheduler
-from graftwork.serving.engine.sequence import RunningRequest
+from graftwork.serving.engine.scheduler import RunningRequest, Scheduler
 from tests import engines
 from tests.tiny import write_tiny_base
 
@@ -37,15 +36,15 @@ class Steps:
 
     def step(self) -> set[str]:
         computed = set()
-        for work in self.scheduler.plan().works():
-            request = work.request
+        decoding, prompts = self.scheduler.plan()
+        for request in (*decoding, *prompts):
             assert request.row is not None
             computed.add(request.request.request_id)
-            finishes = work.finishes
-            request.row.length += work.count
+            finishes = request.scheduled == request.remaining
+            request.row.length += request.scheduled
             if finishes:
                 request.tokens.append(7)
-            if len(request.generated) == request.request.sampling.max_new_tokens:
+            if len(request.tokens) - request.prompt_end == request.request.sampling.max_new_tokens:
                 self.scheduler.remove(request)
         return computed
 

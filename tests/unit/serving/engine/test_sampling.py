@@ -21,11 +21,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from graftwork.serving.engine.grammar import GrammarText, MaskWords
+from graftwork.serving.engine.grammar import Grammar, MaskWords, Matcher
 from graftwork.serving.engine.logits_processors import process_logits
-from graftwork.serving.engine.request import SamplingParams
+from graftwork.serving.engine.request import SamplerState, SamplingParams, choice_seed
 from graftwork.serving.engine.sampling import NARROW, WIDE, SampledToken, choose, draw
-from graftwork.serving.engine.sequence import SamplerState, choice_seed
 
 VOCAB = 60
 PROMPT = (3, 7, 7, 11, 20)
@@ -142,16 +141,23 @@ def test_bias_and_held_back_stop_ids_are_those_of_transformers() -> None:
     assert torch.equal(later_BV, some_logits()), "six tokens are there: the stop ids are free"
 
 
-class Only:
+class Only(Grammar):
     """A grammar that allows these tokens."""
-
-    text, problem, finished = GrammarText("regex", ""), None, False
 
     def __init__(self, *allowed: int) -> None:
         self.allowed = allowed
 
-    def matcher(self) -> "Only":
-        return self
+    def matcher(self) -> "OnlyMatcher":
+        return OnlyMatcher(self.allowed)
+
+
+class OnlyMatcher(Matcher):
+    """An answer of such tokens."""
+
+    problem, finished = None, False
+
+    def __init__(self, allowed: Sequence[int]) -> None:
+        self.allowed = allowed
 
     def fill(self, words_W: MaskWords) -> None:
         for token in self.allowed:

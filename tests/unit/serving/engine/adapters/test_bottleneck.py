@@ -15,18 +15,12 @@ from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage.store import Store
 from tests import engines
 from tests.adapters import facts
-from tests.tiny import write_tiny_base
 
 KINDS: dict[str, dict[str, Any]] = {
     "houlsby": {"scaling": 0.5},
     "pfeiffer": {"target_modules": ["down_proj"], "activation": "relu", "bottleneck_size": 10},
     "no-bias": {"use_bias": False, "activation": "silu", "target_modules": ["q_proj", "o_proj"]},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

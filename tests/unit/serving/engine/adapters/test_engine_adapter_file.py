@@ -18,15 +18,9 @@ from graftwork.serving.engine.adapters.format import ReadOptions, SiteWeights
 from graftwork.serving.engine.adapters.kinds import SERVED, read_adapter, reader_of
 from graftwork.serving.engine.lora_layers import Sites
 from tests import engines
-from tests.tiny import write_tiny_base
 
 A_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 ROWS_KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

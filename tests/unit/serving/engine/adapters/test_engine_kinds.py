@@ -28,7 +28,7 @@ from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage.store import Store
 from tests import engines
 from tests.adapters import facts
-from tests.tiny import VOCAB_SIZE, write_tiny_base
+from tests.tiny import VOCAB_SIZE
 from tests.unit.serving.engine.test_engine_families import write_family
 
 TASK = "CAUSAL_LM"
@@ -66,11 +66,6 @@ def write_all(base: Path, root: Path, kinds: list[str]) -> dict[str, Path]:
         for seed, kind in enumerate(CONFIGS)
         if kind in kinds
     }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

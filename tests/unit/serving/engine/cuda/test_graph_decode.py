@@ -9,7 +9,7 @@ import torch
 from graftwork.serving.engine.adapter_slots import AdapterPool
 from graftwork.serving.engine.adapters.format import ReadOptions
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
-from graftwork.serving.engine.attention import Chunk, by_place, pack
+from graftwork.serving.engine.attention import Chunk, pack
 from graftwork.serving.engine.cuda.graph_decode import (
     GraphCapture,
     GraphDecode,
@@ -22,7 +22,7 @@ from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.engine.kv_cache import KvRow, KvStore
 from graftwork.serving.engine.model_runner import Runner
 from tests import engines
-from tests.tiny import VOCAB_SIZE, write_tiny_base
+from tests.tiny import VOCAB_SIZE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ADAPTERS = {
@@ -31,11 +31,6 @@ ADAPTERS = {
     "c" * 12: {"r": 20, "target_modules": "all-linear"},
     "d" * 12: {"r": 4, "target_modules": ["k_proj", "down_proj"], "use_dora": True},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +108,9 @@ def test_a_captured_step_stays_right_when_rows_move_and_adapters_change(base: Pa
     a, b, c, _ = (loaded(runner, name, folder) for name, folder in adapters.items())
     rows = [prefilled(runner, kv, length, weights) for length, weights in ((20, a), (33, b), (5, None), (41, a))]
     check_step(runner, kv, rows, [a, b, None, a])
-    place = by_place(rows[3])
+    place = rows[3].start
     assert kv.grow(rows[3], 100)
-    assert by_place(rows[3]) != place
+    assert rows[3].start != place
     path.forget(a.version)
     check_step(runner, kv, rows[2:], [c, b])
     check_step(runner, kv, rows[2:], [None, None])
@@ -151,7 +146,7 @@ def prefilled(runner: Runner, kv: KvStore, length: int, weights: LoadedAdapter |
 def check_step(runner: Runner, kv: KvStore, rows: list[KvRow], adapters: list[LoadedAdapter | None]) -> None:
     """One token each, by the captured step and by the plain pass, which writes the same keys and values again."""
     assert runner.path is not None
-    chunks = [Chunk([90 + n], row.length, row) for n, row in enumerate(sorted(rows, key=by_place))]
+    chunks = [Chunk([90 + n], row.length, row) for n, row in enumerate(sorted(rows, key=lambda row: row.start))]
     with torch.inference_mode():
         ours = runner.path.logits(chunks, adapters).clone()
     plain = runner.forward(pack(chunks, [], kv, runner.device), adapters, [], range(len(chunks)))

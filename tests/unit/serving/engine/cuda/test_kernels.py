@@ -34,7 +34,7 @@ class Rows:
     def __init__(self, lengths: Sequence[int], heads: int, size: int, dtype: torch.dtype, padded: int) -> None:
         self.kv = KvStore([KvShape(heads, size)], 4096, 512, dtype, DEVICE)
         self.rows = [self._row(length, seed) for seed, length in enumerate(lengths)]
-        self.inputs = StepInputs(padded, self.kv.page_tokens, DEVICE)
+        self.inputs = StepInputs(padded, DEVICE)
         chunks = [Chunk([7], length - 1, row) for length, row in zip(lengths, self.rows, strict=True)]
         self.inputs.fill(chunks, [-1] * len(chunks), padded)
 
@@ -172,8 +172,8 @@ def test_deltas_of_mixed_ranks_equal_pefts(rows: list[int], dtype: torch.dtype) 
     table = SlotTable({"m.qkv": GROUP}, 32, MAX_RANK, dtype, DEVICE)
     own = [None if n < 0 else adapters[n] for n in rows]
     padded = len(rows) + 3
-    inputs = StepInputs(padded, 512, DEVICE)
-    row = KvRow(0, 0, 64)
+    inputs = StepInputs(padded, DEVICE)
+    row = KvRow(0, 0, 64, 0)
     inputs.fill([Chunk([1], 0, row)] * len(rows), table.slots(own), padded)
     x = rand(padded, INPUTS, seed=70, dtype=dtype)
     partial = lora.shrink(x, inputs.tiles(padded), table, table.groups["m.qkv"])
