@@ -10,6 +10,7 @@ import pytest
 from graftwork.cluster.kuberay.prestop import GCS_S
 from tests.process_races import ROOT
 from tests.ray_cluster import Raylets, environment
+from tests.waiting import until
 
 pytestmark = pytest.mark.long
 WITHIN_S = 60
@@ -88,10 +89,7 @@ def test_a_node_at_work_is_told_and_waited_for(raylets: Raylets) -> None:
     try:
         assert said(work) == node.node_id
         drain = python(raylets, *DRAIN, "120", node.node_id)
-        end = time.monotonic() + WITHIN_S
-        while said(work, "told") != "True":
-            assert time.monotonic() < end, "Ray was not told"
-            time.sleep(0.1)
+        until(lambda: said(work, "told") == "True", "Ray was not told", within_s=WITHIN_S)
         assert drain.poll() is None
         work.communicate("end\n", timeout=WITHIN_S)
         assert drain.wait(WITHIN_S) == 0
@@ -121,10 +119,7 @@ def test_a_drain_whose_head_goes_away_gives_up(mortal: Raylets) -> None:
     try:
         assert said(work) == node.node_id
         drain = python(mortal, *DRAIN, "110", node.node_id)
-        end = time.monotonic() + WITHIN_S
-        while said(work, "told") != "True":
-            assert time.monotonic() < end, "Ray was not told"
-            time.sleep(0.1)
+        until(lambda: said(work, "told") == "True", "Ray was not told", within_s=WITHIN_S)
         assert drain.poll() is None
         mortal.gcs().kill()
         gives_up(drain, "has not answered for")

@@ -23,17 +23,18 @@ from tests.ray.test_recovery import (
     AHEAD,
     PER_STEP,
     ROWS,
+    WITHIN_S,
     noted_lines,
     require_each_row_once_an_epoch,
     rows_of_steps,
     steps_taken_again,
-    until,
 )
 from tests.ray_cluster import Raylet, Raylets
 from tests.s3.conftest import use
 from tests.s3_server import Weed, running
 from tests.train_driver import last_words, start_driver
 from tests.training import task
+from tests.waiting import until
 
 KILLS, PIECES = 50, 10
 KINDS = ("worker", "raylet", "driver", "s3", "told")
@@ -67,7 +68,7 @@ class Disturbed:
     def kill(self, kind: str) -> None:
         """Kill one part, at a random moment while steps are taken. What was killed comes back."""
         before = self.passes()
-        until(lambda: self.passes() > before + 8, f"steps are taken after {self.done}", self.driver)
+        until(lambda: self.passes() > before + 8, f"steps are taken after {self.done}", self.driver, within_s=WITHIN_S)
         time.sleep(self.rng.uniform(0.0, 2.0))
         self.killed_at.append(time.time())
         {
@@ -80,7 +81,12 @@ class Disturbed:
         self.done.append(kind)
 
     def end_worker(self, number: signal.Signals) -> None:
-        until(lambda: bool(workers_of(self.nodes)), f"a worker is at work after {self.done}", self.driver)
+        until(
+            lambda: bool(workers_of(self.nodes)),
+            f"a worker is at work after {self.done}",
+            self.driver,
+            within_s=WITHIN_S,
+        )
         self.rng.choice(workers_of(self.nodes)).send_signal(number)
 
     def kill_raylet(self) -> None:
@@ -97,7 +103,12 @@ class Disturbed:
         """In an upload: a checkpoint lies in this machine's cache until it is sent."""
         cache = Checkpoints(self.run)
         here = set(os.listdir(cache.work_dir()))
-        until(lambda: bool(set(os.listdir(cache.work_dir())) - here), "a checkpoint is written", self.driver)
+        until(
+            lambda: bool(set(os.listdir(cache.work_dir())) - here),
+            "a checkpoint is written",
+            self.driver,
+            within_s=WITHIN_S,
+        )
         time.sleep(self.rng.uniform(0.0, 0.2))
         self.weed.kill()
         time.sleep(self.rng.uniform(0.0, 2.0))

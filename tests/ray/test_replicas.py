@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from tests.engines import write_lora
 from tests.ports import free_port
 from tests.tiny import write_tiny_base
 from tests.tiny_embedder import write_tiny_embedder
+from tests.waiting import until
 
 TASKS = tuple(f"task{number}" for number in range(16))  # all of one home: one time in 2^15
 HELLO = (Message("user", "Hello"),)
@@ -71,14 +71,6 @@ def spec_of(base: Path, store: Store, **changed: Any) -> ServeSpec:
         "engine": {"max_seq_len": 1024, "num_threads": 1, "max_batch": MAX_BATCH},
     }
     return ServeSpec(**{**usual, **changed})
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
-    """Look again and again until it holds."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
-        time.sleep(0.1)
 
 
 def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, base: Path, store: Store) -> None:

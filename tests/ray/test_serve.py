@@ -47,6 +47,7 @@ from tests.adapters import facts
 from tests.engines import ALL, peft_greedy, write_lora
 from tests.ports import free_port
 from tests.tiny import write_tiny_base
+from tests.waiting import until
 
 SYSTEM = "Answer with one JSON object."
 QUESTIONS = ("Which airport has the ICAO code ZPPP?", "How high above the sea does KMG lie?", "Hello")
@@ -436,14 +437,6 @@ def test_a_request_that_takes_too_long_is_cancelled(endpoint: Endpoint) -> None:
             if cancelled > before:
                 break
         assert cancelled > before
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
-    """Look again and again until it holds."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
-        time.sleep(0.05)
 
 
 def test_the_async_openai_client_streams_many_at_once(endpoint: Endpoint, world: World) -> None:

@@ -6,8 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,19 +26,12 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import TrainJob, read_steps
 from tests.process_races import ROOT
 from tests.training import task
+from tests.waiting import until
 
 WITHIN_S = 240.0
 STEPS = 120
 ENDED_BY_ITSELF = 100
 """Added to a driver's exit code: Ray ends a process whose thread calls it after its shutdown with 1, as we do."""
-
-
-def until(reached: Callable[[], object], what: str) -> None:
-    """Wait for a state that other processes bring about."""
-    end = time.monotonic() + WITHIN_S
-    while not reached():
-        assert time.monotonic() < end, f"{what}: not within {WITHIN_S:.0f} s"
-        time.sleep(0.02)
 
 
 def last_step(run: RunPaths) -> int:
@@ -85,9 +76,9 @@ def command_of(process: psutil.Process) -> str:
 
 def kill_a_worker(run: RunPaths, step: int) -> str:
     """Kill one of the two workers once `step` is noted, while the run goes on. Returns what ran then."""
-    until(lambda: len(train_workers()) == 2, "both workers are seen")
+    until(lambda: len(train_workers()) == 2, "both workers are seen", within_s=WITHIN_S)
     worker = train_workers()[-1]
-    until(lambda: last_step(run) >= step, f"step {step} is noted")
+    until(lambda: last_step(run) >= step, f"step {step} is noted", within_s=WITHIN_S)
     assert last_step(run) < STEPS, "the run goes on"
     running = " ".join(command_of(process) for process in psutil.Process().children(recursive=True))
     worker.kill()
@@ -120,7 +111,11 @@ class Disturbed:
 def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
     run = run_paths(spec)
     driver = start_driver(spec)
-    until(lambda: Checkpoints(run).newest() or driver.poll() is not None, "the first driver commits a checkpoint")
+    until(
+        lambda: Checkpoints(run).newest() or driver.poll() is not None,
+        "the first driver commits a checkpoint",
+        within_s=WITHIN_S,
+    )
     below = psutil.Process(driver.pid).children(recursive=True)
     with pytest.raises(RunError) as refused:
         train(spec)
@@ -130,7 +125,9 @@ def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
     status = run.store.read_json(*run.status())["state"]
 
     second = start_driver(spec)
-    until(lambda: last_step(run) >= 45 or second.poll() is not None, "the second driver passes step 45")
+    until(
+        lambda: last_step(run) >= 45 or second.poll() is not None, "the second driver passes step 45", within_s=WITHIN_S
+    )
     second.kill()
     second.wait()
     steps_when_killed = last_step(run)

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from graftwork.tuning.run import Sweep, tune
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import TuneProgress, TuneReport
 from tests.tiny import write_tiny_base
+from tests.waiting import until
 
 FREED_WITHIN_S = 90.0
 FIRST_LOSS_WITHIN_S = 240.0
@@ -103,7 +103,11 @@ def test_a_diverging_trial_is_marked_and_the_sweep_goes_on(whole: tuple[TuneSpec
 
 
 def test_trials_that_ended_give_their_cpus_back(whole: tuple[TuneSpec, TuneReport]) -> None:
-    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "CPUs are free")
+    until(
+        lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"],
+        "CPUs are free",
+        within_s=FREED_WITHIN_S,
+    )
     assert not [group for group in placement_group_table().values() if group["state"] == "CREATED"]
 
 
@@ -139,7 +143,11 @@ def continued(
 
     with pytest.raises(Interrupted, match="1 of 2 trials are kept"):
         tune(spec, on_progress=interrupt)
-    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "CPUs are free")
+    until(
+        lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"],
+        "CPUs are free",
+        within_s=FREED_WITHIN_S,
+    )
     started: set[str] = set()
     report = tune(spec, on_progress=lambda p: started.update(t.trial_id for t in p.trials if t.state == "running"))
     return spec, report, started
@@ -203,7 +211,7 @@ def test_kill_9_of_the_driver_repeats_no_finished_trial(
         return len(records) > 1 and records[0]["state"] == "finished" and records[1]["state"] == "running"
 
     try:
-        wait_for(second_runs, "the second trial runs", FIRST_LOSS_WITHIN_S)
+        until(second_runs, "the second trial runs", within_s=FIRST_LOSS_WITHIN_S)
     finally:
         victim.kill()
         victim.wait()
@@ -239,7 +247,7 @@ def test_kill_9_while_the_winner_trains_repeats_no_trial_and_goes_on_from_its_ch
         return bool(found) and len(found[0].read_text().splitlines()) >= 10
 
     try:
-        wait_for(half_trained, "the winner trains", 2 * FIRST_LOSS_WITHIN_S)
+        until(half_trained, "the winner trains", within_s=2 * FIRST_LOSS_WITHIN_S)
     finally:
         victim.kill()
         victim.wait()
@@ -269,14 +277,6 @@ def test_a_trial_that_no_node_can_hold_is_refused(local_ray: Session, inputs: Pa
 def losses(report: TuneReport, rate: float) -> tuple[tuple[int, float], ...]:
     (found,) = [trial.losses for trial in report.trials if trial.values["optim.lr"] == rate]
     return found
-
-
-def wait_for(true: Callable[[], bool], what: str, within_s: float = FREED_WITHIN_S) -> None:
-    """Ray and other processes tell the end of their work by state alone: look until it is there."""
-    end = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < end, f"not within {within_s:g} s: {what}"
-        time.sleep(0.1)
 
 
 if __name__ == "__main__":  # the driver that is killed

@@ -12,10 +12,11 @@ from graftwork.cluster.jobs.packaging import publish_wheel, unpack, wheel_uri
 from graftwork.cluster.jobs.store import LOG_BEHIND_S
 from graftwork.errors import PreflightError
 from graftwork.storage.store import Store
-from tests.jobs import command_job, local_backend, printed, python_job, until
+from tests.jobs import command_job, local_backend, printed, python_job
 from tests.s3.conftest import use
 from tests.s3_server import Weed, running
 from tests.s3_throttle_proxy import slow_down
+from tests.waiting import until
 
 CHATTY = """
 import sys, time
