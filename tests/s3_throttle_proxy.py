@@ -71,7 +71,7 @@ class SlowDown:
             connection.close()
         except (OSError, http.client.HTTPException):  # the server is gone: so are we
             request.close_connection = True
-            return
+            return None
         _answer(request, answer.status, headers, data, length if request.command == "HEAD" else None)
 
 

@@ -84,7 +84,7 @@ def test_a_run_goes_on_without_a_worker_that_is_cut_off_and_without_its_client(h
     assert hosts.status(job_id)["state"] == "running", "the store says so where the cluster is out of reach"
     hosts.made.cut(hosts.workers[1])
     cut_at, reached = time.monotonic(), hosts.steps()
-    hosts.made.mend(hosts.client)
+    hosts.made.restore(hosts.client)
     until(lambda: hosts.steps() > reached + 20, lambda: str(hosts.status(job_id)), within_s=240)
     print(f"{time.monotonic() - cut_at:.0f} s from the cut to 20 steps beyond it")
     assert hosts.status(job_id)["state"] == "running"

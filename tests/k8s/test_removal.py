@@ -29,7 +29,7 @@ MERGE = "application/merge-patch+json"
 def slow() -> Iterator[KubeCluster]:
     """Its pods end slowly, as with a checkpoint in their preStop hook."""
     with kube_cluster(ray=False) as kube:
-        kube.operator.pods_end_s, kube.operator.cleanup_s = PODS_END_S, CLEANUP_S
+        kube.fake_operator.pods_end_s, kube.fake_operator.cleanup_s = PODS_END_S, CLEANUP_S
         yield kube
 
 

@@ -98,7 +98,7 @@ def test_a_job_that_never_ran_is_gone_within_ten_seconds_of_its_cancellation(
     job = command(tmp_path, f"held-{held}", "print('never')")
     backend = backend_of(kube.on, job.root)
     if held == "pending":
-        kube.operator.pause()
+        kube.fake_operator.pause()
     backend.submit(job)
     if held == "suspended":
         merge = "application/merge-patch+json"
@@ -111,7 +111,7 @@ def test_a_job_that_never_ran_is_gone_within_ten_seconds_of_its_cancellation(
         assert time.monotonic() - began < 10
         assert kube.job_names() == []
     finally:
-        kube.operator.resume()
+        kube.fake_operator.resume()
 
 
 def _client(program: str, *argv: str) -> "subprocess.Popen[str]":

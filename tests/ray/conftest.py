@@ -8,7 +8,7 @@ from graftwork.cluster.session import Session, session
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[Session]:
+def ray_cluster() -> Iterator[Session]:
     """A private Ray with 4 logical CPUs, so that two workers and a driver's helper actors fit."""
     with session("local", num_cpus=4) as here:
         yield here

@@ -35,7 +35,7 @@ USERS = 12
 
 
 @pytest.fixture(scope="module")
-def endpoint(local_ray: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     tmp = tmp_path_factory.mktemp("experiment")
     base = write_tiny_base(tmp / "base")
     store, digest = Store(str(tmp / "root")), base_model.resolve(BaseSpec(uri=str(base))).digest

@@ -29,7 +29,7 @@ def ctrl_c_raises() -> Iterator[None]:
 @pytest.mark.long
 @pytest.mark.timeout(400)
 def test_ctrl_c_leaves_no_thread_in_ray_and_gives_the_places_back(
-    local_ray: Session, ctrl_c_raises: None, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: Session, ctrl_c_raises: None, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A thread that is in `ray.get` while Ray is shut down can hang the process at its exit, or end it at once."""
     spec = task(tmp_path_factory.mktemp("interrupt"), **{"optim.epochs": 40, "num_workers": 2, "checkpoint_every": 200})

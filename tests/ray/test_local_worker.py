@@ -115,7 +115,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_steps_and_adapter_equal_those_of_a_ray_train_worker_bit_for_bit(
-    local_ray: Session, tmp_path: Path, strategy: str
+    ray_cluster: Session, tmp_path: Path, strategy: str
 ) -> None:
     changes = {"optim.epochs": 4, "strategy": {"kind": strategy}}
     alone, of_alone = fitted(one_worker(tmp_path / "alone", **changes), ray_train=False)
@@ -222,7 +222,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_reason(tmp_pat
     assert "Hint: run the same command" in said["text"]
 
 
-def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(local_ray: Session, tmp_path: Path) -> None:
+def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(ray_cluster: Session, tmp_path: Path) -> None:
     """In a private Ray: what the worker uses is no more to be had by others, and is given back at the end."""
     before = os.environ.pop("OMP_NUM_THREADS", None)
     spec = one_worker(tmp_path, cpus_per_worker=2)
@@ -250,7 +250,7 @@ def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(local_ray: Ses
 
 
 def test_one_worker_is_ray_trains_where_the_process_works_on_a_ray_of_others(
-    local_ray: Session, tmp_path: Path
+    ray_cluster: Session, tmp_path: Path
 ) -> None:
     """A task of the Ray stands for the driver of a job: it has joined a Ray that it has not started."""
     spec = one_worker(tmp_path)

@@ -73,7 +73,7 @@ def spec_of(base: Path, store: Store, **changed: Any) -> ServeSpec:
     return ServeSpec(**{**usual, **changed})
 
 
-def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, base: Path, store: Store) -> None:
+def test_an_endpoint_that_ends_lets_its_streams_end_first(ray_cluster: Session, base: Path, store: Store) -> None:
     """A stream that runs when the endpoint is taken down comes whole; a new request is no longer taken."""
     lines: list[str] = []
     streaming, ended = threading.Event(), threading.Event()
@@ -103,7 +103,7 @@ def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, ba
 
 
 @pytest.mark.soak  # a minute of waiting for Serve's autoscaler
-def test_replicas_follow_the_load(local_ray: Session, base: Path, store: Store) -> None:
+def test_replicas_follow_the_load(ray_cluster: Session, base: Path, store: Store) -> None:
     autoscaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 0.5}
     spec = spec_of(base, store, name="scaled", num_replicas=1, autoscaling={**autoscaling, "downscale_delay_s": 1})
     with deploy(spec) as endpoint, endpoint.client() as client:
@@ -128,7 +128,7 @@ async def keep_asking(endpoint: Endpoint, stop: threading.Event) -> None:
         await asyncio.gather(*[one() for _ in range(12)])
 
 
-def test_more_replicas_than_fit_are_refused(local_ray: Session, base: Path, store: Store) -> None:
+def test_more_replicas_than_fit_are_refused(ray_cluster: Session, base: Path, store: Store) -> None:
     with (
         pytest.raises(ConfigError, match="num_cpus=3 for each of 2 replicas"),
         deploy(spec_of(base, store, name="many", num_cpus=3)),
@@ -137,7 +137,7 @@ def test_more_replicas_than_fit_are_refused(local_ray: Session, base: Path, stor
 
 
 def test_an_embedder_that_finds_no_place_beside_the_engine_is_refused(
-    local_ray: Session, base: Path, store: Store, tmp_path: Path
+    ray_cluster: Session, base: Path, store: Store, tmp_path: Path
 ) -> None:
     embedder = {"uri": str(write_tiny_embedder(tmp_path / "embedder")), "num_cpus": 64}
     with (
@@ -148,7 +148,7 @@ def test_an_embedder_that_finds_no_place_beside_the_engine_is_refused(
 
 
 @pytest.fixture(scope="module")
-def endpoint(local_ray: Session, base: Path, store: Store) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: Session, base: Path, store: Store) -> Iterator[Endpoint]:
     with deploy(spec_of(base, store)) as running:
         yield running
 

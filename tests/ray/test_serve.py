@@ -129,7 +129,7 @@ def expected(base: Path, adapter: Path | None, template: Template, system: str |
     return [template.decode(list(itertools.takewhile(lambda token: token not in stop, ids))) for ids in answers]
 
 
-def test_a_port_in_use_is_named_before_anything_starts(local_ray: Session, world: World) -> None:
+def test_a_port_in_use_is_named_before_anything_starts(ray_cluster: Session, world: World) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -138,12 +138,12 @@ def test_a_port_in_use_is_named_before_anything_starts(local_ray: Session, world
             pytest.fail("it deployed")
 
 
-def test_a_sequence_longer_than_the_base_takes_is_refused(local_ray: Session, world: World) -> None:
+def test_a_sequence_longer_than_the_base_takes_is_refused(ray_cluster: Session, world: World) -> None:
     with pytest.raises(ConfigError, match="max_seq_len=4096"), deploy(world.spec(engine={"max_seq_len": 4096})):
         pytest.fail("it deployed")
 
 
-def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(local_ray: Session, world: World) -> None:
+def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(ray_cluster: Session, world: World) -> None:
     limits = {"max_seq_len": 1024, "kv_tokens": 512}
     with (
         pytest.raises(ConfigError, match=r"engine\.kv_tokens") as caught,
@@ -154,20 +154,20 @@ def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(local_ray: 
     assert caught.value.hint
 
 
-def test_more_cpus_than_there_are_is_refused(local_ray: Session, world: World) -> None:
+def test_more_cpus_than_there_are_is_refused(ray_cluster: Session, world: World) -> None:
     with pytest.raises(ConfigError, match="num_cpus=400"), deploy(world.spec(num_cpus=400)):
         pytest.fail("it deployed")
 
 
 def test_an_adapter_of_another_base_is_refused_before_anything_starts(
-    local_ray: Session, world: World, tmp_path: Path
+    ray_cluster: Session, world: World, tmp_path: Path
 ) -> None:
     other = write_tiny_base(tmp_path / "other", seed=1)
     with pytest.raises(ArtifactError, match="trained on base"), deploy(world.spec(base=str(other))):
         pytest.fail("it deployed")
 
 
-def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Session, world: World) -> None:
+def test_without_http_the_engine_answers_hundreds_of_calls_at_once(ray_cluster: Session, world: World) -> None:
     """What an offline comparison does: no proxy, no port, all requests in one batch."""
     arms = [ArmSpec(name="base", max_new_tokens=NEW_TOKENS)]
     arms += [ArmSpec(name=t, adapter=f"{t}@latest", max_new_tokens=NEW_TOKENS) for t in TASKS]
@@ -190,7 +190,7 @@ def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Se
 
 
 @pytest.fixture(scope="module")
-def endpoint(local_ray: Session, world: World) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: Session, world: World) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("GRAFTWORK_TEST_TOKEN", TOKEN)
         environment.setenv("GRAFTWORK_TEST_OWNER", ADMIN_TOKEN)
@@ -370,7 +370,7 @@ def test_half_sent_requests_are_closed_by_serves_proxy(endpoint: Endpoint) -> No
         assert BODY_TIMEOUT_S - 1 < time.monotonic() - began < BODY_TIMEOUT_S + 5
 
 
-def test_clients_that_leave_write_no_stack_traces(local_ray: Session, endpoint: Endpoint) -> None:
+def test_clients_that_leave_write_no_stack_traces(ray_cluster: Session, endpoint: Endpoint) -> None:
     """Serve's own logs of proxy and replicas, read when they show that three clients have left within their body."""
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     before = {path: path.stat().st_size for path in logs.rglob("*") if path.is_file()}
@@ -405,7 +405,7 @@ def test_wrong_keys_are_counted_by_the_callers_address(endpoint: Endpoint) -> No
     assert httpx.get(f"{endpoint.url}/v1/models", headers=AUTH).status_code == 200
 
 
-def test_a_token_that_is_not_set_is_named(local_ray: Session, world: World) -> None:
+def test_a_token_that_is_not_set_is_named(ray_cluster: Session, world: World) -> None:
     with pytest.raises(ConfigError, match="token_env=NO_SUCH_TOKEN"), deploy(world.spec(token_env="NO_SUCH_TOKEN")):
         pytest.fail("it deployed")
 

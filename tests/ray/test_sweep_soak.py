@@ -17,7 +17,7 @@ from graftwork.tuning.spec import TuneSpec
 from tests.ray.test_tune import GOOD, rates, sweep, write_inputs
 from tests.ray_cluster import Raylet, Raylets
 from tests.s3.conftest import use
-from tests.s3_server import Weed, running
+from tests.s3_server import S3Server, running
 from tests.sweep_driver import Record, alive, folder_of, ledger_of, processes_of, start_sweep
 from tests.train_driver import last_words
 from tests.waiting import until
@@ -200,45 +200,45 @@ def test_trials_of_machines_killed_at_random_points_run_again_elsewhere(
 
 
 @pytest.fixture(scope="module")
-def weed() -> Iterator[Weed]:
+def s3_server() -> Iterator[S3Server]:
     with running() as server:
         yield server
 
 
 def test_storage_that_comes_back_only_delays_and_one_that_does_not_ends_the_sweep(
-    weed: Weed, undisturbed: Record, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_server: S3Server, undisturbed: Record, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rerun goes on where the second outage ended it."""
-    use(weed, monkeypatch, tmp_path)
-    root = Store(f"s3://{weed.bucket}/{tmp_path.name}")
+    use(s3_server, monkeypatch, tmp_path)
+    root = Store(f"s3://{s3_server.bucket}/{tmp_path.name}")
     spec = sweep(inputs, tmp_path, SPACE, max_concurrent=1, num_trials=4, scheduler=ASHA).with_({"root": root.uri})
-    driver = start_sweep(spec.with_({"train.checkpoints.outage_s": 60}), weed.environment())
+    driver = start_sweep(spec.with_({"train.checkpoints.outage_s": 60}), s3_server.environment())
     try:
         until(lambda: len(ended(ledger_of(spec))) == 1, "one trial has ended", driver, pause_s=0.2, within_s=WITHIN_S)
-        weed.kill()
+        s3_server.kill()
         assert driver.stdout is not None
         assert "storage is out of reach" in driver.stdout.readline()
-        weed.start()
+        s3_server.start()
         until(
             lambda: len(ended(ledger_of(spec))) == 3, "three trials have ended", driver, pause_s=0.2, within_s=WITHIN_S
         )
     finally:
         driver.kill()
         driver.wait()
-    driver = start_sweep(spec.with_({"train.checkpoints.outage_s": 1}), weed.environment())
+    driver = start_sweep(spec.with_({"train.checkpoints.outage_s": 1}), s3_server.environment())
     try:
         until(
             lambda: len(ended(ledger_of(spec))) == 4, "four trials have ended", driver, pause_s=0.2, within_s=WITHIN_S
         )
         kept = ended(ledger_of(spec))
-        weed.kill()
+        s3_server.kill()
         error = last_words(driver, WITHIN_S)
     finally:
         driver.kill()
     assert error["error"] == "StoreUnreachable"
     assert "not written for 1 s" in error["text"]
     assert "run the same command when it is back" in error["text"]
-    weed.start()
-    report = last_words(start_sweep(spec, weed.environment()), END_S)
+    s3_server.start()
+    report = last_words(start_sweep(spec, s3_server.environment()), END_S)
     assert outcome(report["trials"]) == outcome(undisturbed["trials"])
     require_kept(kept, report)

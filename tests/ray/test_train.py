@@ -108,7 +108,7 @@ class Disturbed:
 
 
 @pytest.fixture(scope="module")
-def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
+def disturbed(ray_cluster: Session, spec: TrainSpec) -> Disturbed:
     run = run_paths(spec)
     driver = start_driver(spec)
     until(
@@ -222,7 +222,7 @@ def test_relative_places_mean_the_drivers_folder(
     assert report.train_loss[0][1] == pytest.approx(disturbed.report.train_loss[-1][1], rel=0.5)
 
 
-def test_workers_that_never_fit_are_refused_at_once(local_ray: Session, spec: TrainSpec) -> None:
+def test_workers_that_never_fit_are_refused_at_once(ray_cluster: Session, spec: TrainSpec) -> None:
     with pytest.raises(ClusterError, match="the cluster has 4 CPU, the run needs 6") as caught:
         train(spec.with_({"cpus_per_worker": 3.0, "seed": 1}))
     assert "--set num_workers=1" in caught.value.hint

@@ -69,7 +69,7 @@ def rates(*values: float) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(local_ray: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneSpec, TuneReport]:
+def whole(ray_cluster: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneSpec, TuneReport]:
     """A sweep of three that nothing disturbed: one runs to its end, one is stopped early, one diverges."""
     asha = {"grace_steps": 2, "reduction": 2}
     space = rates(1e-5, GOOD, 1e38)  # a grid begins in its middle
@@ -132,7 +132,7 @@ def test_a_run_folder_tells_what_was_done(whole: tuple[TuneSpec, TuneReport]) ->
 
 @pytest.fixture(scope="module")
 def continued(
-    local_ray: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TuneSpec, TuneReport, set[str]]:
     """A sweep of two, interrupted in the second and run again; and the trials that the rerun started."""
     spec = sweep(inputs, tmp_path_factory.mktemp("continued"), rates(0.001, GOOD), max_concurrent=1)
@@ -195,7 +195,7 @@ def test_a_finished_sweep_is_given_finals_and_its_winner_is_published(
 
 @pytest.mark.soak  # Ctrl-C, above, takes the same way back
 def test_kill_9_of_the_driver_repeats_no_finished_trial(
-    whole: tuple[TuneSpec, TuneReport], local_ray: Session, inputs: Path, tmp_path: Path
+    whole: tuple[TuneSpec, TuneReport], ray_cluster: Session, inputs: Path, tmp_path: Path
 ) -> None:
     """The rerun has two trials left, and runs them at the same time."""
     spec = sweep(inputs, tmp_path, rates(0.001, GOOD, 1e-5), max_concurrent=1)
@@ -232,7 +232,7 @@ def test_kill_9_of_the_driver_repeats_no_finished_trial(
 
 @pytest.mark.soak
 def test_kill_9_while_the_winner_trains_repeats_no_trial_and_goes_on_from_its_checkpoint(
-    local_ray: Session, inputs: Path, tmp_path: Path
+    ray_cluster: Session, inputs: Path, tmp_path: Path
 ) -> None:
     steps = {"train.optim.epochs": 40, "train.checkpoint_every": 5, "train.num_workers": 1}
     spec = sweep(inputs, tmp_path, rates(GOOD), winner={"alias": "champion", "retention": False}).with_(steps)
@@ -268,7 +268,7 @@ def test_one_driver_a_sweep(inputs: Path, tmp_path: Path) -> None:
         tune(spec)
 
 
-def test_a_trial_that_no_node_can_hold_is_refused(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+def test_a_trial_that_no_node_can_hold_is_refused(ray_cluster: Session, inputs: Path, tmp_path: Path) -> None:
     spec = sweep(inputs, tmp_path, rates(GOOD)).with_({"train.cpus_per_worker": 4096})
     with pytest.raises(ClusterError, match="train.cpus_per_worker=4096: the largest node has"):
         tune(spec)

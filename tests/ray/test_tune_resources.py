@@ -30,7 +30,7 @@ def cpus_are_free() -> bool:
     return bool(ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
-def test_a_gang_that_is_stopped_leaves_loop_and_places(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+def test_a_gang_that_is_stopped_leaves_loop_and_places(ray_cluster: Session, inputs: Path, tmp_path: Path) -> None:
     """The first trial is one of an earlier attempt, and far better: the second is stopped at its first rung."""
     space = rates(GOOD, 1e-5)
     spec = sweep(inputs, tmp_path, space, scheduler={"grace_steps": 2, "reduction": 2}).with_(GANG)
@@ -50,7 +50,9 @@ def test_a_gang_that_is_stopped_leaves_loop_and_places(local_ray: Session, input
 
 
 @pytest.mark.soak
-def test_a_gang_whose_first_process_is_killed_leaves_nothing(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+def test_a_gang_whose_first_process_is_killed_leaves_nothing(
+    ray_cluster: Session, inputs: Path, tmp_path: Path
+) -> None:
     spec = sweep(inputs, tmp_path, rates(GOOD), steps=40, report_every=2, retries=0).with_(GANG)
     killed: list[float] = []
 

@@ -56,7 +56,7 @@ def longest_wait_s(trials: Sequence[TrialRecord]) -> float:
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [50, 200])
-def test_many_trials_neither_stall_nor_leak(local_ray: Session, inputs: Path, tmp_path: Path, count: int) -> None:
+def test_many_trials_neither_stall_nor_leak(ray_cluster: Session, inputs: Path, tmp_path: Path, count: int) -> None:
     """Of 50 all but the first are stopped at their first rung; 200 run to their end, one step long."""
     early = {"steps": 4, "report_every": 2, "scheduler": {"grace_steps": 2, "reduction": 64}}
     short = {"steps": 1, "report_every": 1, "scheduler": None}
