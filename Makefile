@@ -4,13 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
 
-.PHONY: demo test long test-k8s k8s-parts check format soak bench install clean
+.PHONY: demo test coverage rest long test-k8s k8s-parts check format soak bench install clean
 
 demo: install
 	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
 
+FAST = -m "not soak and not long and not k8s" -n 2 --dist loadfile --no-loadscope-reorder
 test: install
-	$(BIN)/pytest -m "not soak and not long and not k8s" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(FAST)
+
+# `make coverage rest` runs each test of `make test` once. Only tests/unit is measured: most of the other tests work in
+# processes of Ray, and tracing them would cost minutes.
+coverage: install
+	$(BIN)/pytest tests/unit $(FAST) --cov --cov-report=term:skip-covered
+
+rest: install
+	$(BIN)/pytest $(filter-out tests/unit/,$(wildcard tests/*/)) $(FAST)
 
 long: install
 	$(BIN)/pytest -m "long and not soak and not k8s"
