@@ -9,7 +9,8 @@ QUICK ?=
 demo: install
 	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
 
-FAST = -m "not soak and not long and not k8s" -n 2 --dist loadfile --no-loadscope-reorder
+TWO = -n 2 --dist loadfile --no-loadscope-reorder
+FAST = -m "not soak and not long and not k8s" $(TWO)
 test: install
 	$(BIN)/pytest $(FAST)
 
@@ -22,13 +23,13 @@ rest: install
 	$(BIN)/pytest $(filter-out tests/unit/,$(wildcard tests/*/)) $(FAST)
 
 long: install
-	$(BIN)/pytest -m "long and not soak and not k8s"
+	$(BIN)/pytest -m "long and not soak and not k8s" $(TWO)
 
 # On a real API server, which is built once from Debian's packages, as root, in some minutes, and with KubeRay's CRDs of
 # the folder GRAFTWORK_CRDS. It fails where a part is missing: docs/guide.md says how to get each.
 APISERVER = $(or $(GRAFTWORK_CACHE),$(HOME)/.cache/graftwork)/k8s/apiserver
 test-k8s: k8s-parts install
-	$(BIN)/pytest -m "k8s and not soak"
+	$(BIN)/pytest -m "k8s and not soak" $(TWO)
 
 k8s-parts:
 	@bash tests/k8s/require_parts.sh $(APISERVER)

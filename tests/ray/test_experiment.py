@@ -112,6 +112,7 @@ def written(client: Client, name: str) -> list[LogRow]:
     return rows
 
 
+@pytest.mark.long
 def test_both_survive_a_killed_replica(endpoint: Endpoint) -> None:
     """The replica of the second arm dies: callers of the shadow notice nothing, those of the split lose what was there
     alone, and afterwards everybody has the arm they had."""

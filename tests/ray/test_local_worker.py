@@ -23,7 +23,7 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_resume import read_starts
 from graftwork.training.local_worker import COMMAND, needs_ray_train
 from graftwork.training.ray_worker import fit
-from graftwork.training.run import ResolvedRun, run_paths
+from graftwork.training.run import ResolvedRun, run_paths, train
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker import MAX_FAILURES
 from graftwork.training.worker_messages import LoopResult, TrainJob, read_steps
@@ -132,6 +132,7 @@ def test_a_run_of_one_worker_imports_no_ray(undisturbed: dict[str, Any]) -> None
     assert not undisturbed["ray"]
 
 
+@pytest.mark.long
 def test_a_killed_driver_takes_its_worker_along_and_the_rerun_ends_bit_equal(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -263,3 +264,9 @@ def test_a_worker_larger_than_the_machine_is_refused_at_once(tmp_path: Path) -> 
     assert said["error"] == ClusterError.__name__
     assert "this machine has" in said["text"]
     assert "CPU, the run needs 1000" in said["text"]
+
+
+def test_workers_that_never_fit_are_refused_at_once(ray_cluster: Session, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="the cluster has 4 CPU, the run needs 6") as caught:
+        train(task(tmp_path, **{"num_workers": 2, "cpus_per_worker": 3.0}))
+    assert "--set num_workers=1" in caught.value.hint

@@ -89,6 +89,7 @@ AHEAD = 10
 """Steps that a commit takes, and batches that the data loader reads ahead."""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_lost_and_a_drained_machine_cost_no_row_and_change_no_loss(raylets: Raylets, tmp_path: Path) -> None:
     """Two workers; a raylet is killed and one worker goes on; its machine is drained and it moves to a new one."""

@@ -73,6 +73,7 @@ def spec_of(base: Path, store: Store, **changed: Any) -> ServeSpec:
     return ServeSpec(**{**usual, **changed})
 
 
+@pytest.mark.long
 def test_an_endpoint_that_ends_lets_its_streams_end_first(ray_cluster: Session, base: Path, store: Store) -> None:
     """A stream that runs when the endpoint is taken down comes whole; a new request is no longer taken."""
     lines: list[str] = []
@@ -241,6 +242,7 @@ def test_rays_own_metrics_tell_the_requests_too(endpoint: Endpoint) -> None:
     until(lambda: len(told()) == 4)
 
 
+@pytest.mark.long
 def test_a_killed_replica_costs_its_own_requests_alone(endpoint: Endpoint) -> None:
     with endpoint.client() as client:
         replicas = {row["replica"]: row["pid"] for row in client.stats()["replicas"]}

@@ -15,7 +15,7 @@ import pytest
 
 from graftwork.artifacts.registry import open_adapter, resolve, verify_adapter
 from graftwork.cluster.session import Session
-from graftwork.errors import ClusterError, Interrupted, RunError
+from graftwork.errors import Interrupted, RunError
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import run_steps
@@ -28,6 +28,7 @@ from tests.process_races import ROOT
 from tests.training import task
 from tests.waiting import until
 
+pytestmark = pytest.mark.long
 WITHIN_S = 240.0
 STEPS = 120
 ENDED_BY_ITSELF = 100
@@ -210,7 +211,6 @@ def test_a_finished_run_is_reused_whatever_its_workers(spec: TrainSpec, disturbe
     assert run.store.read_json(*run.status())["state"] == "finished"
 
 
-@pytest.mark.long
 def test_relative_places_mean_the_drivers_folder(
     spec: TrainSpec, disturbed: Disturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,9 +220,3 @@ def test_relative_places_mean_the_drivers_folder(
     report = train(spec.with_({**near, "init_from": "colours@prod", "optim.epochs": 0.5, "alias": None}))
     assert open_adapter(Store(spec.root), "colours", report.version).parent == disturbed.report.version
     assert report.train_loss[0][1] == pytest.approx(disturbed.report.train_loss[-1][1], rel=0.5)
-
-
-def test_workers_that_never_fit_are_refused_at_once(ray_cluster: Session, spec: TrainSpec) -> None:
-    with pytest.raises(ClusterError, match="the cluster has 4 CPU, the run needs 6") as caught:
-        train(spec.with_({"cpus_per_worker": 3.0, "seed": 1}))
-    assert "--set num_workers=1" in caught.value.hint
