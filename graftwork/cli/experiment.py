@@ -45,7 +45,7 @@ def start(
 @app.command()
 def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, as_json: JsonFlag = False) -> None:
     """Show the arms, sequential (always-valid) estimates, guardrails and dropped records."""
-    with _at(where, name, token_env) as (client, chosen):
+    with _ExperimentClient(where, name, token_env) as (client, chosen):
         found = [one for one in client.experiments() if chosen in (None, one["name"])]
     if chosen is not None and not found:
         raise ConfigError(
@@ -55,7 +55,8 @@ def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, a
             "start it: graftwork experiment start FILE",
         )
     if as_json:
-        return print_json(found)
+        print_json(found)
+        return
     for one in found:
         _show(one, as_json)
     if not found:
@@ -77,7 +78,7 @@ def ramp(
 ) -> None:
     """Change the traffic weights. A unit keeps its arm unless the new weights move it."""
     given = _weights(weights)
-    with _at(where, name, token_env) as (client, chosen):
+    with _ExperimentClient(where, name, token_env) as (client, chosen):
         _show(client.experiment("ramp", name=_one(client, chosen), weights=given), as_json)
 
 
@@ -123,7 +124,8 @@ def report(
     spec = _spec(file, sets)
     found = analyse_log(spec.name, read_log(Store(log or _log_of(spec)), ()), rules_of(spec))
     if as_json:
-        return print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
+        return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     page = ReportInput(title=f"Experiment {spec.name}", created_at=now, experiment=found)
     show_online(found)
@@ -152,7 +154,7 @@ def _log_of(spec: "ExperimentSpec") -> str:
 
 
 def _tell(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
-    with _at(where, name, token_env) as (client, chosen):
+    with _ExperimentClient(where, name, token_env) as (client, chosen):
         _show(client.experiment(verb, name=_one(client, chosen)), as_json)
 
 
@@ -172,7 +174,7 @@ def client_of(url: str, token_env: str | None) -> "Client":
     return Client(url, own_token(token_env, "admin_token_env"))
 
 
-class _at:
+class _ExperimentClient:
     """A client of the endpoint and the experiment's name, from a FILE or a URL."""
 
     def __init__(self, where: str, name: str | None, token_env: str) -> None:
@@ -217,7 +219,8 @@ def _weights(given: list[str]) -> dict[str, float]:
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        return print_json(found)
+        print_json(found)
+        return
     age = time.time() - found["started_at"]
     title = f"{found['id']}: {found['mode']}, {found['status']}, {age / 3600:.1f} h, control {found['control']}"
     rows = [

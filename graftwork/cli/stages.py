@@ -108,7 +108,8 @@ def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
     status = started.status
     if options.detach:
         if options.as_json:
-            return print_json({**asdict(status), "root": job.root})
+            print_json({**asdict(status), "root": job.root})
+            return
         flag = root_flag(job.root)
         if not status.ended:
             echo(f"  follow it: graftwork jobs logs -f {job.job_id}{flag}")
@@ -127,7 +128,8 @@ def _show_started(started: StartedJob, on: str) -> None:
         note("note: it runs with the limits that it was submitted with; cancel it and run this again to change them")
     if previous is not None:
         ended = f"attempt {previous.attempt} ended {previous.state} ({previous.why})"
-        return note(f"job {status.job_id} on {on}: {ended}; it goes on as attempt {status.attempt}")
+        note(f"job {status.job_id} on {on}: {ended}; it goes on as attempt {status.attempt}")
+        return
     added = {"found": " (found; started before)", "succeeded": ": nothing to start"}.get(started.outcome, "")
     note(f"job {line_of(status)}{added}")
 
@@ -163,7 +165,8 @@ def train(
     if curve is not None:
         from graftwork.cli.compare import run_curve
 
-        return run_curve(file, curve, options)
+        run_curve(file, curve, options)
+        return
     notes: list[str] = []
 
     def run(spec: "TrainSpec", options: LaunchOptions) -> "TrainReport":

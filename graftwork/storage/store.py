@@ -166,7 +166,8 @@ class Store:
     def upload(self, local: Path, *parts: str) -> None:
         """Copy a local file, or a folder file by file, to the key. Each file becomes visible whole."""
         if local.is_file():
-            return self._backend.put_file(local, self._key(*parts))
+            self._backend.put_file(local, self._key(*parts))
+            return
         if not local.is_dir():
             raise StorageError(f"upload {local}", "it does not exist", "", "check the path")
         for below in files_under(local):
