@@ -4,22 +4,32 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
 
-.PHONY: demo test long test-k8s k8s-parts check format soak bench install clean
+.PHONY: demo test coverage rest long test-k8s k8s-parts check format soak bench install clean
 
 demo: install
 	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
 
+TWO = -n 2 --dist loadfile --no-loadscope-reorder
+FAST = -m "not soak and not long and not k8s" $(TWO)
 test: install
-	$(BIN)/pytest -m "not soak and not long and not k8s" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(FAST)
+
+# `make coverage rest` runs each test of `make test` once. Only tests/unit is measured: most of the other tests work in
+# processes of Ray, and tracing them would cost minutes.
+coverage: install
+	$(BIN)/pytest tests/unit $(FAST) --cov --cov-report=term:skip-covered
+
+rest: install
+	$(BIN)/pytest $(filter-out tests/unit/,$(wildcard tests/*/)) $(FAST)
 
 long: install
-	$(BIN)/pytest -m "long and not soak and not k8s"
+	$(BIN)/pytest -m "long and not soak and not k8s" $(TWO)
 
 # On a real API server, which is built once from Debian's packages, as root, in some minutes, and with KubeRay's CRDs of
 # the folder GRAFTWORK_CRDS. It fails where a part is missing: docs/guide.md says how to get each.
 APISERVER = $(or $(GRAFTWORK_CACHE),$(HOME)/.cache/graftwork)/k8s/apiserver
 test-k8s: k8s-parts install
-	$(BIN)/pytest -m "k8s and not soak"
+	$(BIN)/pytest -m "k8s and not soak" $(TWO)
 
 k8s-parts:
 	@bash tests/k8s/require_parts.sh $(APISERVER)

@@ -122,7 +122,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
-        return print(shown(recorded(args.out)))
+        print(shown(recorded(args.out)))
+        return
     clock, rows = Clock(), recorded(args.out)
     torch.set_num_threads(1)
     began, left = time.monotonic(), [kind for kind in KINDS if args.minutes is None or kind not in rows]

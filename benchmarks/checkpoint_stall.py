@@ -32,19 +32,19 @@ def steps_on_s3(base: str, rank: int, steps: int, every: int) -> tuple[list[Any]
     from graftwork.training.objectives.rows import prepare
     from graftwork.training.spec import TrainSpec
     from graftwork.training.worker_messages import TrainJob
-    from tests.s3_server import Weed
+    from tests.s3_server import S3Server
 
-    weed, found = Weed(), []
+    s3_server, found = S3Server(), []
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in questions()), encoding="utf-8")
         try:
-            weed.start()
-            os.environ.update(weed.environment())
+            s3_server.start()
+            os.environ.update(s3_server.environment())
             spec = TrainSpec.model_validate(
                 {
                     "name": "stall",
-                    "root": f"s3://{weed.bucket}/stall",
+                    "root": f"s3://{s3_server.bucket}/stall",
                     "base": base,
                     "data": {"train": str(data)},
                     "adapter": {"rank": rank},
@@ -63,7 +63,7 @@ def steps_on_s3(base: str, rank: int, steps: int, every: int) -> tuple[list[Any]
             run_steps(TrainJob(spec, prepare(spec), run, max_steps=steps), report)
             mark = Checkpoints(run).newest()
         finally:
-            weed.remove()
+            s3_server.remove()
     assert mark is not None, "the last step is saved"
     return found, sum(kept.size_bytes for kept in mark.files.values()) / 1e6
 

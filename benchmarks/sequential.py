@@ -288,7 +288,8 @@ def main() -> None:
     parser.add_argument("--read", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read:
-        return read_log(args.read)
+        read_log(args.read)
+        return
     clock, figures, detail = Clock(), {}, {}
     parts: dict[str, Callable[[int], tuple[dict[str, Figure], list[dict[str, Any]]]]] = {
         "alike": alike,

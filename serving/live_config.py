@@ -60,7 +60,8 @@ class LiveConfig:
         with as_api_errors():
             found = await asyncio.to_thread(read_live_record, self.spec)
         if found is None:
-            return await self._persist(tree)
+            await self._persist(tree)
+            return
         self._apply(found)
         if live_of(found) != tree:
             self.update(tree)

@@ -143,7 +143,8 @@ def _require_free_port(host: str, port: int) -> None:
         node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"] and node["Alive"]
     )
     if head == ray.get_runtime_context().get_node_id():
-        return require_port_here(host, port)
+        require_port_here(host, port)
+        return
     there = NodeAffinitySchedulingStrategy(head, soft=False)
     probe = ray.remote(_bind_problem).options(num_cpus=0, scheduling_strategy=there)
     _refuse_port(host, port, ray.get(probe.remote(host, port)))

@@ -5,14 +5,15 @@ import itertools
 import json
 import shutil
 import subprocess
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from websockets.sync.client import ClientConnection, connect
+
+from tests.waiting import until
 
 FLAGS = (
     "--headless",
@@ -68,7 +69,7 @@ class Page:
 
     def until(self, script: str, timeout_s: float = 60) -> Any:
         """Look again until the expression is true; its value."""
-        return _until(lambda: self.run(script), f"{script} (console: {self.complaints})", timeout_s)
+        return until(lambda: self.run(script), lambda: f"{script} (console: {self.complaints})", within_s=timeout_s)
 
     def type(self, selector: str, text: str) -> None:
         """Focus an element and type into it as a keyboard does."""
@@ -103,7 +104,7 @@ def browser(folder: Path, *flags: str) -> Iterator[Page]:
     )
     try:
         told = folder / "DevToolsActivePort"
-        port = _until(lambda: told.is_file() and told.read_text().partition("\n")[0], "DevTools' port", 60)
+        port = until(lambda: told.is_file() and told.read_text().partition("\n")[0], "DevTools' port")
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             f"http://127.0.0.1:{port}/json"
         ) as answer:
@@ -114,11 +115,3 @@ def browser(folder: Path, *flags: str) -> Iterator[Page]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-def _until(holds: Callable[[], T], what: str, timeout_s: float) -> T:
-    deadline = time.monotonic() + timeout_s
-    while not (found := holds()):
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.05)
-    return found

@@ -305,7 +305,7 @@ class _FusedHead(torch.autograd.Function):
         return torch.empty(len(hidden_NH))
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ARG004
         hidden_NH, weight_VH = ctx.saved_tensors
         summed_NH = torch.zeros(hidden_NH.shape)
         summed_VH = torch.zeros(weight_VH.shape) if ctx.needs_input_grad[1] else None

@@ -1,8 +1,7 @@
 """Jobs for tests: a program of one's own, which needs no Ray inside."""
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from graftwork.cluster.jobs.backend import StoredBackend
@@ -34,15 +33,6 @@ def printed(root: str, job_id: str) -> str:
     """What the latest attempt printed, as far as it is stored."""
     runs = JobStore(root)
     return "".join(runs.logs(job_id, runs.attempts(job_id)[-1]))
-
-
-def until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
-    """Its first true value."""
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {timeout_s:.0f} s"
-        time.sleep(0.02)
-    return found
 
 
 def end_all_jobs(root: str) -> None:

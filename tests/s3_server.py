@@ -25,7 +25,7 @@ def _ports() -> dict[tuple[str, str], int]:
 
 
 @dataclass
-class Weed:
+class S3Server:
     """One server with its own folder, ports and keys."""
 
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="gws3-")))
@@ -127,9 +127,9 @@ class Weed:
 
 
 @contextmanager
-def running() -> Iterator[Weed]:
+def running() -> Iterator[S3Server]:
     """A started server, removed with its folder at the block's end."""
-    server = Weed()
+    server = S3Server()
     try:
         server.start()
         yield server

@@ -56,9 +56,11 @@ class SlowDown:
             refuse = self._random.random() < self.share
             self.asked, self.refused = self.asked + 1, self.refused + refuse
         if not self.conditions and request.headers.get("If-None-Match"):
-            return _answer(request, 501, {"Content-Type": "application/xml"}, NO_CONDITIONS)
+            _answer(request, 501, {"Content-Type": "application/xml"}, NO_CONDITIONS)
+            return
         if refuse:
-            return _answer(request, 503, {"Content-Type": "application/xml"}, BODY)
+            _answer(request, 503, {"Content-Type": "application/xml"}, BODY)
+            return
         try:
             connection = http.client.HTTPConnection(self.server.netloc, timeout=30)
             connection.putrequest(request.command, request.path, skip_host=True, skip_accept_encoding=True)

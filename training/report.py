@@ -154,7 +154,7 @@ def write_page(
         title=spec.name,
         subtitle=report.run_id,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        verdict=sentence(spec, report, outcomes),
+        verdict=sentence(report, outcomes),
         train=(shown,),
         outcomes=outcomes,
         plan=planned,
@@ -191,7 +191,7 @@ def train_run(
     )
 
 
-def sentence(spec: TrainSpec, report: TrainReport, outcomes: OutcomesReport | None) -> str:
+def sentence(report: TrainReport, outcomes: OutcomesReport | None) -> str:
     """The run's result in one or two sentences: what the held-out rows say, and what changed in the outcomes.
 
     Training loss is said only where there is nothing else: it falls whatever was learned.

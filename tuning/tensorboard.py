@@ -71,7 +71,8 @@ class EventLogs:
     def _send(self, patience_s: float) -> None:
         """Upload the files of trials that ended, if the store is not a local folder."""
         if self._run.store.is_local:
-            return self._unsent.clear()
+            self._unsent.clear()
+            return
         store = self._run.store.with_retries(patience_s)
         for trial_id in sorted(self._unsent):
             try:

@@ -157,7 +157,8 @@ def main(verb: str, *arguments: str) -> None:
     """Run `python -m graftwork.cluster.jobs.packaging wheel FOLDER` or `... unpack WHEEL_URI FOLDER`."""
     if verb == "unpack":
         uri, folder = arguments
-        return unpack(uri, Path(folder))
+        unpack(uri, Path(folder))
+        return
     target = Path(arguments[0])
     target.mkdir(parents=True, exist_ok=True)
     name, content = build_wheel()

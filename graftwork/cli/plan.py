@@ -61,7 +61,8 @@ def plan(
             )
         if target != "local" and not target.startswith(ELSEWHERE):
             raise unknown_place(target, f"a plan with --target is of a job: {FORMS}")
-        return _plan_job(file, LaunchOptions(**vars(options), target=target, detach=True))
+        _plan_job(file, LaunchOptions(**vars(options), target=target, detach=True))
+        return
     if given := options.job_flags():
         raise ConfigError(
             f"{', '.join(given)} without --target",

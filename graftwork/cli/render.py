@@ -176,7 +176,8 @@ class _ProgressLines:
 def show_findings(findings: Sequence[Finding], nothing: str = "no findings") -> None:
     """Errors first; a line what is wrong, a line the rule, a line the hint."""
     if not findings:
-        return echo(f"  {nothing}")
+        echo(f"  {nothing}")
+        return
     for finding in sorted(findings, key=lambda one: one.level != "error"):
         style = "red" if finding.level == "error" else "yellow"
         console.print(f"  {finding.code}", style=style, markup=False, end="")
@@ -225,7 +226,8 @@ def show_list(statuses: Sequence[JobStatus], root: str, of: int, out: Console | 
     """A line a job. A narrow terminal gets fewer columns; an id is never cut, and in a pipe nothing is."""
     out = out or (console if console.is_terminal else Console(file=sys.stdout, width=PIPED, highlight=False))
     if not statuses:
-        return echo(f"no jobs in {root}")
+        echo(f"no jobs in {root}")
+        return
     columns = ["job", "kind", "state", "attempt", "where", "age", "progress"]
     columns = [c for c in columns if out.width >= WIDE or c not in ("kind", "where")]
     columns = [c for c in columns if out.width >= NARROW or c not in ("attempt", "progress")]
@@ -277,7 +279,7 @@ def details(runs: JobStore, status: JobStatus, root: str) -> dict[str, Any]:
     }
 
 
-def show_details(shown: dict[str, Any], root: str, status: JobStatus) -> None:
+def show_details(shown: dict[str, Any], status: JobStatus) -> None:
     """A line a fact."""
     echo(f"{status.job_id}: {status.state} on {status.on} ({status.kind}, attempt {status.attempt})")
     beat = (

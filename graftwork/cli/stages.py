@@ -120,7 +120,7 @@ def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
         if not status.ended:
             echo(f"  follow it: graftwork jobs logs -f {job.job_id}{flag}")
             echo(f"  end it: graftwork jobs cancel {job.job_id}{flag}")
-        return
+        return None
     if not status.ended:
         stream = sys.stderr if options.as_json else sys.stdout
         status = follow(backend, job.root, job.job_id, stream, note, cancels=started.is_ours)

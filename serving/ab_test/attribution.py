@@ -235,7 +235,8 @@ class Attribution:
         unit = self._open.get(key)
         if unit is not None and unit.arm == arm and unit.requests.get(request, _DONE) != _DONE:
             if self._now >= self._due(unit):
-                return self._skip("after the deadline of its unit")
+                self._skip("after the deadline of its unit")
+                return
             value = self._value(score, answered and failed)
             if value == value or failed:
                 self._add(unit, request, value)
@@ -296,7 +297,8 @@ class Attribution:
                 self._late.popitem(last=False)
             self._end(unit, _ASKED, self._worst)
         if not unit.count and self._rules.kind != "bounded":
-            return self._skip("unit without a score")
+            self._skip("unit without a score")
+            return
         entered.arm.append(unit.arm)
         entered.plan.append(unit.plan)
         entered.score.append(unit.total / unit.count if unit.count else _MIDDLE)
@@ -316,7 +318,8 @@ class Attribution:
         if kind == "assignment" and not seen & bit:
             control = self._prompts.get(request)
             if control is None:
-                return self._skip("copy without a score of the control")
+                self._skip("copy without a score of the control")
+                return
             self._pairs[request, arm] = _Pair(control, self._now + self._rules.deadline_s)
             self._remember(key, bit)
         elif kind == "answer" and pair is not None and pair.value is None and self._now < pair.due:

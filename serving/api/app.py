@@ -74,7 +74,8 @@ class Ingress:
     async def reconfigure(self, user_config: Json) -> None:
         """Ray Serve calls this before the first request, and at each change of the Serve config."""
         if self._opened:
-            return self._live.update(user_config)
+            self._live.update(user_config)
+            return
         await self._live.open(user_config)
         self._opened = True
 

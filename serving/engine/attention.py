@@ -199,7 +199,7 @@ def attend(
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001  # transformers passes it
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:

@@ -111,7 +111,7 @@ def judge(
     measured = [metric for metric in metrics.RETRIEVAL if metric.name in next(iter(values.values()))]
     others = [arm for arm in found if arm != _SIMPLEST]
     differences = [d for m in measured for d in family(scored, [(a, _SIMPLEST, m.name) for a in others], rules)]
-    chosen, sentence = _choose(scored, [d for d in differences if d.metric == DECIDES.name], k)
+    chosen, sentence = _choose([d for d in differences if d.metric == DECIDES.name], k)
     reports = tuple(
         RetrieverReport(
             name=arm,
@@ -186,7 +186,7 @@ def _values(hits: Sequence[Sequence[Hit]], questions: Sequence[Question], k: int
     return {metric: np.array(column, dtype=np.float64) for metric, column in columns.items()}
 
 
-def _choose(scored: ScoredArms, differences: Sequence[Difference], k: int) -> tuple[str, str]:
+def _choose(differences: Sequence[Difference], k: int) -> tuple[str, str]:
     better = [d for d in differences if d.verdict == "better"]
     if better:
         best = max(better, key=lambda d: d.value)

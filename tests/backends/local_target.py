@@ -19,6 +19,7 @@ from graftwork.cluster.jobs.models import Attempt, Demand, ExecSpec, Job, JobSta
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import backend_of
+from tests.waiting import until
 
 STARTS_S = 60.0
 """How long a driver may take to its first word on a machine that does other things as well."""
@@ -135,10 +136,11 @@ print("done")
 
     def nothing_left(self, job_id: str, within_s: float = 10.0) -> None:
         """Within the time no process of it is left."""
-        end = time.monotonic() + within_s
-        while left := self.processes(job_id):
-            assert time.monotonic() < end, [process.as_dict(["pid", "cmdline", "status"]) for process in left]
-            time.sleep(POLL_INTERVAL_S)
+        until(
+            lambda: not self.processes(job_id),
+            lambda: [process.as_dict(["pid", "cmdline", "status"]) for process in self.processes(job_id)],
+            within_s=within_s,
+        )
 
     def everything(self) -> bytes:
         """All that the store holds, names included."""

@@ -59,7 +59,7 @@ def address() -> Iterator[Ground]:
 
 @contextlib.contextmanager
 def kuberay() -> Iterator[Ground]:
-    """A real API server with a stand-in operator."""
+    """A real API server with a fake operator."""
     try:
         from tests.k8s.cluster import kube_cluster
         from tests.k8s.commands import CLUSTER
@@ -69,11 +69,11 @@ def kuberay() -> Iterator[Ground]:
 
         @contextlib.contextmanager
         def hold(_: Attempt) -> Iterator[None]:
-            kube.operator.pause()
+            kube.fake_operator.pause()
             try:
                 yield
             finally:
-                kube.operator.resume()
+                kube.fake_operator.resume()
 
         yield Ground(kube.on, CLUSTER, hold, kube.server.kill, kube.server.back, {"token": kube.head.token})
 

@@ -12,6 +12,7 @@ import pytest
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.long, pytest.mark.model]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,6 @@ def run(settings: dict[str, object]) -> str:
     return done.stdout
 
 
-@pytest.mark.model
 @pytest.mark.timeout(1600)
 def test_every_stage_says_what_it_found(demo: tuple[Path, str]) -> None:
     for stage in (
@@ -57,7 +57,6 @@ def test_every_stage_says_what_it_found(demo: tuple[Path, str]) -> None:
         assert f"[{stage}]" in demo[1]
 
 
-@pytest.mark.model
 def test_the_swap_lost_no_request_and_names_each_version(demo: tuple[Path, str]) -> None:
     swap = report(demo[0])["serving"]["swap"]
     assert swap["failed"] == 0
@@ -66,7 +65,6 @@ def test_the_swap_lost_no_request_and_names_each_version(demo: tuple[Path, str])
     assert report(demo[0])["serving"]["max_adapters_in_batch"] >= 2
 
 
-@pytest.mark.model
 def test_every_arm_answered_every_question(demo: tuple[Path, str]) -> None:
     compare = report(demo[0])["compare"]
     assert {arm["name"] for arm in compare["arms"]} == {
@@ -81,7 +79,6 @@ def test_every_arm_answered_every_question(demo: tuple[Path, str]) -> None:
     assert compare["advice"]["sentence"]
 
 
-@pytest.mark.model
 def test_the_report_fetches_nothing(demo: tuple[Path, str]) -> None:
     [page] = demo[0].glob("runs/demo-quick-*/report.html")
     html = page.read_text(encoding="utf-8")
@@ -89,8 +86,6 @@ def test_the_report_fetches_nothing(demo: tuple[Path, str]) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']+""", html)
 
 
-@pytest.mark.long
-@pytest.mark.model
 @pytest.mark.timeout(600)
 def test_a_second_run_reuses_what_is_done(demo: tuple[Path, str], settings: dict[str, object]) -> None:
     said = run(settings)

@@ -70,7 +70,7 @@ class Network:
         """No packet reaches it or comes from it; nobody is told."""
         _ip("-n", self.name, "link", "set", self._port(host), "down")
 
-    def mend(self, host: Host) -> None:
+    def restore(self, host: Host) -> None:
         """Undo `cut`."""
         _ip("-n", self.name, "link", "set", self._port(host), "up")
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import psutil
 from tests.hosts.network import Host
 from tests.ports import free_port
 from tests.process_races import ROOT
+from tests.waiting import until
 
 PAGE = ROOT / "docs" / "ray-cluster.md"
 HEAD_IP, WORKER_IP = "10.0.0.1", "10.0.0.2"
@@ -64,7 +65,7 @@ class RayNode:
 
     def wait_up(self) -> None:
         """Wait until `ray start` reports that the node runs."""
-        until(lambda: UP in self.said() or self.process.poll() is not None, UP_S, self.said)
+        until(lambda: UP in self.said() or self.process.poll() is not None, self.said, within_s=UP_S)
         assert self.process.poll() is None, self.said()
 
     def below(self) -> list[psutil.Process]:
@@ -157,7 +158,7 @@ class RayCluster:
         node = self._node(host, commands("The head"), {HEAD_IP: self.head_ip}, self._ports, argv)
         node.wait_up()
         if host is None:
-            until(lambda: _listens(self.real(8265)), UP_S, node.said)
+            until(lambda: _listens(self.real(8265)), node.said, within_s=UP_S)
         return node
 
     def join(self, host: Host | None = None, *argv: str, home: Path | None = None) -> RayNode:
@@ -232,15 +233,6 @@ def _listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((LOOPBACK, port)) == 0
-
-
-def until(true: Callable[[], object], timeout_s: float, said: Callable[[], str] = str) -> float:
-    """Wait for a condition; returns the seconds that it took. Fails with the text of `said`."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < timeout_s, f"not within {timeout_s:.0f} s: {said()[-3000:]}"
-        time.sleep(0.1)
-    return time.monotonic() - began
 
 
 def graftwork(

@@ -9,8 +9,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.hosts.nodes import GRPC, RayCluster, graftwork, port_table, ray_cluster, until
+from tests.hosts.nodes import GRPC, RayCluster, graftwork, port_table, ray_cluster
 from tests.hosts.port_scan import calls
+from tests.waiting import until
 
 TRUE_WITHIN_S = 30.0
 
@@ -50,15 +51,15 @@ def test_a_killed_head_comes_back_with_its_jobs_and_its_workers() -> None:
         head = cluster.start(None, "--num-cpus", "1")
         worker = cluster.join(None, "--num-cpus", "1")
         worker.wait_up()
-        until(lambda: alive(cluster) == 2, 60)
+        until(lambda: alive(cluster) == 2, within_s=60)
         quick, long = submitted(cluster, "quick", "true"), submitted(cluster, "long", "sleep", "900")
-        until(lambda: state(cluster, quick) == "succeeded" and state(cluster, long) == "running", 120)
+        until(lambda: state(cluster, quick) == "succeeded" and state(cluster, long) == "running", within_s=120)
 
         killed_at = head.kill()
-        took = until(lambda: state(cluster, long) == "lost", 60)
-        assert time.time() - killed_at < TRUE_WITHIN_S, took
+        until(lambda: state(cluster, long) == "lost", within_s=60)
+        assert time.time() - killed_at < TRUE_WITHIN_S
         head = cluster.start(None, "--num-cpus", "1")
-        until(lambda: alive(cluster) == 2, 120, head.said)
+        until(lambda: alive(cluster) == 2, head.said, within_s=120)
         assert worker.process.poll() is None, worker.said()
         jobs = {job["submission_id"]: job["status"] for job in asked(cluster, "/api/jobs/")}
         assert jobs[f"{quick}-a1"] == "SUCCEEDED", "what ended is remembered"
@@ -66,7 +67,7 @@ def test_a_killed_head_comes_back_with_its_jobs_and_its_workers() -> None:
         assert state(cluster, long) == "lost", "whatever Ray says of it"
         again = graftwork(cluster, "jobs", "resubmit", long, "--root", str(cluster.folder))
         assert again.returncode == 0, again.stderr
-        until(lambda: state(cluster, long) == "running", 120)
+        until(lambda: state(cluster, long) == "running", within_s=120)
         ended = graftwork(cluster, "jobs", "cancel", long, "--root", str(cluster.folder))
         assert ended.returncode == 0, ended.stderr
 
@@ -88,7 +89,7 @@ def test_the_pages_commands_run_a_job_with_the_token_and_refuse_one_without() ->
             said = dict(calls("127.0.0.1", cluster.real(port)))
             assert set(said.values()) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, (port, said)
             assert "UNAUTHENTICATED" in said.values(), (port, said)
-        until(lambda: state(cluster, job) == "succeeded", 60)
+        until(lambda: state(cluster, job) == "succeeded", within_s=60)
         below = head.below()
         head.end()
         assert psutil.wait_procs(below, timeout=20)[1] == [], "Ctrl-C leaves no process"

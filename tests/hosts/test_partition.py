@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pytest
 
 from tests.hosts.network import Host, Network, network
-from tests.hosts.nodes import RayCluster, graftwork, ray_cluster, until
+from tests.hosts.nodes import RayCluster, graftwork, ray_cluster
 from tests.training import task
+from tests.waiting import until
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 STEPS, STEPS_AN_EPOCH = 1200, 6
@@ -77,16 +78,16 @@ def test_a_run_goes_on_without_a_worker_that_is_cut_off_and_without_its_client(h
     sent = graftwork(hosts.cluster, "train", str(file), "--target", hosts.cluster.on, "--detach", host=hosts.client)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     job_id = next(path.name for path in (hosts.cluster.folder / "root" / "jobs").iterdir())
-    until(lambda: hosts.steps() > 15, 200, lambda: str(hosts.status(job_id)))
+    until(lambda: hosts.steps() > 15, lambda: str(hosts.status(job_id)), within_s=200)
 
     hosts.made.cut(hosts.client)
     assert hosts.status(job_id)["state"] == "running", "the store says so where the cluster is out of reach"
     hosts.made.cut(hosts.workers[1])
     cut_at, reached = time.monotonic(), hosts.steps()
-    hosts.made.mend(hosts.client)
-    until(lambda: hosts.steps() > reached + 20, 240, lambda: str(hosts.status(job_id)))
+    hosts.made.restore(hosts.client)
+    until(lambda: hosts.steps() > reached + 20, lambda: str(hosts.status(job_id)), within_s=240)
     print(f"{time.monotonic() - cut_at:.0f} s from the cut to 20 steps beyond it")
     assert hosts.status(job_id)["state"] == "running"
-    until(lambda: hosts.status(job_id)["state"] != "running", 300)
+    until(lambda: hosts.status(job_id)["state"] != "running", within_s=300)
     assert hosts.status(job_id)["state"] == "succeeded", hosts.status(job_id)
     assert hosts.steps() == STEPS

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.k8s.fake_operator import StandIn
+from tests.k8s.fake_operator import FakeOperator
 from tests.k8s.ray_head import Head
 from tests.k8s.server import CONTEXT, NAMESPACE, ApiServer, require_parts
 
@@ -15,11 +15,11 @@ JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 
 @dataclass(frozen=True)
 class KubeCluster:
-    """The real API server, the stand-in operator and the real Ray that it runs jobs on."""
+    """The real API server, the fake operator and the real Ray that it runs jobs on."""
 
     server: ApiServer
     head: Head
-    operator: StandIn
+    fake_operator: FakeOperator
     namespace: str = NAMESPACE
 
     @property
@@ -56,15 +56,15 @@ def kube_cluster(secrets: Mapping[tuple[str, str], str] | None = None, *, ray: b
     """
     require_parts()
     server, head = ApiServer(), Head()
-    operator, before = StandIn(server, head, secrets), os.environ.get("KUBECONFIG")
+    fake_operator, before = FakeOperator(server, head, secrets), os.environ.get("KUBECONFIG")
     try:
         server.start()
-        operator.start()
+        fake_operator.start()
         os.environ["KUBECONFIG"] = str(server.kubeconfig)
-        kube = KubeCluster(server, head, operator)
+        kube = KubeCluster(server, head, fake_operator)
         yield kube.with_ray() if ray else kube
     finally:
-        operator.end()
+        fake_operator.end()
         head.remove()
         server.remove()
         if before is None:

@@ -24,7 +24,7 @@ def command(root: Path, name: str, program: str, cluster: ClusterSpec | None = N
     )
 
 
-def until(file: Path) -> str:
+def ends_with(file: Path) -> str:
     """A program that says `at work` and ends once the file is there."""
     return (
         f"import os, time; print('at work')\nwhile not os.path.exists({str(file)!r}): time.sleep(0.05)\nprint('done')"

@@ -1,4 +1,4 @@
-"""One API server, one stand-in operator and one Ray head for all tests of this folder."""
+"""One API server, one fake operator and one Ray head for all tests of this folder."""
 
 from collections.abc import Iterator
 

@@ -113,10 +113,11 @@ def _handler(core: CoreKinds) -> type[BaseHTTPRequestHandler]:
             url = urlparse(self.path)
             query = {key: values[0] for key, values in parse_qs(url.query).items()}
             if url.path in KINDS and query.get("watch") in ("1", "true"):
-                return self._watch(url.path, query.get("sendInitialEvents") == "true")
+                self._watch(url.path, query.get("sendInitialEvents") == "true")
+                return
             if url.path in KINDS:
                 version, kind, _ = KINDS[url.path]
-                return self._answer(
+                self._answer(
                     200,
                     {
                         "apiVersion": version,
@@ -125,6 +126,7 @@ def _handler(core: CoreKinds) -> type[BaseHTTPRequestHandler]:
                         "metadata": {"resourceVersion": VERSION},
                     },
                 )
+                return
             found = _discovery(url.path)
             missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
             self._answer(200 if found else 404, found or missing)

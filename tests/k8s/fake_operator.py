@@ -34,7 +34,7 @@ OVER = frozenset({"Complete", "Failed", "ValidationFailed"})
 Object = Mapping[str, Any]
 
 
-class StandIn:
+class FakeOperator:
     """A thread that looks at all RayJobs again and again. `secrets`: what pods would read, by (Secret, key)."""
 
     def __init__(self, server: ApiServer, head: Head, secrets: Mapping[tuple[str, str], str] | None = None) -> None:
@@ -45,7 +45,7 @@ class StandIn:
         self._laid_out: set[tuple[str, ...]] = set()
         self._stop, self._paused = threading.Event(), threading.Event()
         self._looking = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="stand-in", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="fake-operator", daemon=True)
 
     def start(self) -> None:
         self._thread.start()

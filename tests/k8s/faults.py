@@ -125,13 +125,15 @@ def _handler(faults: Faults) -> type[BaseHTTPRequestHandler]:
             fault = faults.next(self.command, self.path) or Fault("", re.compile(""), 1)
             time.sleep(fault.delay_s)
             if fault.cut == "before":
-                return self._cut()
+                self._cut()
+                return
             code, answer = fault.code, fault.body
             if not code:
                 kind = self.headers.get("Content-Type") or "application/json"
                 code, answer = faults.forward(self.command, self.path, body, kind)
             if fault.cut == "after" or not code:
-                return self._cut()
+                self._cut()
+                return
             self._answer(code, answer, fault.headers)
 
         def _answer(self, code: int, answer: Any, headers: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ import shutil
 import ssl
 import subprocess
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import yaml
 from graftwork.storage.store import cache_root
 from tests.k8s.certificates import authority, certificate
 from tests.ports import free_port
+from tests.waiting import until
 
 CONTEXT, NAMESPACE = "tests", "team-a"
 UP_S = 60.0
@@ -188,12 +188,8 @@ class ApiServer:
             return subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
 
     def _until(self, holds: Any, what: str) -> None:
-        end = time.monotonic() + UP_S
-        while not holds():
-            if time.monotonic() > end:
-                log = (self.folder / "apiserver.log").read_text()[-3000:]
-                raise AssertionError(f"not within {UP_S:.0f} s: {what}: {log}")
-            time.sleep(0.05)
+        log = self.folder / "apiserver.log"
+        until(holds, lambda: f"{what}: {log.read_text()[-3000:]}", within_s=UP_S)
 
 
 def write_kubeconfig(path: Path, url: str, keys: Path, *, context: str = CONTEXT, client: str = "client") -> None:

@@ -13,7 +13,7 @@ from graftwork.cluster.targets import backend_of
 from graftwork.errors import ClusterError, ConfigError
 from tests.k8s.certificates import certificate
 from tests.k8s.cluster import KubeCluster
-from tests.k8s.commands import command, until
+from tests.k8s.commands import command, ends_with
 from tests.k8s.faults import Fault, Faults
 from tests.k8s.server import CONTEXT, NAMESPACE, write_kubeconfig
 from tests.ports import free_port
@@ -53,7 +53,7 @@ def test_a_busy_server_is_asked_again(kube: KubeCluster, faults: Faults, tmp_pat
 def test_a_connection_that_is_cut_makes_neither_two_objects_nor_none(
     kube: KubeCluster, faults: Faults, tmp_path: Path, cut: str
 ) -> None:
-    job = command(tmp_path, f"cut-{cut}", until(tmp_path / "end"))
+    job = command(tmp_path, f"cut-{cut}", ends_with(tmp_path / "end"))
     for method in ("GET", "POST", "DELETE"):
         faults.add(Fault(method, _jobs(), 1, cut="before" if cut == "before" else "after"))
     backend = backend_of(kube.on, job.root)

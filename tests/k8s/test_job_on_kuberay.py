@@ -7,7 +7,8 @@ import pytest
 
 from graftwork.cluster.targets import backend_of
 from tests.k8s.cluster import KubeCluster
-from tests.k8s.commands import command, until
+from tests.k8s.commands import command, ends_with
+from tests.waiting import until
 
 pytestmark = pytest.mark.k8s
 
@@ -20,18 +21,16 @@ def test_a_job_runs_to_its_end_and_its_log_and_status_outlive_its_object(kube_ra
     assert (status.state, status.exit_code) == ("succeeded", 0)
     assert "hello from afar" in "".join(backend.logs(job.job_id))
     kube_ray.clear()
-    while kube_ray.job_names():
-        time.sleep(0.1)
+    until(lambda: not kube_ray.job_names())
     assert backend.status(job.job_id).state == "succeeded"
     assert "hello from afar" in "".join(backend.logs(job.job_id))
 
 
 def test_a_cancelled_job_leaves_no_object_and_no_process(kube_ray: KubeCluster, tmp_path: Path) -> None:
-    job = command(tmp_path, "long", until(tmp_path / "end"))
+    job = command(tmp_path, "long", ends_with(tmp_path / "end"))
     backend = backend_of(kube_ray.on, job.root)
     backend.submit(job)
-    while backend.status(job.job_id).state != "running":
-        time.sleep(0.1)
+    until(lambda: backend.status(job.job_id).state == "running")
     began = time.monotonic()
     assert backend.cancel(job.job_id).state == "cancelled"
     assert time.monotonic() - began < 10

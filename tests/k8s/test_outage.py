@@ -8,7 +8,8 @@ import pytest
 
 from graftwork.cluster.targets import backend_of
 from tests.k8s.cluster import KubeCluster
-from tests.k8s.commands import command, until
+from tests.k8s.commands import command, ends_with
+from tests.waiting import until
 
 pytestmark = pytest.mark.k8s
 AWAY_S = 20.0
@@ -16,11 +17,10 @@ LOST_S = 30.0
 
 
 def test_wait_and_logs_outlast_a_server_that_is_gone_for_twenty_seconds(kube_ray: KubeCluster, tmp_path: Path) -> None:
-    job = command(tmp_path, "patient", until(tmp_path / "end"))
+    job = command(tmp_path, "patient", ends_with(tmp_path / "end"))
     backend = backend_of(kube_ray.on, job.root)
     backend.submit(job)
-    while backend.status(job.job_id).state != "running":
-        time.sleep(0.1)
+    until(lambda: backend.status(job.job_id).state == "running")
     outcome: dict[str, object] = {}
     watcher = backend_of(kube_ray.on, job.root)
     followers = [
@@ -44,11 +44,10 @@ def test_wait_and_logs_outlast_a_server_that_is_gone_for_twenty_seconds(kube_ray
 
 
 def test_a_job_whose_head_was_killed_is_lost_within_half_a_minute(kube_ray: KubeCluster, tmp_path: Path) -> None:
-    job = command(tmp_path, "orphan", until(tmp_path / "end"))
+    job = command(tmp_path, "orphan", ends_with(tmp_path / "end"))
     backend = backend_of(kube_ray.on, job.root)
     backend.submit(job)
-    while backend.status(job.job_id).state != "running":
-        time.sleep(0.1)
+    until(lambda: backend.status(job.job_id).state == "running")
     kube_ray.head.kill()
     killed_at = time.monotonic()
     try:

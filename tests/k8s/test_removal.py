@@ -15,8 +15,9 @@ from graftwork.errors import ClusterError
 from graftwork.storage.store import RunPaths, Store
 from graftwork.tuning.remote_trial import KIND, Elsewhere, end_trials
 from tests.k8s.cluster import JOBS, KubeCluster, kube_cluster
-from tests.k8s.commands import CLUSTER, command, until
+from tests.k8s.commands import CLUSTER, command, ends_with
 from tests.k8s.fake_operator import FOLDER
+from tests.waiting import until
 
 pytestmark = pytest.mark.k8s
 PODS_END_S, CLEANUP_S = 13.0, 4.0
@@ -28,7 +29,7 @@ MERGE = "application/merge-patch+json"
 def slow() -> Iterator[KubeCluster]:
     """Its pods end slowly, as with a checkpoint in their preStop hook."""
     with kube_cluster(ray=False) as kube:
-        kube.operator.pods_end_s, kube.operator.cleanup_s = PODS_END_S, CLEANUP_S
+        kube.fake_operator.pods_end_s, kube.fake_operator.cleanup_s = PODS_END_S, CLEANUP_S
         yield kube
 
 
@@ -42,11 +43,10 @@ def clusters(kube: KubeCluster) -> list[str]:
 def test_a_cancellation_waits_for_the_pods(
     slow: KubeCluster, tmp_path: Path, redis: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job = command(tmp_path, "redis" if redis else "plain", until(tmp_path / "never"), spec_of(redis))
+    job = command(tmp_path, "redis" if redis else "plain", ends_with(tmp_path / "never"), spec_of(redis))
     backend = backend_of(slow.on, job.root)
     backend.submit(job)
-    while not clusters(slow):
-        time.sleep(0.1)
+    until(lambda: clusters(slow))
     began = time.monotonic()
     assert backend.cancel(job.job_id).state == "cancelled"
     took = time.monotonic() - began
@@ -63,10 +63,9 @@ def test_the_trials_of_a_sweep_end_together(slow: KubeCluster, tmp_path: Path) -
     sweep = RunPaths(Store(str(tmp_path)), "sweep", "ab" * 32)
     backend = backend_of(slow.on, str(tmp_path))
     for number in range(3):
-        job = command(tmp_path, f"{sweep.run_id}-{number}", until(tmp_path / "never"))
+        job = command(tmp_path, f"{sweep.run_id}-{number}", ends_with(tmp_path / "never"))
         backend.submit(replace(job, kind=KIND))
-    while len(clusters(slow)) < 3:
-        time.sleep(0.1)
+    until(lambda: len(clusters(slow)) == 3)
     began = time.monotonic()
     assert end_trials(Elsewhere(slow.on, CLUSTER.model_dump(mode="json")), sweep) == 3
     assert PODS_END_S - 1 <= time.monotonic() - began < 2 * PODS_END_S
@@ -74,11 +73,10 @@ def test_the_trials_of_a_sweep_end_together(slow: KubeCluster, tmp_path: Path) -
 
 
 def test_a_removal_that_does_not_end_names_what_holds_it(slow: KubeCluster, tmp_path: Path) -> None:
-    job = command(tmp_path, "held", until(tmp_path / "never"))
+    job = command(tmp_path, "held", ends_with(tmp_path / "never"))
     backend = backend_of(slow.on, job.root)
     backend.submit(job)
-    while not clusters(slow):
-        time.sleep(0.1)
+    until(lambda: clusters(slow))
     path = f"{JOBS}/{job.job_id}-a1"
     part = slow.server.ask("GET", path)[1]["spec"]["rayClusterSpec"]
     for group in (part["headGroupSpec"], *part["workerGroupSpecs"]):

@@ -11,8 +11,9 @@ import pytest
 
 from graftwork.cluster.targets import backend_of
 from tests.k8s.cluster import KubeCluster
-from tests.k8s.commands import command, until
+from tests.k8s.commands import command, ends_with
 from tests.process_races import ROOT
+from tests.waiting import until
 
 pytestmark = pytest.mark.k8s
 CLIENTS, EACH = 4, 250
@@ -37,9 +38,9 @@ DIES = """
 import http.client, os, signal, sys
 from pathlib import Path
 from graftwork.cluster.targets import backend_of
-from tests.k8s.commands import command, until
+from tests.k8s.commands import command, ends_with
 on, root, moment = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-job = command(root, f"dies-{moment}", until(root / "never"))
+job = command(root, f"dies-{moment}", ends_with(root / "never"))
 left = moment
 
 def count(_, event, called):
@@ -80,7 +81,7 @@ def test_a_client_killed_at_any_moment_leaves_at_most_one_object_and_no_orphan(
         codes = list(pool.map(killed, MOMENTS))
     assert codes.count(-9) >= 20, codes
     for moment in MOMENTS:
-        job = command(tmp_path, f"dies-{moment}", until(tmp_path / "never"))
+        job = command(tmp_path, f"dies-{moment}", ends_with(tmp_path / "never"))
         mine = [name for name in kube.job_names() if name.startswith(f"dies-{moment}-")]
         assert len(mine) <= 1
         backend = backend_of(kube.on, job.root)
@@ -97,21 +98,20 @@ def test_a_job_that_never_ran_is_gone_within_ten_seconds_of_its_cancellation(
     job = command(tmp_path, f"held-{held}", "print('never')")
     backend = backend_of(kube.on, job.root)
     if held == "pending":
-        kube.operator.pause()
+        kube.fake_operator.pause()
     backend.submit(job)
     if held == "suspended":
         merge = "application/merge-patch+json"
         path = f"/apis/ray.io/v1/namespaces/{kube.namespace}/rayjobs/{job.job_id}-a1"
         kube.server.ask("PATCH", path, {"spec": {"suspend": True}}, merge)
-        while backend.status(job.job_id).state != "queued":
-            time.sleep(0.1)
+        until(lambda: backend.status(job.job_id).state == "queued")
     try:
         began = time.monotonic()
         assert backend.cancel(job.job_id).state == "cancelled"
         assert time.monotonic() - began < 10
         assert kube.job_names() == []
     finally:
-        kube.operator.resume()
+        kube.fake_operator.resume()
 
 
 def _client(program: str, *argv: str) -> "subprocess.Popen[str]":

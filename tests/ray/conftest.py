@@ -10,7 +10,7 @@ from tests.serve_world import ADMIN_TOKEN, TOKEN, World, make_world
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[Session]:
+def ray_cluster() -> Iterator[Session]:
     """A private Ray with 4 logical CPUs, so that two workers and a driver's helper actors fit."""
     with session("local", num_cpus=4) as here:
         yield here
@@ -22,7 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def endpoint(local_ray: Session, world: World) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: Session, world: World) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("GRAFTWORK_TEST_TOKEN", TOKEN)
         environment.setenv("GRAFTWORK_TEST_OWNER", ADMIN_TOKEN)

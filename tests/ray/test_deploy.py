@@ -16,7 +16,7 @@ from tests.serve_world import NEW_TOKENS, QUESTIONS, TASKS, World
 from tests.tiny import write_tiny_base
 
 
-def test_a_port_in_use_is_named_before_anything_starts(local_ray: Session, world: World) -> None:
+def test_a_port_in_use_is_named_before_anything_starts(ray_cluster: Session, world: World) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -25,12 +25,12 @@ def test_a_port_in_use_is_named_before_anything_starts(local_ray: Session, world
             pytest.fail("it deployed")
 
 
-def test_a_sequence_longer_than_the_base_takes_is_refused(local_ray: Session, world: World) -> None:
+def test_a_sequence_longer_than_the_base_takes_is_refused(ray_cluster: Session, world: World) -> None:
     with pytest.raises(ConfigError, match="max_seq_len=4096"), deploy(world.spec(engine={"max_seq_len": 4096})):
         pytest.fail("it deployed")
 
 
-def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(local_ray: Session, world: World) -> None:
+def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(ray_cluster: Session, world: World) -> None:
     limits = {"max_seq_len": 1024, "kv_tokens": 512}
     with (
         pytest.raises(ConfigError, match=r"engine\.kv_tokens") as caught,
@@ -41,20 +41,20 @@ def test_what_the_engine_finds_at_its_start_is_told_in_its_own_words(local_ray: 
     assert caught.value.hint
 
 
-def test_more_cpus_than_there_are_is_refused(local_ray: Session, world: World) -> None:
+def test_more_cpus_than_there_are_is_refused(ray_cluster: Session, world: World) -> None:
     with pytest.raises(ConfigError, match="num_cpus=400"), deploy(world.spec(num_cpus=400)):
         pytest.fail("it deployed")
 
 
 def test_an_adapter_of_another_base_is_refused_before_anything_starts(
-    local_ray: Session, world: World, tmp_path: Path
+    ray_cluster: Session, world: World, tmp_path: Path
 ) -> None:
     other = write_tiny_base(tmp_path / "other", seed=1)
     with pytest.raises(ArtifactError, match="trained on base"), deploy(world.spec(base=str(other))):
         pytest.fail("it deployed")
 
 
-def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Session, world: World) -> None:
+def test_without_http_the_engine_answers_hundreds_of_calls_at_once(ray_cluster: Session, world: World) -> None:
     """What an offline comparison does: no proxy, no port, all requests in one batch."""
     arms = [ArmSpec(name="base", max_new_tokens=NEW_TOKENS)]
     arms += [ArmSpec(name=t, adapter=f"{t}@latest", max_new_tokens=NEW_TOKENS) for t in TASKS]
@@ -76,6 +76,6 @@ def test_without_http_the_engine_answers_hundreds_of_calls_at_once(local_ray: Se
     assert found.engine.most_adapters_in_step == len(TASKS)
 
 
-def test_a_token_that_is_not_set_is_named(local_ray: Session, world: World) -> None:
+def test_a_token_that_is_not_set_is_named(ray_cluster: Session, world: World) -> None:
     with pytest.raises(ConfigError, match="token_env=NO_SUCH_TOKEN"), deploy(world.spec(token_env="NO_SUCH_TOKEN")):
         pytest.fail("it deployed")

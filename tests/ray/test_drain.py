@@ -10,6 +10,7 @@ import pytest
 from graftwork.cluster.kuberay.prestop import GCS_S
 from tests.process_races import ROOT
 from tests.ray_cluster import Raylets, environment
+from tests.waiting import until
 
 pytestmark = pytest.mark.long
 WITHIN_S = 60
@@ -50,7 +51,7 @@ def raylets() -> Iterator[Raylets]:
 
 
 @pytest.fixture
-def mortal() -> Iterator[Raylets]:
+def killable_raylets() -> Iterator[Raylets]:
     """A Ray whose head does not survive the test."""
     made = Raylets()
     try:
@@ -88,10 +89,7 @@ def test_a_node_at_work_is_told_and_waited_for(raylets: Raylets) -> None:
     try:
         assert said(work) == node.node_id
         drain = python(raylets, *DRAIN, "120", node.node_id)
-        end = time.monotonic() + WITHIN_S
-        while said(work, "told") != "True":
-            assert time.monotonic() < end, "Ray was not told"
-            time.sleep(0.1)
+        until(lambda: said(work, "told") == "True", "Ray was not told", within_s=WITHIN_S)
         assert drain.poll() is None
         work.communicate("end\n", timeout=WITHIN_S)
         assert drain.wait(WITHIN_S) == 0
@@ -114,32 +112,31 @@ def test_work_that_does_not_end_is_left_to_its_fate(raylets: Raylets) -> None:
         work.kill()
 
 
-def test_a_drain_whose_head_goes_away_gives_up(mortal: Raylets) -> None:
+def test_a_drain_whose_head_goes_away_gives_up(killable_raylets: Raylets) -> None:
     """The end of a RayJob: the head's pod and the workers' get their notice together, and the head is gone first."""
-    node = mortal.add()
-    work = python(mortal, "-c", WORK, node.node_id)
+    node = killable_raylets.add()
+    work = python(killable_raylets, "-c", WORK, node.node_id)
     try:
         assert said(work) == node.node_id
-        drain = python(mortal, *DRAIN, "110", node.node_id)
-        end = time.monotonic() + WITHIN_S
-        while said(work, "told") != "True":
-            assert time.monotonic() < end, "Ray was not told"
-            time.sleep(0.1)
+        drain = python(killable_raylets, *DRAIN, "110", node.node_id)
+        until(lambda: said(work, "told") == "True", "Ray was not told", within_s=WITHIN_S)
         assert drain.poll() is None
-        mortal.gcs().kill()
+        killable_raylets.gcs().kill()
         gives_up(drain, "has not answered for")
-        gives_up(python(mortal, *DRAIN, "110"), "has not answered for")  # the head was gone before the drain began
+        gives_up(
+            python(killable_raylets, *DRAIN, "110"), "has not answered for"
+        )  # the head was gone before the drain began
     finally:
         work.kill()
 
 
-def test_a_drain_ends_in_its_time_where_the_head_hangs(mortal: Raylets) -> None:
-    mortal.add()
-    mortal.gcs().suspend()
+def test_a_drain_ends_in_its_time_where_the_head_hangs(killable_raylets: Raylets) -> None:
+    killable_raylets.add()
+    killable_raylets.gcs().suspend()
     try:
-        gives_up(python(mortal, *DRAIN, "3"), "time is up")
+        gives_up(python(killable_raylets, *DRAIN, "3"), "time is up")
     finally:
-        mortal.gcs().resume()
+        killable_raylets.gcs().resume()
 
 
 def gives_up(drain: "subprocess.Popen[str]", why: str) -> None:

@@ -3,8 +3,7 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tests.k8s.ray_head import Head
 from tests.ports import free_port
 from tests.ray_cluster import environment
 from tests.service import Made, publish
+from tests.waiting import until
 
 COMMAND = "from graftwork.cli import main; main()"
 GONE_WITHIN_S = 10.0
@@ -64,7 +64,11 @@ class World:
         }
         (self.tmp / f"{name}.yaml").write_text(yaml.safe_dump(spec))
         told = json.loads(self.graftwork("serve", f"{name}.yaml", "--target", self.head.address, "--detach", "--json"))
-        until(self.answers, 120, lambda: self.graftwork("jobs", "logs", told["job_id"], "--root", self.made.store.uri))
+        until(
+            self.answers,
+            lambda: self.graftwork("jobs", "logs", told["job_id"], "--root", self.made.store.uri),
+            within_s=120,
+        )
         return str(told["job_id"])
 
     def answers(self) -> bool:
@@ -90,13 +94,6 @@ class World:
     def gone(self, replicas: list[int]) -> bool:
         """No application, none of these processes, nobody at the port."""
         return not self.serve() and not any(map(psutil.pid_exists, replicas)) and not self.answers()
-
-
-def until(holds: Callable[[], bool], within_s: float, why: Callable[[], object]) -> None:
-    end = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < end, why()
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +132,7 @@ def test_an_endpoint_serves_as_a_job_and_is_cancelled_without_a_rest(world: Worl
     replicas = world.replicas()
     assert len(replicas) == 2, "ingress and engine"
     world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
-    until(lambda: world.gone(replicas), GONE_WITHIN_S, world.serve)
+    until(lambda: world.gone(replicas), world.serve, within_s=GONE_WITHIN_S)
 
 
 @pytest.mark.soak
@@ -146,10 +143,10 @@ def test_an_endpoint_goes_when_its_driver_is_killed_and_the_next_attempt_serves(
     assert drivers
     for process in {process for driver in drivers for process in [driver, *driver.children(recursive=True)]}:
         process.kill()
-    until(lambda: world.gone(replicas), GONE_WITHIN_S, world.serve)
+    until(lambda: world.gone(replicas), world.serve, within_s=GONE_WITHIN_S)
     world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
     world.graftwork("jobs", "resubmit", job, "--root", world.made.store.uri)
-    until(world.answers, 120, lambda: world.graftwork("jobs", "logs", job, "--root", world.made.store.uri))
+    until(world.answers, lambda: world.graftwork("jobs", "logs", job, "--root", world.made.store.uri), within_s=120)
     replicas = world.replicas()
     world.graftwork("jobs", "cancel", job, "--root", world.made.store.uri)
-    until(lambda: world.gone(replicas), GONE_WITHIN_S, world.serve)
+    until(lambda: world.gone(replicas), world.serve, within_s=GONE_WITHIN_S)

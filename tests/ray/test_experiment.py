@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -27,6 +27,7 @@ from tests.adapters import facts
 from tests.engines import write_lora
 from tests.ports import free_port
 from tests.tiny import write_tiny_base
+from tests.waiting import until
 
 TASKS = tuple(f"task{number}" for number in range(8))  # all of one home: one time in 2^7
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -34,7 +35,7 @@ USERS = 12
 
 
 @pytest.fixture(scope="module")
-def endpoint(local_ray: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     tmp = tmp_path_factory.mktemp("experiment")
     base = write_tiny_base(tmp / "base")
     store, digest = Store(str(tmp / "root")), base_model.resolve(BaseSpec(uri=str(base))).digest
@@ -58,13 +59,6 @@ def endpoint(local_ray: Session, tmp_path_factory: pytest.TempPathFactory) -> It
     )
     with deploy(spec) as running:
         yield running
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
-        time.sleep(0.1)
 
 
 def homes(client: Client) -> dict[str, str]:
@@ -118,6 +112,7 @@ def written(client: Client, name: str) -> list[LogRow]:
     return rows
 
 
+@pytest.mark.long
 def test_both_survive_a_killed_replica(endpoint: Endpoint) -> None:
     """The replica of the second arm dies: callers of the shadow notice nothing, those of the split lose what was there
     alone, and afterwards everybody has the arm they had."""
@@ -190,7 +185,7 @@ def test_an_arm_that_is_slower_and_no_worse_raises_no_alarm_at_any_look(endpoint
     with endpoint.client() as client:
         client.experiment("start", spec=spec)
         looks = asyncio.run(callers(endpoint, client, spec["name"], rated))
-        until(lambda: moved(endpoint, client, spec["name"]), timeout_s=120)
+        until(lambda: moved(endpoint, client, spec["name"]), within_s=120)
         client.experiment("stop", name=spec["name"])
         until(lambda: status(client, spec["name"])["log"]["waiting"] == 0)
         last = status(client, spec["name"])

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +13,7 @@ from graftwork.errors import Interrupted
 from graftwork.training.report import Progress
 from graftwork.training.run import train
 from tests.training import task
+from tests.waiting import until
 
 WITHIN_S = 120.0
 
@@ -29,7 +29,7 @@ def ctrl_c_raises() -> Iterator[None]:
 @pytest.mark.long
 @pytest.mark.timeout(400)
 def test_ctrl_c_leaves_no_thread_in_ray_and_gives_the_places_back(
-    local_ray: Session, ctrl_c_raises: None, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: Session, ctrl_c_raises: None, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A thread that is in `ray.get` while Ray is shut down can hang the process at its exit, or end it at once."""
     spec = task(tmp_path_factory.mktemp("interrupt"), **{"optim.epochs": 40, "num_workers": 2, "checkpoint_every": 200})
@@ -43,7 +43,4 @@ def test_ctrl_c_leaves_no_thread_in_ray_and_gives_the_places_back(
     with pytest.raises(Interrupted, match="no checkpoint was made yet"):
         train(spec, on_progress=interrupt)
     assert [thread.name for thread in threading.enumerate() if thread not in threads] == []
-    end = time.monotonic() + WITHIN_S
-    while ray.available_resources().get("CPU") != 4.0:
-        assert time.monotonic() < end, "the workers are gone"
-        time.sleep(0.1)
+    until(lambda: ray.available_resources().get("CPU") == 4.0, "the workers are gone", within_s=WITHIN_S)

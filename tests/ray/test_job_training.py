@@ -12,8 +12,9 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_resume import read_starts
 from graftwork.training.run import run_paths
 from graftwork.training.worker_messages import read_steps
-from tests.jobs import end_all_jobs, local_backend, printed, until
+from tests.jobs import end_all_jobs, local_backend, printed
 from tests.training import task
+from tests.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def test_a_stopped_run_goes_on_from_the_step_it_stopped_at(tmp_path: Path, worke
     run, here = run_paths(spec), local_backend(spec.root)
     job = job_of(spec, ClusterSpec())
     here.submit(job)
-    until(lambda: read_steps(run) and read_steps(run)[-1].step > 5, timeout_s=200)
+    until(lambda: read_steps(run) and read_steps(run)[-1].step > 5, within_s=200)
     here.runs.ask_to_end(job.job_id, 1, "deadline")  # as the driver does when it is over
     ended = here.wait(job.job_id, timeout_s=120)
     assert (ended.state, ended.attempt) == ("stopped", 1), printed(spec.root, job.job_id)
@@ -44,7 +45,7 @@ def test_a_stopped_run_goes_on_from_the_step_it_stopped_at(tmp_path: Path, worke
     assert "loss" in ended.progress
 
     assert here.resubmit(job.job_id).attempt == 2
-    until(lambda: read_steps(run)[-1].step > mark.step + 5, timeout_s=120)
+    until(lambda: read_steps(run)[-1].step > mark.step + 5, within_s=120)
     assert here.cancel(job.job_id).state == "cancelled"
     assert [start["step"] for start in read_starts(run)] == [0, mark.step]
     second = Checkpoints(run).newest()

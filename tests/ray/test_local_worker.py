@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_resume import read_starts
 from graftwork.training.local_worker import COMMAND, needs_ray_train
 from graftwork.training.ray_worker import fit
-from graftwork.training.run import ResolvedRun, run_paths
+from graftwork.training.run import ResolvedRun, run_paths, train
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker import MAX_FAILURES
 from graftwork.training.worker_messages import LoopResult, TrainJob, read_steps
 from tests.process_races import ROOT
 from tests.training import task
+from tests.waiting import until
 
 WITHIN_S = 120.0
 STEPS = 60
@@ -55,15 +55,6 @@ def one_worker(folder: Path, **changes: Any) -> TrainSpec:
     """60 steps with dropout, so that a random state that differs shows in the losses; a checkpoint every 10."""
     usual = {"num_workers": 1, "adapter.dropout": 0.1, "checkpoint_every": 10, "eval_every": 20, "alias": None}
     return task(folder, **{**usual, "optim.epochs": STEPS / 6, **changes})
-
-
-def until(reached: Callable[[], object], what: str, driver: "subprocess.Popen[str] | None" = None) -> None:
-    """Wait for a state that other processes bring about."""
-    end = time.monotonic() + WITHIN_S
-    while not reached():
-        assert time.monotonic() < end, f"{what}: not within {WITHIN_S:.0f} s"
-        assert driver is None or driver.poll() is None, f"{what}: the driver ended: {driver.communicate()[0]}"
-        time.sleep(0.02)
 
 
 def start_driver(spec: TrainSpec) -> subprocess.Popen[str]:
@@ -124,7 +115,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_steps_and_adapter_equal_those_of_a_ray_train_worker_bit_for_bit(
-    local_ray: Session, tmp_path: Path, strategy: str
+    ray_cluster: Session, tmp_path: Path, strategy: str
 ) -> None:
     changes = {"optim.epochs": 4, "strategy": {"kind": strategy}}
     alone, of_alone = fitted(one_worker(tmp_path / "alone", **changes), ray_train=False)
@@ -141,13 +132,14 @@ def test_a_run_of_one_worker_imports_no_ray(undisturbed: dict[str, Any]) -> None
     assert not undisturbed["ray"]
 
 
+@pytest.mark.long
 def test_a_killed_driver_takes_its_worker_along_and_the_rerun_ends_bit_equal(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     spec = one_worker(tmp_path)
     run = run_paths(spec)
     driver = start_driver(spec)
-    until(lambda: last_step(run) > 25, "step 25 is passed", driver)
+    until(lambda: last_step(run) > 25, "step 25 is passed", driver, within_s=WITHIN_S)
     worker = worker_of(driver.pid)
     assert worker is not None
     driver.kill()
@@ -165,7 +157,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_bit_equal(undisturbed: dic
     spec = one_worker(tmp_path)
     run = run_paths(spec)
     driver = start_driver(spec)
-    until(lambda: last_step(run) > 25, "step 25 is passed", driver)
+    until(lambda: last_step(run) > 25, "step 25 is passed", driver, within_s=WITHIN_S)
     worker = worker_of(driver.pid)
     assert worker is not None
     worker.kill()
@@ -182,7 +174,7 @@ def test_a_worker_that_gets_sigterm_saves_at_its_step_and_another_goes_on(
     spec = one_worker(tmp_path, checkpoint_every=1000)
     run = run_paths(spec)
     driver = start_driver(spec)
-    until(lambda: last_step(run) > 5, "step 5 is passed", driver)
+    until(lambda: last_step(run) > 5, "step 5 is passed", driver, within_s=WITHIN_S)
     worker = worker_of(driver.pid)
     assert worker is not None
     worker.terminate()
@@ -198,7 +190,7 @@ def test_ctrl_c_names_the_checkpoint_leaves_no_process_and_the_rerun_ends_bit_eq
     spec = one_worker(tmp_path)
     run = run_paths(spec)
     driver = start_driver(spec)
-    until(lambda: Checkpoints(run).newest(), "a checkpoint is committed", driver)
+    until(lambda: Checkpoints(run).newest(), "a checkpoint is committed", driver, within_s=WITHIN_S)
     below = psutil.Process(driver.pid).children(recursive=True)
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal sends it: to the worker as well
     said = outcome_of(driver)
@@ -231,7 +223,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_reason(tmp_pat
     assert "Hint: run the same command" in said["text"]
 
 
-def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(local_ray: Session, tmp_path: Path) -> None:
+def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(ray_cluster: Session, tmp_path: Path) -> None:
     """In a private Ray: what the worker uses is no more to be had by others, and is given back at the end."""
     before = os.environ.pop("OMP_NUM_THREADS", None)
     spec = one_worker(tmp_path, cpus_per_worker=2)
@@ -248,18 +240,18 @@ def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(local_ray: Ses
         run = ResolvedRun.resolve(spec).with_auto_resolved()
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(fit, TrainJob(run.spec, run.data, run.paths))
-            until(lambda: last_step(run.paths) > 2 or running.done(), "the run takes steps")
+            until(lambda: last_step(run.paths) > 2 or running.done(), "the run takes steps", within_s=WITHIN_S)
             look()
             assert running.result().steps == STEPS
     finally:
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
     assert seen == [("2", 2.0, ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()))]
-    until(lambda: ray.available_resources().get("CPU") == 4.0, "the reservation is given back")
+    until(lambda: ray.available_resources().get("CPU") == 4.0, "the reservation is given back", within_s=WITHIN_S)
 
 
 def test_one_worker_is_ray_trains_where_the_process_works_on_a_ray_of_others(
-    local_ray: Session, tmp_path: Path
+    ray_cluster: Session, tmp_path: Path
 ) -> None:
     """A task of the Ray stands for the driver of a job: it has joined a Ray that it has not started."""
     spec = one_worker(tmp_path)
@@ -272,3 +264,9 @@ def test_a_worker_larger_than_the_machine_is_refused_at_once(tmp_path: Path) -> 
     assert said["error"] == ClusterError.__name__
     assert "this machine has" in said["text"]
     assert "CPU, the run needs 1000" in said["text"]
+
+
+def test_workers_that_never_fit_are_refused_at_once(ray_cluster: Session, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="the cluster has 4 CPU, the run needs 6") as caught:
+        train(task(tmp_path, **{"num_workers": 2, "cpus_per_worker": 3.0}))
+    assert "--set num_workers=1" in caught.value.hint

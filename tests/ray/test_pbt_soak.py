@@ -9,10 +9,11 @@ from graftwork.training.loop import run_steps
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.worker_messages import TrainJob
 from graftwork.tuning.spec import TuneSpec
-from tests.ray.test_sweep_soak import END_S, outcome, require_kept, until
+from tests.ray.test_sweep_soak import END_S, WITHIN_S, outcome, require_kept
 from tests.ray.test_tune import rates, sweep, write_inputs
 from tests.sweep_driver import Record, folder_of, ledger_of, start_sweep
 from tests.train_driver import last_words
+from tests.waiting import until
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 PBT = {"kind": "pbt", "population": 3, "every": 2}
@@ -65,7 +66,7 @@ def test_a_population_whose_driver_is_killed_goes_on_alike(
     spec = population(inputs, tmp_path)
     driver = start_sweep(spec)
     try:
-        until(lambda: len(ledger_of(spec)) == 5, "the second generation has begun", driver)
+        until(lambda: len(ledger_of(spec)) == 5, "the second generation has begun", driver, within_s=WITHIN_S)
     finally:
         driver.kill()
         driver.wait()
@@ -82,7 +83,13 @@ def test_a_trial_goes_on_from_its_checkpoint(inputs: Path, tmp_path: Path) -> No
     spec = sweep(inputs, tmp_path / "killed", rates(0.01), **keys)
     driver = start_sweep(spec)
     try:
-        until(lambda: any(trial["steps"] >= 6 for trial in ledger_of(spec)), "step 6 is reported", driver, 0.001)
+        until(
+            lambda: any(trial["steps"] >= 6 for trial in ledger_of(spec)),
+            "step 6 is reported",
+            driver,
+            pause_s=0.001,
+            within_s=WITHIN_S,
+        )
     finally:
         driver.kill()
         driver.wait()
@@ -96,7 +103,7 @@ def test_a_trial_goes_on_from_its_checkpoint(inputs: Path, tmp_path: Path) -> No
         return len(started) > 1
 
     try:
-        until(went_on, "the second attempt has begun", driver)
+        until(went_on, "the second attempt has begun", driver, within_s=WITHIN_S)
         report = last_words(driver, END_S)
     finally:
         driver.kill()

@@ -46,9 +46,9 @@ def spec(inputs: Path, **changed: Any) -> QuantizeSpec:
     return QuantizeSpec.model_validate({**tree, **changed})
 
 
-def test_each_precision_is_measured_once_and_judged(local_ray: Session, inputs: Path) -> None:
+def test_each_precision_is_measured_once_and_judged(ray_cluster: Session, inputs: Path) -> None:
     seen: list[QuantizeProgress] = []
-    first = local_ray.run(run_quantize, spec(inputs), on_progress=seen.append)
+    first = ray_cluster.run(run_quantize, spec(inputs), on_progress=seen.append)
     assert [(p.done, p.total, p.text) for p in seen] == [(0, 2, "fp32"), (1, 2, "nf4")]
     report = first.report
     assert (report.n, first.reused) == (4, 0)
@@ -69,7 +69,7 @@ def test_each_precision_is_measured_once_and_judged(local_ray: Session, inputs: 
         "status.json",
     ]
     assert store.read_json("runs", first.run_id, "report.json")["quantize"] == json.loads(report.model_dump_json())
-    again = local_ray.run(run_quantize, spec(inputs))
+    again = ray_cluster.run(run_quantize, spec(inputs))
     assert (again.run_id, again.reused, again.report) == (first.run_id, 2, report)
 
 
@@ -83,13 +83,13 @@ def test_each_precision_is_measured_once_and_judged(local_ray: Session, inputs: 
     ],
 )
 def test_mistakes_are_found_before_a_process_is_started(
-    local_ray: Session, inputs: Path, changed: dict[str, Any], error: type[Exception], said: str
+    ray_cluster: Session, inputs: Path, changed: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        local_ray.run(run_quantize, spec(inputs, **changed))
+        ray_cluster.run(run_quantize, spec(inputs, **changed))
 
 
-def test_an_error_in_the_measuring_process_is_told_as_it_is(local_ray: Session, inputs: Path) -> None:
+def test_an_error_in_the_measuring_process_is_told_as_it_is(ray_cluster: Session, inputs: Path) -> None:
     long = spec(inputs, arms=[{"name": "base", "max_new_tokens": 255}])
     with pytest.raises(DataError, match="engine.max_seq_len=256"):
-        local_ray.run(run_quantize, long)
+        ray_cluster.run(run_quantize, long)

@@ -18,7 +18,7 @@ from tests.training import task
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, local_ray: Session) -> tuple[TrainSpec, str]:
+def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Session) -> tuple[TrainSpec, str]:
     """A task that hardly learned and whose outcomes were not measured, and its adapter."""
     folder = tmp_path_factory.mktemp("rebase")
     spec = task(folder, **{"num_workers": 1, "optim.lr": 1e-5, "optim.epochs": 1})

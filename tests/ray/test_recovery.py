@@ -1,10 +1,9 @@
 """Machines that die, that are taken away and that come back: the same rows, the same curve, the same adapter."""
 
 import json
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,10 @@ from graftwork.training.worker_messages import TrainJob, read_steps
 from tests.ray_cluster import Raylets
 from tests.train_driver import last_words, start_driver
 from tests.training import task
+from tests.waiting import until
 
 WITHIN_S = 200.0
 ROWS, PER_STEP = 48, 8
-
-
-def until(reached: Callable[[], bool], what: str, driver: "subprocess.Popen[str] | None" = None) -> None:
-    """Wait for a state that the run brings about."""
-    end = time.monotonic() + WITHIN_S
-    while not reached():
-        assert time.monotonic() < end, f"{what}: not within {WITHIN_S:.0f} s"
-        assert driver is None or driver.poll() is None, f"{what}: the driver ended: {last_words(driver, 1)}"
-        time.sleep(0.02)
 
 
 def last_step(run: RunPaths) -> int:
@@ -98,6 +89,7 @@ AHEAD = 10
 """Steps that a commit takes, and batches that the data loader reads ahead."""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_lost_and_a_drained_machine_cost_no_row_and_change_no_loss(raylets: Raylets, tmp_path: Path) -> None:
     """Two workers; a raylet is killed and one worker goes on; its machine is drained and it moves to a new one."""
@@ -114,13 +106,18 @@ def test_a_lost_and_a_drained_machine_cost_no_row_and_change_no_loss(raylets: Ra
     run, noted = run_paths(spec), tmp_path / "noted"
     driver = start_driver(spec, raylets.address, noted)
     try:
-        until(lambda: last_step(run) > EVERY + 5, "the first checkpoint is passed", driver)
+        until(lambda: last_step(run) > EVERY + 5, "the first checkpoint is passed", driver, within_s=WITHIN_S)
         second.kill()
-        until(lambda: len(read_starts(run)) == 2, "one worker goes on", driver)
+        until(lambda: len(read_starts(run)) == 2, "one worker goes on", driver, within_s=WITHIN_S)
         third = raylets.add()
-        until(lambda: last_step(run) > int(str(read_starts(run)[1]["step"])) + 10, "it takes steps", driver)
+        until(
+            lambda: last_step(run) > int(str(read_starts(run)[1]["step"])) + 10,
+            "it takes steps",
+            driver,
+            within_s=WITHIN_S,
+        )
         raylets.drain(first)
-        until(lambda: len(read_starts(run)) == 3, "it moves", driver)
+        until(lambda: len(read_starts(run)) == 3, "it moves", driver, within_s=WITHIN_S)
         first.kill()
         report = last_words(driver, WITHIN_S)
     finally:

@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from tests.engines import write_lora
 from tests.ports import free_port
 from tests.tiny import write_tiny_base
 from tests.tiny_embedder import write_tiny_embedder
+from tests.waiting import until
 
 TASKS = tuple(f"task{number}" for number in range(16))  # all of one home: one time in 2^15
 HELLO = (Message("user", "Hello"),)
@@ -72,15 +72,8 @@ def spec_of(base: Path, store: Store, **changed: Any) -> ServeSpec:
     return ServeSpec(**{**usual, **changed})
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
-    """Look again and again until it holds."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
-        time.sleep(0.1)
-
-
-def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, base: Path, store: Store) -> None:
+@pytest.mark.long
+def test_an_endpoint_that_ends_lets_its_streams_end_first(ray_cluster: Session, base: Path, store: Store) -> None:
     """A stream that runs when the endpoint is taken down comes whole; a new request is no longer taken."""
     lines: list[str] = []
     streaming, ended = threading.Event(), threading.Event()
@@ -110,7 +103,7 @@ def test_an_endpoint_that_ends_lets_its_streams_end_first(local_ray: Session, ba
 
 
 @pytest.mark.soak  # a minute of waiting for Serve's autoscaler
-def test_replicas_follow_the_load(local_ray: Session, base: Path, store: Store) -> None:
+def test_replicas_follow_the_load(ray_cluster: Session, base: Path, store: Store) -> None:
     autoscaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 0.5}
     spec = spec_of(base, store, name="scaled", num_replicas=1, autoscaling={**autoscaling, "downscale_delay_s": 1})
     with deploy(spec) as endpoint, endpoint.client() as client:
@@ -135,7 +128,7 @@ async def keep_asking(endpoint: Endpoint, stop: threading.Event) -> None:
         await asyncio.gather(*[one() for _ in range(12)])
 
 
-def test_more_replicas_than_fit_are_refused(local_ray: Session, base: Path, store: Store) -> None:
+def test_more_replicas_than_fit_are_refused(ray_cluster: Session, base: Path, store: Store) -> None:
     with (
         pytest.raises(ConfigError, match="num_cpus=3 for each of 2 replicas"),
         deploy(spec_of(base, store, name="many", num_cpus=3)),
@@ -144,7 +137,7 @@ def test_more_replicas_than_fit_are_refused(local_ray: Session, base: Path, stor
 
 
 def test_an_embedder_that_finds_no_place_beside_the_engine_is_refused(
-    local_ray: Session, base: Path, store: Store, tmp_path: Path
+    ray_cluster: Session, base: Path, store: Store, tmp_path: Path
 ) -> None:
     embedder = {"uri": str(write_tiny_embedder(tmp_path / "embedder")), "num_cpus": 64}
     with (
@@ -155,7 +148,7 @@ def test_an_embedder_that_finds_no_place_beside_the_engine_is_refused(
 
 
 @pytest.fixture(scope="module")
-def endpoint(local_ray: Session, base: Path, store: Store) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: Session, base: Path, store: Store) -> Iterator[Endpoint]:
     with deploy(spec_of(base, store)) as running:
         yield running
 
@@ -248,6 +241,7 @@ def test_rays_own_metrics_tell_the_requests_too(endpoint: Endpoint) -> None:
     until(lambda: len(told()) == 4)
 
 
+@pytest.mark.long
 def test_a_killed_replica_costs_its_own_requests_alone(endpoint: Endpoint) -> None:
     with endpoint.client() as client:
         replicas = {row["replica"]: row["pid"] for row in client.stats()["replicas"]}

@@ -38,6 +38,7 @@ from graftwork.serving.router import ServeBackend
 from graftwork.serving.spec import ArmSpec, GrammarSpec
 from tests.ports import free_port
 from tests.serve_world import AUTH, NEW_TOKENS, OWNER, QUESTIONS, TASKS, TOKEN, World
+from tests.waiting import until
 
 CHAT, NO_MODEL = "/v1/chat/completions", "model_not_found"
 REFRESH = "/v1/admin/adapters/refresh"
@@ -215,7 +216,7 @@ def test_half_sent_requests_are_closed_by_serves_proxy(endpoint: Endpoint) -> No
         assert BODY_TIMEOUT_S - 1 < time.monotonic() - began < BODY_TIMEOUT_S + 5
 
 
-def test_clients_that_leave_write_no_stack_traces(local_ray: Session, endpoint: Endpoint) -> None:
+def test_clients_that_leave_write_no_stack_traces(ray_cluster: Session, endpoint: Endpoint) -> None:
     """Serve's own logs of proxy and replicas, read when they show that three clients have left within their body."""
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     before = {path: path.stat().st_size for path in logs.rglob("*") if path.is_file()}
@@ -277,14 +278,6 @@ def test_a_request_that_takes_too_long_is_cancelled(endpoint: Endpoint) -> None:
             if cancelled > before:
                 break
         assert cancelled > before
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
-    """Look again and again until it holds."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
-        time.sleep(0.05)
 
 
 def test_the_async_openai_client_streams_many_at_once(endpoint: Endpoint, world: World) -> None:

@@ -20,7 +20,9 @@ class Echo:
 
 
 @pytest.mark.parametrize("life_s", [0, 3])
-def test_serve_has_ended_after_its_block(local_ray: Session, life_s: float, capfd: pytest.CaptureFixture[str]) -> None:
+def test_serve_has_ended_after_its_block(
+    ray_cluster: Session, life_s: float, capfd: pytest.CaptureFixture[str]
+) -> None:
     with silence_serve_logs(), serve_running(ServeSpec.model_validate({"base": "x", "name": "echo"}), http=False):
         application = serve.deployment(Echo).options(ray_actor_options={"num_cpus": 0}).bind()
         serve.run(application, name="echo", route_prefix=None)

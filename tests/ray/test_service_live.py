@@ -11,7 +11,7 @@ from tests.service import Service, deploy, details, replicas, running_service, v
 
 
 @pytest.fixture(scope="module")
-def service(local_ray: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(ray_cluster: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with running_service(tmp_path_factory.mktemp("service")) as running:
         yield running
 

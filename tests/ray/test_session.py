@@ -159,6 +159,7 @@ def wait_for(port: int, head: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"the existing Ray does not listen on {port}")
 
 
+@pytest.mark.long
 def test_an_existing_ray_runs_a_command_with_its_token_and_refuses_without(dashboard: str, tmp_path: Path) -> None:
     """Two processes at once: with the cluster's token, and with a wrong one."""
     (tmp_path / "bad.yaml").write_text("kind: train\nnam: x\n")

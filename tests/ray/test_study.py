@@ -86,12 +86,12 @@ def spec(folder: Path, **changed: Any) -> StudySpec:
 
 
 @pytest.mark.long
-def test_a_study_runs_from_its_file_to_its_page_and_is_free_the_second_time(local_ray: Session, folder: Path) -> None:
+def test_a_study_runs_from_its_file_to_its_page_and_is_free_the_second_time(ray_cluster: Session, folder: Path) -> None:
     adapters = check_study(spec(folder), folder)
     assert [(one.name, one.root, one.base.uri) for one in adapters] == [
         ("colours", str(folder / "root"), str(folder / "base"))
     ]
-    first = run_study(spec(folder), adapters, local_ray, quiet=True)
+    first = run_study(spec(folder), adapters, ray_cluster, quiet=True)
     report = first.report
     [trained] = report.adapters
     nats = {score.arm: score.value for score in report.measures[1].scores if score.metric == "nats"}
@@ -107,12 +107,12 @@ def test_a_study_runs_from_its_file_to_its_page_and_is_free_the_second_time(loca
     kept = store.read_json("runs", Path(first.json_uri).parent.name, "study.json")
     assert StudyReport.model_validate(kept) == report
     lines = {path: path.read_text() for path in (folder / "root" / "runs").rglob("*.jsonl")}
-    again = run_study(spec(folder), adapters, local_ray, quiet=True)
+    again = run_study(spec(folder), adapters, ray_cluster, quiet=True)
     assert again.report == report
     assert {path: path.read_text() for path in (folder / "root" / "runs").rglob("*.jsonl")} == lines
 
 
-def test_an_adapter_that_nobody_trained_is_named(local_ray: Session, folder: Path) -> None:
+def test_an_adapter_that_nobody_trained_is_named(ray_cluster: Session, folder: Path) -> None:
     missing = spec(folder, adapters=[], name="missing", root=str(folder / "empty"))
     with pytest.raises(ArtifactError, match="colours"):
-        run_study(missing, check_study(missing, folder), local_ray, quiet=True)
+        run_study(missing, check_study(missing, folder), ray_cluster, quiet=True)

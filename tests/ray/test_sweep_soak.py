@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from graftwork.tuning.spec import TuneSpec
 from tests.ray.test_tune import GOOD, rates, sweep, write_inputs
 from tests.ray_cluster import Raylet, Raylets
 from tests.s3.conftest import use
-from tests.s3_server import Weed, running
+from tests.s3_server import S3Server, running
 from tests.sweep_driver import Record, alive, folder_of, ledger_of, processes_of, start_sweep
 from tests.train_driver import last_words
+from tests.waiting import until
 
 KILLS, PIECES = 20, 10
 KINDS = ("anywhere", "report", "write", "anywhere")
@@ -31,14 +32,6 @@ LONGER: dict[str, Any] = {"steps": 24, "report_every": 2}
 """So that a second kill still finds trials at work."""
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
-
-
-def until(true: Callable[[], bool], what: str, driver: "subprocess.Popen[str]", pause_s: float = 0.02) -> None:
-    end = time.monotonic() + WITHIN_S
-    while not true():
-        assert time.monotonic() < end, f"not within {WITHIN_S:.0f} s: {what}"
-        assert driver.poll() is None, f"the driver ended before {what}: {last_words(driver, 1)}"
-        time.sleep(pause_s)
 
 
 def outcome(trials: list[Record]) -> list[tuple[Any, ...]]:
@@ -89,7 +82,7 @@ class Killed:
             self._next_write()
             time.sleep(self.rng.uniform(0, 0.01))
         else:
-            until(self._is_writing, "a write has begun", self.driver, 0.0)
+            until(self._is_writing, "a write has begun", self.driver, pause_s=0.0, within_s=WITHIN_S)
         children = processes_of(self.driver)
         self.driver.kill()
         self.driver.wait()
@@ -102,7 +95,13 @@ class Killed:
 
     def _next_write(self) -> None:
         before = self._stamp()
-        until(lambda: self._stamp() != before, f"the ledger is written after {self.done}", self.driver, 0.0005)
+        until(
+            lambda: self._stamp() != before,
+            f"the ledger is written after {self.done}",
+            self.driver,
+            pause_s=0.0005,
+            within_s=WITHIN_S,
+        )
 
     def _stamp(self) -> int:
         folder = folder_of(self.spec)
@@ -179,7 +178,7 @@ def test_trials_of_machines_killed_at_random_points_run_again_elsewhere(
         for _ in range(KILLS // PIECES):
             before = sum(len(t["losses"]) for t in ledger_of(spec))
             running = lambda: any(t["state"] == "running" for t in ledger_of(spec))  # noqa: E731
-            until(running, f"a trial runs after {done}", driver)
+            until(running, f"a trial runs after {done}", driver, within_s=WITHIN_S)
             time.sleep(rng.uniform(0, 3))
             assert driver.poll() is None, f"the sweep ended before the kill after {done}"
             nodes.pop(rng.randrange(len(nodes))).kill()
@@ -201,41 +200,45 @@ def test_trials_of_machines_killed_at_random_points_run_again_elsewhere(
 
 
 @pytest.fixture(scope="module")
-def weed() -> Iterator[Weed]:
+def s3_server() -> Iterator[S3Server]:
     with running() as server:
         yield server
 
 
 def test_storage_that_comes_back_only_delays_and_one_that_does_not_ends_the_sweep(
-    weed: Weed, undisturbed: Record, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_server: S3Server, undisturbed: Record, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rerun goes on where the second outage ended it."""
-    use(weed, monkeypatch, tmp_path)
-    root = Store(f"s3://{weed.bucket}/{tmp_path.name}")
+    use(s3_server, monkeypatch, tmp_path)
+    root = Store(f"s3://{s3_server.bucket}/{tmp_path.name}")
     spec = sweep(inputs, tmp_path, SPACE, max_concurrent=1, num_trials=4, scheduler=ASHA).with_({"root": root.uri})
-    driver = start_sweep(spec.with_({"train.checkpoints.outage_s": 60}), weed.environment())
+    driver = start_sweep(spec.with_({"train.checkpoints.outage_s": 60}), s3_server.environment())
     try:
-        until(lambda: len(ended(ledger_of(spec))) == 1, "one trial has ended", driver, 0.2)
-        weed.kill()
+        until(lambda: len(ended(ledger_of(spec))) == 1, "one trial has ended", driver, pause_s=0.2, within_s=WITHIN_S)
+        s3_server.kill()
         assert driver.stdout is not None
         assert "storage is out of reach" in driver.stdout.readline()
-        weed.start()
-        until(lambda: len(ended(ledger_of(spec))) == 3, "three trials have ended", driver, 0.2)
+        s3_server.start()
+        until(
+            lambda: len(ended(ledger_of(spec))) == 3, "three trials have ended", driver, pause_s=0.2, within_s=WITHIN_S
+        )
     finally:
         driver.kill()
         driver.wait()
-    driver = start_sweep(spec.with_({"train.checkpoints.outage_s": 1}), weed.environment())
+    driver = start_sweep(spec.with_({"train.checkpoints.outage_s": 1}), s3_server.environment())
     try:
-        until(lambda: len(ended(ledger_of(spec))) == 4, "four trials have ended", driver, 0.2)
+        until(
+            lambda: len(ended(ledger_of(spec))) == 4, "four trials have ended", driver, pause_s=0.2, within_s=WITHIN_S
+        )
         kept = ended(ledger_of(spec))
-        weed.kill()
+        s3_server.kill()
         error = last_words(driver, WITHIN_S)
     finally:
         driver.kill()
     assert error["error"] == "StoreUnreachable"
     assert "not written for 1 s" in error["text"]
     assert "run the same command when it is back" in error["text"]
-    weed.start()
-    report = last_words(start_sweep(spec, weed.environment()), END_S)
+    s3_server.start()
+    report = last_words(start_sweep(spec, s3_server.environment()), END_S)
     assert outcome(report["trials"]) == outcome(undisturbed["trials"])
     require_kept(kept, report)

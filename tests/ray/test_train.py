@@ -6,8 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 
 from graftwork.artifacts.registry import open_adapter, resolve, verify_adapter
 from graftwork.cluster.session import Session
-from graftwork.errors import ClusterError, Interrupted, RunError
+from graftwork.errors import Interrupted, RunError
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import run_steps
@@ -28,19 +26,13 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import TrainJob, read_steps
 from tests.process_races import ROOT
 from tests.training import task
+from tests.waiting import until
 
+pytestmark = pytest.mark.long
 WITHIN_S = 240.0
 STEPS = 120
 ENDED_BY_ITSELF = 100
 """Added to a driver's exit code: Ray ends a process whose thread calls it after its shutdown with 1, as we do."""
-
-
-def until(reached: Callable[[], object], what: str) -> None:
-    """Wait for a state that other processes bring about."""
-    end = time.monotonic() + WITHIN_S
-    while not reached():
-        assert time.monotonic() < end, f"{what}: not within {WITHIN_S:.0f} s"
-        time.sleep(0.02)
 
 
 def last_step(run: RunPaths) -> int:
@@ -85,9 +77,9 @@ def command_of(process: psutil.Process) -> str:
 
 def kill_a_worker(run: RunPaths, step: int) -> str:
     """Kill one of the two workers once `step` is noted, while the run goes on. Returns what ran then."""
-    until(lambda: len(train_workers()) == 2, "both workers are seen")
+    until(lambda: len(train_workers()) == 2, "both workers are seen", within_s=WITHIN_S)
     worker = train_workers()[-1]
-    until(lambda: last_step(run) >= step, f"step {step} is noted")
+    until(lambda: last_step(run) >= step, f"step {step} is noted", within_s=WITHIN_S)
     assert last_step(run) < STEPS, "the run goes on"
     running = " ".join(command_of(process) for process in psutil.Process().children(recursive=True))
     worker.kill()
@@ -117,10 +109,14 @@ class Disturbed:
 
 
 @pytest.fixture(scope="module")
-def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
+def disturbed(ray_cluster: Session, spec: TrainSpec) -> Disturbed:
     run = run_paths(spec)
     driver = start_driver(spec)
-    until(lambda: Checkpoints(run).newest() or driver.poll() is not None, "the first driver commits a checkpoint")
+    until(
+        lambda: Checkpoints(run).newest() or driver.poll() is not None,
+        "the first driver commits a checkpoint",
+        within_s=WITHIN_S,
+    )
     below = psutil.Process(driver.pid).children(recursive=True)
     with pytest.raises(RunError) as refused:
         train(spec)
@@ -130,7 +126,9 @@ def disturbed(local_ray: Session, spec: TrainSpec) -> Disturbed:
     status = run.store.read_json(*run.status())["state"]
 
     second = start_driver(spec)
-    until(lambda: last_step(run) >= 45 or second.poll() is not None, "the second driver passes step 45")
+    until(
+        lambda: last_step(run) >= 45 or second.poll() is not None, "the second driver passes step 45", within_s=WITHIN_S
+    )
     second.kill()
     second.wait()
     steps_when_killed = last_step(run)
@@ -213,7 +211,6 @@ def test_a_finished_run_is_reused_whatever_its_workers(spec: TrainSpec, disturbe
     assert run.store.read_json(*run.status())["state"] == "finished"
 
 
-@pytest.mark.long
 def test_relative_places_mean_the_drivers_folder(
     spec: TrainSpec, disturbed: Disturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,9 +220,3 @@ def test_relative_places_mean_the_drivers_folder(
     report = train(spec.with_({**near, "init_from": "colours@prod", "optim.epochs": 0.5, "alias": None}))
     assert open_adapter(Store(spec.root), "colours", report.version).parent == disturbed.report.version
     assert report.train_loss[0][1] == pytest.approx(disturbed.report.train_loss[-1][1], rel=0.5)
-
-
-def test_workers_that_never_fit_are_refused_at_once(local_ray: Session, spec: TrainSpec) -> None:
-    with pytest.raises(ClusterError, match="the cluster has 4 CPU, the run needs 6") as caught:
-        train(spec.with_({"cpus_per_worker": 3.0, "seed": 1}))
-    assert "--set num_workers=1" in caught.value.hint

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from graftwork.tuning.run import Sweep, tune
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import TuneProgress, TuneReport
 from tests.tiny import write_tiny_base
+from tests.waiting import until
 
 FREED_WITHIN_S = 90.0
 FIRST_LOSS_WITHIN_S = 240.0
@@ -69,7 +69,7 @@ def rates(*values: float) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(local_ray: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneSpec, TuneReport]:
+def whole(ray_cluster: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneSpec, TuneReport]:
     """A sweep of three that nothing disturbed: one runs to its end, one is stopped early, one diverges."""
     asha = {"grace_steps": 2, "reduction": 2}
     space = rates(1e-5, GOOD, 1e38)  # a grid begins in its middle
@@ -103,7 +103,11 @@ def test_a_diverging_trial_is_marked_and_the_sweep_goes_on(whole: tuple[TuneSpec
 
 
 def test_trials_that_ended_give_their_cpus_back(whole: tuple[TuneSpec, TuneReport]) -> None:
-    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "CPUs are free")
+    until(
+        lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"],
+        "CPUs are free",
+        within_s=FREED_WITHIN_S,
+    )
     assert not [group for group in placement_group_table().values() if group["state"] == "CREATED"]
 
 
@@ -128,7 +132,7 @@ def test_a_run_folder_tells_what_was_done(whole: tuple[TuneSpec, TuneReport]) ->
 
 @pytest.fixture(scope="module")
 def continued(
-    local_ray: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TuneSpec, TuneReport, set[str]]:
     """A sweep of two, interrupted in the second and run again; and the trials that the rerun started."""
     spec = sweep(inputs, tmp_path_factory.mktemp("continued"), rates(0.001, GOOD), max_concurrent=1)
@@ -139,7 +143,11 @@ def continued(
 
     with pytest.raises(Interrupted, match="1 of 2 trials are kept"):
         tune(spec, on_progress=interrupt)
-    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "CPUs are free")
+    until(
+        lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"],
+        "CPUs are free",
+        within_s=FREED_WITHIN_S,
+    )
     started: set[str] = set()
     report = tune(spec, on_progress=lambda p: started.update(t.trial_id for t in p.trials if t.state == "running"))
     return spec, report, started
@@ -187,7 +195,7 @@ def test_a_finished_sweep_is_given_finals_and_its_winner_is_published(
 
 @pytest.mark.soak  # Ctrl-C, above, takes the same way back
 def test_kill_9_of_the_driver_repeats_no_finished_trial(
-    whole: tuple[TuneSpec, TuneReport], local_ray: Session, inputs: Path, tmp_path: Path
+    whole: tuple[TuneSpec, TuneReport], ray_cluster: Session, inputs: Path, tmp_path: Path
 ) -> None:
     """The rerun has two trials left, and runs them at the same time."""
     spec = sweep(inputs, tmp_path, rates(0.001, GOOD, 1e-5), max_concurrent=1)
@@ -203,7 +211,7 @@ def test_kill_9_of_the_driver_repeats_no_finished_trial(
         return len(records) > 1 and records[0]["state"] == "finished" and records[1]["state"] == "running"
 
     try:
-        wait_for(second_runs, "the second trial runs", FIRST_LOSS_WITHIN_S)
+        until(second_runs, "the second trial runs", within_s=FIRST_LOSS_WITHIN_S)
     finally:
         victim.kill()
         victim.wait()
@@ -224,7 +232,7 @@ def test_kill_9_of_the_driver_repeats_no_finished_trial(
 
 @pytest.mark.soak
 def test_kill_9_while_the_winner_trains_repeats_no_trial_and_goes_on_from_its_checkpoint(
-    local_ray: Session, inputs: Path, tmp_path: Path
+    ray_cluster: Session, inputs: Path, tmp_path: Path
 ) -> None:
     steps = {"train.optim.epochs": 40, "train.checkpoint_every": 5, "train.num_workers": 1}
     spec = sweep(inputs, tmp_path, rates(GOOD), winner={"alias": "champion", "retention": False}).with_(steps)
@@ -239,7 +247,7 @@ def test_kill_9_while_the_winner_trains_repeats_no_trial_and_goes_on_from_its_ch
         return bool(found) and len(found[0].read_text().splitlines()) >= 10
 
     try:
-        wait_for(half_trained, "the winner trains", 2 * FIRST_LOSS_WITHIN_S)
+        until(half_trained, "the winner trains", within_s=2 * FIRST_LOSS_WITHIN_S)
     finally:
         victim.kill()
         victim.wait()
@@ -260,7 +268,7 @@ def test_one_driver_a_sweep(inputs: Path, tmp_path: Path) -> None:
         tune(spec)
 
 
-def test_a_trial_that_no_node_can_hold_is_refused(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+def test_a_trial_that_no_node_can_hold_is_refused(ray_cluster: Session, inputs: Path, tmp_path: Path) -> None:
     spec = sweep(inputs, tmp_path, rates(GOOD)).with_({"train.cpus_per_worker": 4096})
     with pytest.raises(ClusterError, match="train.cpus_per_worker=4096: the largest node has"):
         tune(spec)
@@ -269,14 +277,6 @@ def test_a_trial_that_no_node_can_hold_is_refused(local_ray: Session, inputs: Pa
 def losses(report: TuneReport, rate: float) -> tuple[tuple[int, float], ...]:
     (found,) = [trial.losses for trial in report.trials if trial.values["optim.lr"] == rate]
     return found
-
-
-def wait_for(true: Callable[[], bool], what: str, within_s: float = FREED_WITHIN_S) -> None:
-    """Ray and other processes tell the end of their work by state alone: look until it is there."""
-    end = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < end, f"not within {within_s:g} s: {what}"
-        time.sleep(0.1)
 
 
 if __name__ == "__main__":  # the driver that is killed

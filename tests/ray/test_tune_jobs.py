@@ -33,7 +33,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> TuneSpec:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_each_trial_is_a_job_that_is_cancelled_when_it_falls_behind(local_ray: Session, spec: TuneSpec) -> None:
+def test_each_trial_is_a_job_that_is_cancelled_when_it_falls_behind(ray_cluster: Session, spec: TuneSpec) -> None:
     seen: list[TuneProgress] = []
     report = tune(spec, on_progress=seen.append, elsewhere=HERE)
     jobs = {status.job_id: status for status in backend_of("local", spec.root).list()}

@@ -21,7 +21,7 @@ SPACE = {
 
 @pytest.mark.soak  # thirteen processes on one CPU
 def test_a_sweep_of_six_gives_the_same_with_three_in_a_process(
-    local_ray: Session, inputs: Path, tmp_path: Path
+    ray_cluster: Session, inputs: Path, tmp_path: Path
 ) -> None:
     """Stops depend on the order of reports, so one process runs at a time; in a group the three are judged at once."""
     keys: dict[str, Any] = {"max_concurrent": 1, "num_trials": 6, "scheduler": {"grace_steps": 2, "reduction": 2}}

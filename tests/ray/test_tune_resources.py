@@ -13,7 +13,8 @@ from graftwork.errors import RunError
 from graftwork.tuning.run import Sweep, tune
 from graftwork.tuning.trial_store import Ledger
 from graftwork.tuning.trials import TrialRecord, TuneProgress
-from tests.ray.test_tune import GOOD, inputs, rates, sweep, wait_for
+from tests.ray.test_tune import FREED_WITHIN_S, GOOD, inputs, rates, sweep
+from tests.waiting import until
 
 __all__ = ["inputs"]
 
@@ -29,7 +30,7 @@ def cpus_are_free() -> bool:
     return bool(ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
-def test_a_gang_that_is_stopped_leaves_loop_and_places(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+def test_a_gang_that_is_stopped_leaves_loop_and_places(ray_cluster: Session, inputs: Path, tmp_path: Path) -> None:
     """The first trial is one of an earlier attempt, and far better: the second is stopped at its first rung."""
     space = rates(GOOD, 1e-5)
     spec = sweep(inputs, tmp_path, space, scheduler={"grace_steps": 2, "reduction": 2}).with_(GANG)
@@ -44,12 +45,14 @@ def test_a_gang_that_is_stopped_leaves_loop_and_places(local_ray: Session, input
     assert gang.notes[0] == "distributed over 2 workers (fsdp2): distributed=always"
     assert gang.notes[1].startswith("stopped at step 2: loss ")
     assert gang.peak_rss_bytes > 400 * 2**20, "of a worker, not of the process that started it"
-    wait_for(cpus_are_free, "CPUs are free")
+    until(cpus_are_free, "CPUs are free", within_s=FREED_WITHIN_S)
     assert not groups()
 
 
 @pytest.mark.soak
-def test_a_gang_whose_first_process_is_killed_leaves_nothing(local_ray: Session, inputs: Path, tmp_path: Path) -> None:
+def test_a_gang_whose_first_process_is_killed_leaves_nothing(
+    ray_cluster: Session, inputs: Path, tmp_path: Path
+) -> None:
     spec = sweep(inputs, tmp_path, rates(GOOD), steps=40, report_every=2, retries=0).with_(GANG)
     killed: list[float] = []
 
@@ -61,8 +64,8 @@ def test_a_gang_whose_first_process_is_killed_leaves_nothing(local_ray: Session,
 
     with pytest.raises(RunError, match="none ran to step 40"):
         tune(spec, on_progress=kill)
-    wait_for(cpus_are_free, "CPUs are free")
-    wait_for(lambda: not groups(), "placement groups are gone")
+    until(cpus_are_free, "CPUs are free", within_s=FREED_WITHIN_S)
+    until(lambda: not groups(), "placement groups are gone", within_s=FREED_WITHIN_S)
     print(f"free {time.monotonic() - killed[0]:.1f} s after the kill")
 
 

@@ -14,8 +14,9 @@ from ray._private.state import actors
 from graftwork.cluster.session import Session
 from graftwork.tuning.run import tune
 from graftwork.tuning.trials import TrialRecord, TuneProgress
-from tests.ray.test_tune import GOOD, inputs, rates, sweep, wait_for
+from tests.ray.test_tune import GOOD, inputs, rates, sweep
 from tests.ray.test_tune_resources import cpus_are_free, groups, trial_processes
+from tests.waiting import until
 
 __all__ = ["inputs"]
 
@@ -55,7 +56,7 @@ def longest_wait_s(trials: Sequence[TrialRecord]) -> float:
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [50, 200])
-def test_many_trials_neither_stall_nor_leak(local_ray: Session, inputs: Path, tmp_path: Path, count: int) -> None:
+def test_many_trials_neither_stall_nor_leak(ray_cluster: Session, inputs: Path, tmp_path: Path, count: int) -> None:
     """Of 50 all but the first are stopped at their first rung; 200 run to their end, one step long."""
     early = {"steps": 4, "report_every": 2, "scheduler": {"grace_steps": 2, "reduction": 64}}
     short = {"steps": 1, "report_every": 1, "scheduler": None}
@@ -74,10 +75,14 @@ def test_many_trials_neither_stall_nor_leak(local_ray: Session, inputs: Path, tm
     states = [trial.state for trial in report.trials]
     assert len(states) == count
     assert states.count("stopped") >= count - PROCESSES if count == 50 else states.count("finished") == count
-    wait_for(lambda: not trial_processes(), "processes are gone", 15.0)
-    wait_for(cpus_are_free, "CPUs are free", 15.0)
-    wait_for(lambda: not groups(), "placement groups are gone", 15.0)
-    wait_for(lambda: not [actor for actor in actors().values() if actor["State"] == "ALIVE"], "actors are gone", 15.0)
+    until(lambda: not trial_processes(), "processes are gone", within_s=15.0)
+    until(cpus_are_free, "CPUs are free", within_s=15.0)
+    until(lambda: not groups(), "placement groups are gone", within_s=15.0)
+    until(
+        lambda: not [actor for actor in actors().values() if actor["State"] == "ALIVE"],
+        "actors are gone",
+        within_s=15.0,
+    )
     per_trial = (watched.rss[count] - watched.rss[count // 5]) / MIB / (count - count // 5)
     print(
         f"\n{count} trials in {took:.0f} s, {took * PROCESSES / count:.2f} s each; a process waited at most "

@@ -26,7 +26,7 @@ from graftwork.serving.models import AdapterSource
 from graftwork.storage.store import Store
 from tests.adapters import facts, list_adapters
 from tests.engines import load_model, spec, write_lora
-from tests.s3_server import Weed
+from tests.s3_server import S3Server
 from tests.tiny import write_tiny_base
 
 BASE, WEIGHTS = "b" * 64, "adapter_model.safetensors"
@@ -123,7 +123,7 @@ def test_a_full_disk_here_leaves_nothing_and_is_told(parts: tuple[NativeEngine, 
 
 
 def test_a_server_that_stalls_fails_only_who_waits_for_it(
-    parts: tuple[NativeEngine, list[Path]], s3_env: Weed, s3_store: Store, monkeypatch: pytest.MonkeyPatch
+    parts: tuple[NativeEngine, list[Path]], s3_env: S3Server, s3_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, folders = parts
     here = publish(s3_store, "here", folders[0])
@@ -182,7 +182,7 @@ def stalling_proxy(endpoint: str) -> Iterator[tuple[str, threading.Event]]:
 
 
 def test_a_version_on_s3_is_registered_from_an_allowed_prefix_alone(
-    parts: tuple[NativeEngine, list[Path]], s3_env: Weed, s3_store: Store, tmp_path: Path
+    parts: tuple[NativeEngine, list[Path]], s3_env: S3Server, s3_store: Store, tmp_path: Path
 ) -> None:
     other = Store(f"s3://{s3_env.bucket}/{secrets.token_hex(8)}")
     version = publish(other, "card", parts[1][0])

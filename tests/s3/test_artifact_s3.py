@@ -18,7 +18,7 @@ from graftwork.errors import ArtifactError
 from graftwork.storage.store import Store
 from tests.adapters import facts, list_adapters, write_adapter
 from tests.process_races import outcome, race, start
-from tests.s3_server import Weed
+from tests.s3_server import S3Server
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -112,7 +112,7 @@ def test_a_promoter_and_a_remover_of_one_version_never_leave_a_dangling_alias(s3
 
 
 def test_a_publisher_killed_at_any_byte_leaves_nothing_visible_and_a_rerun_completes(
-    s3_store: Store, s3_env: Weed, tmp_path: Path
+    s3_store: Store, s3_env: S3Server, tmp_path: Path
 ) -> None:
     """A proxy on the wire kills the publisher -9 once it has sent so many bytes, inside a PUT or between two."""
     folder = write_adapter(tmp_path / "out", hidden=512)
@@ -136,7 +136,7 @@ def test_a_publisher_killed_at_any_byte_leaves_nothing_visible_and_a_rerun_compl
     assert visible[:6] == [False] * 6
 
 
-def publish_through_proxy(server: Weed, root: str, folder: Path, kill_after: int | None) -> int:
+def publish_through_proxy(server: S3Server, root: str, folder: Path, kill_after: int | None) -> int:
     """Publish in a process whose requests pass a proxy that kills it after so many bytes. Bytes that it sent."""
     with listening() as (listener, endpoint):
         process = start(

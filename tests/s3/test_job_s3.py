@@ -12,10 +12,11 @@ from graftwork.cluster.jobs.packaging import publish_wheel, unpack, wheel_uri
 from graftwork.cluster.jobs.store import LOG_BEHIND_S
 from graftwork.errors import PreflightError
 from graftwork.storage.store import Store
-from tests.jobs import command_job, local_backend, printed, python_job, until
+from tests.jobs import command_job, local_backend, printed, python_job
 from tests.s3.conftest import use
-from tests.s3_server import Weed, running
+from tests.s3_server import S3Server, running
 from tests.s3_throttle_proxy import slow_down
+from tests.waiting import until
 
 CHATTY = """
 import sys, time
@@ -26,7 +27,7 @@ for n in range({lines}):
 
 
 @pytest.fixture
-def own_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weed]:
+def own_s3_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3Server]:
     """One that may be killed."""
     with running() as server:
         use(server, monkeypatch, tmp_path)
@@ -67,7 +68,7 @@ def test_a_store_that_does_not_answer_is_told_from_a_bad_one(s3_store: Store, mo
 
 
 def test_a_server_without_conditional_puts_is_refused(
-    s3_store: Store, s3_env: Weed, monkeypatch: pytest.MonkeyPatch
+    s3_store: Store, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with slow_down(s3_env.endpoint, 0.0, conditions=False) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -84,7 +85,7 @@ def test_the_code_is_put_there_once_and_laid_out_where_it_runs(s3_store: Store, 
 
 @pytest.mark.long
 def test_one_answer_in_twenty_a_503_and_no_line_is_lost(
-    s3_store: Store, s3_env: Weed, monkeypatch: pytest.MonkeyPatch
+    s3_store: Store, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with slow_down(s3_env.endpoint, 0.05) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -98,14 +99,14 @@ def test_one_answer_in_twenty_a_503_and_no_line_is_lost(
 
 
 @pytest.mark.long
-def test_a_server_killed_in_the_middle_costs_no_line(own_server: Weed) -> None:
-    root = f"s3://{own_server.bucket}/{secrets.token_hex(8)}"
+def test_a_server_killed_in_the_middle_costs_no_line(own_s3_server: S3Server) -> None:
+    root = f"s3://{own_s3_server.bucket}/{secrets.token_hex(8)}"
     here, job = local_backend(root), python_job(root, CHATTY.format(lines=90, pause=0.1))
     here.submit(job)
     until(lambda: len(printed(root, job.job_id).splitlines()) > 10)
-    own_server.kill()
+    own_s3_server.kill()
     time.sleep(2 * LOG_BEHIND_S)  # an outage, in which it prints on
-    own_server.start()
+    own_s3_server.start()
     ended = here.wait(job.job_id, timeout_s=120)
     assert (ended.state, ended.attempt) == ("succeeded", 1)
     assert printed(root, job.job_id) == lines(90)
@@ -114,11 +115,11 @@ def test_a_server_killed_in_the_middle_costs_no_line(own_server: Weed) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_killed_ten_times_mid_upload_with_slow_answers_between(
-    own_server: Weed, monkeypatch: pytest.MonkeyPatch
+    own_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large pieces, so that a kill meets an upload."""
-    root, count = f"s3://{own_server.bucket}/{secrets.token_hex(8)}", 40_000
-    with slow_down(own_server.endpoint, 0.05) as proxy:
+    root, count = f"s3://{own_s3_server.bucket}/{secrets.token_hex(8)}", 40_000
+    with slow_down(own_s3_server.endpoint, 0.05) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         here = local_backend(root)
         job = python_job(root, CHATTY.format(lines=count, pause=0.003).replace("€'", "€' + 'x' * 200"))
@@ -126,9 +127,9 @@ def test_killed_ten_times_mid_upload_with_slow_answers_between(
         until(lambda: len(printed(root, job.job_id)) > 1000)
         for _ in range(10):
             time.sleep(4)
-            own_server.kill()
+            own_s3_server.kill()
             time.sleep(4)
-            own_server.start()
+            own_s3_server.start()
         ended = here.wait(job.job_id, timeout_s=600)
         assert (ended.state, ended.attempt) == ("succeeded", 1)
         assert printed(root, job.job_id) == "".join(f"line {n} €{'x' * 200}\n" for n in range(count))

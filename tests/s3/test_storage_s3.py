@@ -12,7 +12,7 @@ import pytest
 from graftwork.errors import StorageError
 from graftwork.storage import store as storage
 from graftwork.storage.store import Store
-from tests.s3_server import Weed
+from tests.s3_server import S3Server
 from tests.store_contract import StoreContract
 
 ENDS_S = 60
@@ -91,7 +91,7 @@ def test_the_local_mirror_of_a_key_differs_by_server_and_root(
     assert s3_store.local_dir("adapters", "support") != here
 
 
-def test_a_missing_bucket_is_named(s3_env: Weed) -> None:
+def test_a_missing_bucket_is_named(s3_env: S3Server) -> None:
     for error in refused(Store("s3://no-such-bucket/root")):
         assert "there is no bucket 'no-such-bucket'" in str(error)
         assert "create it" in error.hint

@@ -22,7 +22,7 @@ from graftwork.training.run_lock import DEAD_AFTER_S, LOCK, run_lock
 from graftwork.training.worker_messages import StepReport, TrainJob, read_steps
 from tests.process_races import ROOT
 from tests.s3.conftest import use
-from tests.s3_server import Weed
+from tests.s3_server import S3Server
 from tests.training import task
 
 
@@ -57,9 +57,9 @@ def test_a_killed_run_goes_on_from_s3_on_another_machine(
 
 
 @pytest.fixture
-def mortal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weed]:
+def own_s3_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3Server]:
     """A server of this test's own, which may be killed."""
-    server = Weed()
+    server = S3Server()
     try:
         server.start()
         use(server, monkeypatch, tmp_path)
@@ -69,12 +69,14 @@ def mortal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Weed]:
 
 
 @pytest.mark.long
-def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(mortal: Weed, tmp_path: Path) -> None:
+def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(
+    own_s3_server: S3Server, tmp_path: Path
+) -> None:
     """The server is killed after step 5, in the upload of step 4 or after it, and comes back once step 8 is uploaded.
 
     Then it is killed for good.
     """
-    spec = task(tmp_path, **{"root": f"s3://{mortal.bucket}/root", "checkpoints.outage_s": 60})
+    spec = task(tmp_path, **{"root": f"s3://{own_s3_server.bucket}/root", "checkpoints.outage_s": 60})
     store = Store(spec.root).with_retries(60)
     run = RunPaths(store, "colours", "0" * 64)
     job = TrainJob(spec, prepare(spec), run)
@@ -82,9 +84,9 @@ def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(mortal
 
     def kill_at_five(report: StepReport) -> bool:
         if report.step == 5:
-            mortal.kill()
+            own_s3_server.kill()
         if report.step == 8:
-            back.append(threading.Thread(target=mortal.start))
+            back.append(threading.Thread(target=own_s3_server.start))
             back[0].start()
         return True
 
@@ -100,7 +102,7 @@ def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(mortal
 
     def kill_at_nine(report: StepReport) -> bool:
         if report.step == 9:
-            mortal.kill()
+            own_s3_server.kill()
         return True
 
     with pytest.raises(CheckpointLost, match="the checkpoint of step 8 is the last whole one") as caught:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tests.adapters import facts
 from tests.engines import write_lora
 from tests.local_endpoint import local_endpoint
 from tests.tiny import write_tiny_base
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,8 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path, monkeypa
 
 def until_judged(file: Path) -> str:
     """What `status` says once the rows are written and judged, which is a moment after the answers."""
-    deadline = time.monotonic() + 60
-    while "thumbs, weighted difference of b against a" not in (said := run("status", str(file))):
-        assert time.monotonic() < deadline, said
-        time.sleep(0.1)
-    return said
+    until(lambda: "thumbs, weighted difference of b against a" in run("status", str(file)), "the rows are judged")
+    return run("status", str(file))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets import backend_of
 from graftwork.errors import ClusterError, ConfigError, Interrupted
 from graftwork.stages.jobs import job_of
+from tests.waiting import until
 
 
 def cli(*argv: str) -> str:
@@ -103,9 +103,7 @@ def test_ctrl_c_ends_what_the_command_began_and_no_more(tmp_path: Path, ours: bo
     printed = io.StringIO()
 
     def press() -> None:
-        end = time.monotonic() + 20
-        while "1" not in printed.getvalue() and time.monotonic() < end:
-            time.sleep(0.05)
+        until(lambda: "1" in printed.getvalue(), "the command prints", within_s=20)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press).start()

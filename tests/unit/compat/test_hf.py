@@ -45,6 +45,7 @@ def usual(folder: Path) -> dict[str, Any]:
         "output_dir": str(folder),
         "max_steps": 1,
         "use_cpu": True,
+        "activation_checkpointing": True,  # else trl sets it by the name that transformers has deprecated
         "bf16": False,
         "report_to": [],
         "disable_tqdm": True,

@@ -14,6 +14,7 @@ import ray
 from graftwork.cluster.private_ray import private_ray
 from graftwork.compat import ray as hooks
 from tests.process_races import ROOT
+from tests.waiting import until
 
 
 class Busy:
@@ -126,11 +127,8 @@ def test_a_node_has_resources_that_a_task_takes(address: str) -> None:
 
     busy = ray.remote(Busy).options(num_cpus=2).remote()
     assert ray.get(busy.ready.remote())
-    deadline = time.monotonic() + 20
-    while (found := hooks.node_resources(node))[1].get("CPU") != 1 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    have, free = found
-    assert (have["CPU"], free["CPU"]) == (3, 1)
+    until(lambda: hooks.node_resources(node)[1].get("CPU") == 1, "two of three CPUs are taken", within_s=20)
+    assert hooks.node_resources(node)[0]["CPU"] == 3
     assert hooks.node_resources("f" * 56) == ({}, {})
     ray.kill(busy)
 
@@ -160,10 +158,7 @@ def test_a_job_has_ended_when_its_driver_has(address: str) -> None:
     code = f"import ray; ray.init('{address}', log_to_driver=False); print(ray.get_runtime_context().get_job_id())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     other = done.stdout.split()[-1]
-    deadline = time.monotonic() + 30
-    while not hooks.job_has_ended(other) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert hooks.job_has_ended(other)
+    until(lambda: hooks.job_has_ended(other), within_s=30)
 
 
 def test_a_drained_node_is_listed_and_alive(address: str) -> None:
@@ -176,10 +171,7 @@ def test_a_drained_node_is_listed_and_alive(address: str) -> None:
     gcs = ray.get_runtime_context().gcs_address
     accepted, refusal = hooks.drain_node(gcs, node, "the test's notice", int((time.time() + 3600) * 1000))
     assert (accepted, refusal) == (True, "")
-    deadline = time.monotonic() + 20
-    while hooks.draining_nodes() != {node} and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert hooks.draining_nodes() == {node}
+    until(lambda: hooks.draining_nodes() == {node}, within_s=20)
     assert [one["Alive"] for one in ray.nodes()] == [True]
 
 

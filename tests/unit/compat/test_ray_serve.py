@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,6 +16,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from graftwork.cluster.private_ray import private_ray
 from graftwork.compat import ray_serve
 from tests.ports import free_port
+from tests.waiting import until
 
 
 class Echo:
@@ -33,13 +34,6 @@ def port() -> Iterator[int]:
         return
     with private_ray(num_cpus=3):
         yield port
-
-
-def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return holds()
 
 
 def gone() -> bool:
@@ -66,10 +60,10 @@ def test_serve_is_found_asked_and_ended(port: int) -> None:
     began = time.monotonic()
     ray_serve.delete_application("one")
     assert time.monotonic() - began < 1, "does not wait; Ray's own wait looks once a second"
-    assert within(30, lambda: "one" not in serve.status().applications)
+    until(lambda: "one" not in serve.status().applications, within_s=30)
     assert "two" in serve.status().applications
     ray_serve.end_serve()
-    assert within(30, gone)
+    until(gone, within_s=30)
     with pytest.raises((ValueError, RayActorError)):
         ray_serve.end_serve()
     serve.shutdown()

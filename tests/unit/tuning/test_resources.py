@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import TrialRecord
 from tests.families import write_family
 from tests.training import task
+from tests.waiting import until
 
 LR = {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
 
@@ -390,10 +390,7 @@ if __name__ == "__main__":
     assert done.returncode == -9
     pids = [int(pid) for pid in (folder / "pids").read_text().split()]
     assert len(pids) == 2, "a server and a fork"
-    deadline = time.monotonic() + 20
-    while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert alive == []
+    until(lambda: not any(is_alive(pid) for pid in pids), f"{pids} have ended", within_s=20)
 
 
 def test_a_trial_elsewhere_whose_memory_no_formula_predicts_is_a_job_without_it(tmp_path: Path) -> None:

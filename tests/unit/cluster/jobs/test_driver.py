@@ -12,7 +12,8 @@ import pytest
 from graftwork.cluster.jobs.heartbeat import MOST_PIECE_BYTES, last_error, whole_chars
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.errors import ConfigError
-from tests.jobs import end_all_jobs, local_backend, printed, python_job, until
+from tests.jobs import end_all_jobs, local_backend, printed, python_job
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_nothing_of_a_killed_driver_runs_on(root: str, program: str, tmp_path: P
     below = pids(tmp_path)
     until(lambda: here.status(job.job_id).progress == "step 3 of 9, loss 1.5")
     os.kill(driver(root, job.job_id), signal.SIGKILL)
-    until(lambda: gone(below), timeout_s=10)
+    until(lambda: gone(below), within_s=10)
 
 
 @pytest.mark.long

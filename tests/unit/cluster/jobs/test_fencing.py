@@ -12,7 +12,8 @@ from graftwork.training.checkpoint import CheckpointMark, Checkpoints, Saver
 from graftwork.training.spec import CheckpointSpec
 from graftwork.training.worker_messages import StepLog
 from graftwork.tuning.trial_store import TRIALS_FILE, Ledger
-from tests.jobs import command_job, until
+from tests.jobs import command_job
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -90,5 +91,5 @@ def test_a_stale_sweep_writes_no_trials(fence: Fence, monkeypatch: pytest.Monkey
             return True
         return False
 
-    until(refused, timeout_s=10)
+    until(refused, within_s=10)
     assert run.store.read_bytes(*run.file(TRIALS_FILE)) == before

@@ -10,8 +10,9 @@ import pytest
 from graftwork.cluster.jobs.backend import StoredBackend
 from graftwork.cluster.jobs.fencing import ENVIRONMENT
 from graftwork.cluster.jobs.models import Job
-from tests.jobs import command_job, end_all_jobs, local_backend, until
+from tests.jobs import command_job, end_all_jobs, local_backend
 from tests.process_races import die_at, fork_race
+from tests.waiting import until
 
 SLEEPS = ("sleep", "600")
 

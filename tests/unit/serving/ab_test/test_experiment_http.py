@@ -1,9 +1,8 @@
 """A live split and a shadow over real HTTP, asked by the official openai client; and what is refused."""
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tests.adapters import facts
 from tests.engines import write_lora
 from tests.local_endpoint import local_endpoint
 from tests.tiny import write_tiny_base
+from tests.waiting import until
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 SPLIT: dict[str, Any] = {
@@ -87,13 +87,6 @@ def ask(url: str, model: str, user: str | None = None, **changed: Any) -> httpx.
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
-        time.sleep(0.05)
-
-
 def rows_of(url: str, name: str, count: int) -> list[LogRow]:
     """All rows but assignments, once there are that many; every answer has its assignment before it."""
     found: list[LogRow] = []
@@ -104,7 +97,7 @@ def rows_of(url: str, name: str, count: int) -> list[LogRow]:
         assert (log.health.damaged, log.health.duplicates) == ([], 0)
         return sum(row.kind != "assignment" for row in found) >= count and not status(url, name)["log"]["waiting"]
 
-    until(written)
+    until(written, within_s=30)
     drawn: dict[tuple[str, str], tuple[str, str, float | None]] = {}
     for row in found:
         if row.kind == "assignment":
@@ -235,7 +228,7 @@ def test_a_shadow_answers_a_copy_that_nobody_sees(url: str) -> None:
     start(url, SHADOW)
     seen = [ask(url, "experiment/unseen", f"u{number}") for number in range(6)]
     assert {response.headers["x-graftwork-arm"] for response in seen} == {"plain"}
-    until(lambda: sum(arm["answers"] for arm in status(url, "unseen")["arms"]) == 12)
+    until(lambda: sum(arm["answers"] for arm in status(url, "unseen")["arms"]) == 12, within_s=30)
     rows = [row for row in rows_of(url, "unseen", 13) if row.kind == "answer"]
     pairs = {row.request_id: {one.role: one for one in rows if one.request_id == row.request_id} for row in rows}
     assert pairs.keys() == {response.json()["id"] for response in seen}
@@ -278,7 +271,7 @@ def test_a_restart_goes_on_with_the_same_arms_and_scores_what_came_before(spec: 
             r.headers["x-graftwork-arm"] for r in second.values()
         ]
         late = {"request_id": first[0].json()["id"], "scores": {"thumbs": 0}}
-        until(lambda: httpx.post(f"{url}/v1/feedback", json=late).status_code == 200)
+        until(lambda: httpx.post(f"{url}/v1/feedback", json=late).status_code == 200, within_s=30)
         rows = rows_of(url, "cards", 10)
         assert Counter(row.kind for row in rows) == {"answer": 16, "event": 3, "score": 1}
 
@@ -308,7 +301,7 @@ def test_with_a_full_buffer_requests_take_no_part_and_feedback_is_refused_until_
     refused = httpx.post(f"{url}/v1/feedback", json=late, timeout=60)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "log_full")
     blocked.unlink()
-    until(lambda: httpx.post(f"{url}/v1/feedback", json=late, timeout=60).status_code == 200)
+    until(lambda: httpx.post(f"{url}/v1/feedback", json=late, timeout=60).status_code == 200, within_s=30)
     rows = rows_of(url, "blocked", 3)
     assert [(row.kind, row.request_id) for row in rows if row.kind != "event"] == [
         ("answer", first.json()["id"]),
@@ -336,7 +329,7 @@ def test_an_arm_whose_guardrail_breaks_is_cut_by_itself_and_stays_out(url: str) 
             response = ask(url, "experiment/guarded", f"u{asked + number}", regex="[a-z]{2}")
             assert response.status_code in (200, 400)
         asked += 10
-        until(lambda: status(url, "guarded")["log"]["waiting"] == 0)
+        until(lambda: status(url, "guarded")["log"]["waiting"] == 0, within_s=30)
     assert {arm["name"]: arm["weight"] for arm in found["arms"]} == {"plain": 1.0, "coded": 0.0}
     assert {ask(url, "experiment/guarded", f"v{n}").headers["x-graftwork-arm"] for n in range(8)} == {"plain"}
     back = admin(url, "ramp", name="guarded", weights={"plain": 0.5, "coded": 0.5})

@@ -380,7 +380,7 @@ def run_report(**changes: Any) -> TrainReport:
     return TrainReport(**{**tree, **changes})
 
 
-def test_a_runs_sentence_names_what_did_change(spec: TrainSpec) -> None:
+def test_a_runs_sentence_names_what_did_change() -> None:
     """Form rose from 0 to 1 and the headline said that nothing had changed."""
     changes = (
         changed("both", 0.0, 0.083, "undecided"),
@@ -390,14 +390,14 @@ def test_a_runs_sentence_names_what_did_change(spec: TrainSpec) -> None:
         changed("nats", 1.9, 0.35),
     )
     outcomes = OutcomesReport(alpha=0.05, family=1, changes=changes, metrics=(), written=())
-    said = sentence(spec, run_report(eval_loss=((3, 0.9), (6, 0.35))), outcomes)
+    said = sentence(run_report(eval_loss=((3, 0.9), (6, 0.35))), outcomes)
     assert said == (
         "No change shown in the task (both); changed, not tested: the task (form) 0.00 -> 1.00, the task (field "
         "accuracy) 0.00 -> 0.66, the task (nats) 1.9 -> 0.35. Held-out loss 0.350 (0.900 at step 3)."
     )
 
 
-def test_a_preference_run_is_headlined_by_its_held_out_accuracy(spec: TrainSpec) -> None:
+def test_a_preference_run_is_headlined_by_its_held_out_accuracy() -> None:
     """Accuracy .44 of 18 pairs learned nothing, and the headline said loss 0.412. Wilson of 8 of 18 by statsmodels."""
     low, high = proportion_confint(8, 18, method="wilson")
     assert (f"{low:.2f}", f"{high:.2f}") == ("0.25", "0.66")
@@ -407,14 +407,14 @@ def test_a_preference_run_is_headlined_by_its_held_out_accuracy(spec: TrainSpec)
         dropped_eval_rows=6,
         eval_metrics={"accuracy": 8 / 18, "margin": 0.1},
     )
-    said = sentence(spec, report, None)
+    said = sentence(report, None)
     assert said.startswith(
         "Held-out accuracy 0.44 [0.25, 0.66] of 18 pairs, where chance is 0.50; held-out loss 0.690 "
         "(0.693 at step 4). 6 steps on 48 rows."
     )
     assert "0.412" not in said
     assert report.rows_text == "48 rows (0 dropped), 18 held-out rows (6 dropped)"
-    assert sentence(spec, run_report(), None).startswith("6 steps on 48 rows, training loss 0.412.")
+    assert sentence(run_report(), None).startswith("6 steps on 48 rows, training loss 0.412.")
     rewarded = run_report(eval_loss=((6, -0.75),), eval_rows=18, eval_metrics={"reward": 0.75})
     assert rewarded.held_out == "held-out reward 0.75"
 
