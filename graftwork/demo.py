@@ -37,12 +37,12 @@ from graftwork.report.schema import (
 )
 from graftwork.report.sweep_schema import SweepRecord
 from graftwork.serving.api.status import replica_stats
+from graftwork.serving.arms import base_name
 from graftwork.serving.client import ChatCall
 from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.evaluation.run import CompareOutcome, run_compare
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.load_test import SwapReport, swap_under_load
-from graftwork.serving.models import base_name
 from graftwork.stages.demo_spec import BurstSpec, DemoSpec, DemoSpecs, load_specs
 from graftwork.stages.plans import plan_spec
 from graftwork.storage.store import RunPaths, Store

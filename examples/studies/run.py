@@ -23,7 +23,7 @@ from graftwork.environment import collect
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Accelerators, with_gpus
 from graftwork.report.schema import StageTime, TrainRun
-from graftwork.serving.models import base_name
+from graftwork.serving.arms import base_name
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.report import TrainReport, train_run
 from graftwork.training.run import check, train

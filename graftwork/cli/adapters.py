@@ -66,7 +66,8 @@ def publish(
             alias=alias,
         )
     if as_json:
-        return print_json(made.model_dump(mode="json"))
+        print_json(made.model_dump(mode="json"))
+        return
     echo(f"published {made.ref}, alias {task}@{alias}")
 
 
@@ -122,7 +123,8 @@ def merge(
     spec = MergeSpec.create(method, len(refs), _numbers(weights), density, rank, seed)
     done = merge_published(Store(root), out, refs, spec, alias=alias)
     if as_json:
-        return print_json({**done.manifest.model_dump(mode="json"), "notes": done.notes})
+        print_json({**done.manifest.model_dump(mode="json"), "notes": done.notes})
+        return
     parts = " + ".join(f"{weight:g} {ref}" for weight, ref in zip(spec.weights, done.manifest.merged_from, strict=True))
     echo(f"{done.manifest.ref} = {parts}")
     echo(f"  by {spec.method}, rank {done.rank}; {done.distance:.2%} away from the sum of the weighted deltas")
@@ -162,7 +164,8 @@ def list_(
     from graftwork.artifacts.registry import Listing
 
     if endpoint is not None:
-        return _show_registered(endpoint, token_env, as_json)
+        _show_registered(endpoint, token_env, as_json)
+        return
     store = Store(root)
     found = Listing(store).read()
     rows = [
@@ -234,7 +237,8 @@ def promote(
 
     if endpoint is not None:
         task, _, version = ref.partition("@")
-        return _send_admin(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
+        _send_admin(endpoint, token_env, "promote", adapter=f"{task}@{alias}", version=version or None)
+        return
     store = Store(root)
     manifest = resolve(store, ref)
     before = aliases(store, manifest.task).get(alias, "nothing")
@@ -248,7 +252,8 @@ def rollback(
 ) -> None:
     """Point TASK@ALIAS at its previous version. Each repetition goes one version further back."""
     if endpoint is not None:
-        return _send_admin(endpoint, token_env, "rollback", adapter=ref)
+        _send_admin(endpoint, token_env, "rollback", adapter=ref)
+        return
     task, _, alias = ref.partition("@")
     old, new = roll_back(Store(root), task, alias)
     echo(f"{ref}: {old} -> {new}")
@@ -320,7 +325,8 @@ def _show_registered(endpoint: str, token_env: str, as_json: bool) -> None:
     with Client(endpoint, os.environ.get(token_env)) as client:
         found = client.registered()
     if as_json:
-        return print_json(found)
+        print_json(found)
+        return
     keys = ("tier", "state", "pinned", "running", "replicas")
     rows = [
         (

@@ -59,7 +59,8 @@ def status(where: Where, name: Name = None, token_env: TokenEnv = ADMIN_TOKEN, a
             "start it: graftwork experiment start FILE",
         )
     if as_json:
-        return print_json(found)
+        print_json(found)
+        return
     for one in found:
         _show(one, as_json)
     if not found:
@@ -127,7 +128,8 @@ def report(
     spec = _spec(file, sets)
     found = analyse_log(spec.name, read_log(Store(log or _log_of(spec)), ()), rules_of(spec))
     if as_json:
-        return print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
+        return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     page = ReportInput(title=f"Experiment {spec.name}", created_at=now, experiment=found)
     show_online(found)
@@ -215,7 +217,8 @@ def _weights(given: list[str]) -> dict[str, float]:
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        return print_json(found)
+        print_json(found)
+        return
     age = time.time() - found["started_at"]
     title = f"{found['id']}: {found['mode']}, {found['status']}, {age / 3600:.1f} h, control {found['control']}"
     rows = [

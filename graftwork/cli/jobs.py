@@ -74,7 +74,8 @@ def ls(
     found = _statuses(_targets(runs) if target is None else [target.rstrip("/")], where)
     shown = [status for status in found if not wanted or status.state in wanted]
     if as_json:
-        return print_json([asdict(status) for status in shown[:limit]])
+        print_json([asdict(status) for status in shown[:limit]])
+        return
     show_list(shown[:limit], runs.store.uri, len(shown))
     for away in sorted({status.on for status in found if is_away(status)}):
         _warn_unreachable(away)
@@ -87,8 +88,9 @@ def status(job: JobId, root: Root = None, as_json: JsonFlag = False) -> None:
     found = _backend(JobStore(where), where, job_id).status(job_id)
     shown = details(JobStore(where), found, where)
     if as_json:
-        return print_json(shown)
-    show_details(shown, where, found)
+        print_json(shown)
+        return
+    show_details(shown, found)
     if is_away(found):
         _warn_unreachable(found.on)
 
@@ -173,7 +175,8 @@ def resubmit(
     found = backend.resubmit(job_id)
     if follow_it:
         stream = sys.stderr if as_json else sys.stdout
-        return leave(follow(backend, where, job_id, stream, note, cancels=True), where, as_json)
+        leave(follow(backend, where, job_id, stream, note, cancels=True), where, as_json)
+        return
     print_json(asdict(found)) if as_json else echo(line_of(found))
 
 

@@ -115,12 +115,13 @@ def launch(spec: Spec, file: Path, options: LaunchOptions) -> None:
         note(f"job {line_of(status)}{added}")
     if options.detach:
         if options.as_json:
-            return print_json({**asdict(status), "root": job.root})
+            print_json({**asdict(status), "root": job.root})
+            return
         flag = root_flag(job.root)
         if not status.ended:
             echo(f"  follow it: graftwork jobs logs -f {job.job_id}{flag}")
             echo(f"  end it: graftwork jobs cancel {job.job_id}{flag}")
-        return None
+        return
     if not status.ended:
         stream = sys.stderr if options.as_json else sys.stdout
         status = follow(backend, job.root, job.job_id, stream, note, cancels=started.is_ours)
@@ -161,7 +162,8 @@ def train(
     if curve is not None:
         from graftwork.cli.compare import run_curve
 
-        return run_curve(file, curve, options)
+        run_curve(file, curve, options)
+        return
     notes: list[str] = []
 
     def run(spec: "TrainSpec", options: LaunchOptions) -> "TrainReport":

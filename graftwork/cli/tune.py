@@ -223,7 +223,8 @@ def _show_winner(spec: "TuneSpec", winner: "Winner") -> None:
 def _show_shadow(found: dict[str, Any]) -> None:
     """Print the shadow test of the winner, with the command that starts it."""
     if "why" in found:
-        return echo(f"shadow: {found['why']}")
+        echo(f"shadow: {found['why']}")
+        return
     written = f"shadow: {found['winner']} next to {found['current']}, {found['spec']}"
     if found["started"] is not None:
         echo(f'{written}; started: request it with "model": "{found["started"]["model"]}"')

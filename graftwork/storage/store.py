@@ -141,7 +141,8 @@ class Store:
     def upload(self, local: Path, *parts: str) -> None:
         """Copy a local file, or a folder file by file, to the key. Each file becomes visible whole."""
         if local.is_file():
-            return self._backend.put_file(self._key(*parts), local)
+            self._backend.put_file(self._key(*parts), local)
+            return
         if not local.is_dir():
             raise StorageError(f"upload {local}", "it does not exist", "", "check the path")
         for below in files_under(local):

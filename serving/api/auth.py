@@ -42,7 +42,8 @@ class HostAndOrigin:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403, or pass the request on."""
         if scope["type"] != "http" or scope["path"] in _PROBES:
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         try:
@@ -57,7 +58,8 @@ class HostAndOrigin:
             rule, code = "add the origin to allowed_origins of the serve spec", "origin_not_allowed"
             problem = ApiError(403, f"Web pages of {str(origin)[:80]!r} may not call this endpoint: {rule}.", code=code)
         else:
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         await JSONResponse(problem.body(), problem.status)(scope, receive, send)
 
 
