@@ -23,7 +23,7 @@ from benchmarks.record import Clock, figure, write
 from graftwork.datasets.rows import DatasetRow, read_rows
 from graftwork.prompts.render import PromptSpec
 from graftwork.report.schema import DecisionCard
-from graftwork.retrieval import RetrieverSpec
+from graftwork.retrieval import LexicalSpec
 from graftwork.scoring import AnswerSchema
 from graftwork.serving.evaluation.answers import EvalRequest, ask_jobs, run_offline
 from graftwork.serving.evaluation.failures.card import make_card
@@ -162,7 +162,7 @@ def spec() -> CompareSpec:
             "probes": {"max_failures": EACH},
             "arms": [
                 {"name": "base"},
-                {"name": "rag", "retriever": RetrieverSpec(corpus=corpus).model_dump(exclude_unset=True)},
+                {"name": "rag", "retriever": LexicalSpec(corpus=corpus).model_dump(exclude_unset=True)},
                 {"name": "finetuned", "adapter": "airport-card@latest"},
             ],
         }

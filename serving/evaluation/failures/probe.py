@@ -13,7 +13,7 @@ from itertools import count
 
 from graftwork.datasets.rows import DatasetRow
 from graftwork.prompts.render import Message, Passage, PromptSpec, format_user_turn
-from graftwork.retrieval import RetrieverSpec, open_retriever
+from graftwork.retrieval import LexicalSpec, open_retriever
 from graftwork.retrieval.corpus import document_of
 from graftwork.scoring import GoldText, leaves, tokens
 from graftwork.serving.evaluation.answers import AnswerSet, EvalAnswer, EvalRequest, Messages, answer_key, question
@@ -34,7 +34,7 @@ class GoldPassages:
     @classmethod
     def read(cls, corpus: str | None) -> "GoldPassages":
         """Of any corpus or index that a retriever takes. Raises DataError, StorageError."""
-        return cls(open_retriever(RetrieverSpec(corpus=corpus)).get if corpus else lambda _: None)
+        return cls(open_retriever(LexicalSpec(corpus=corpus)).get if corpus else lambda _: None)
 
     def find(self, row: DatasetRow) -> Passage | None:
         """None where the row names no document, or the corpus lacks it."""
