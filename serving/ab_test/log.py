@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.errors import ConfigError, GraftworkError, StorageError
 from graftwork.scoring import AnswerSchema
-from graftwork.serving.ab_test.spec import MEASURES, ExperimentSpec, Guardrail, OnlineRules
+from graftwork.serving.ab_test.spec import MEASURES, ExperimentSpec, OnlineRules
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
 from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.storage.store import Store
@@ -129,10 +129,6 @@ def rules_of(spec: ExperimentSpec) -> OnlineRules:
             "a unit without feedback counts with the middle of low..high",
             "set kind: bounded, low and high",
         )
-    guardrails = tuple(
-        Guardrail(g.kind, g.limit, bound_ms=g.bound_ms, score=g.score, groups=g.groups, arms=g.arms, alpha=g.alpha)
-        for g in spec.guardrails
-    )
     return OnlineRules(
         arms=tuple(arm.name for arm in spec.arms),
         control=spec.control,
@@ -147,7 +143,7 @@ def rules_of(spec: ExperimentSpec) -> OnlineRules:
         mode=spec.mode,
         window_s=primary.window_s,
         deadline_s=primary.deadline_s,
-        guardrails=guardrails,
+        guardrails=spec.guardrails,
     )
 
 

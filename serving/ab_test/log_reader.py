@@ -270,15 +270,6 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return pa.chunked_array([pa.nulls(len(table), kind)])
 
 
-def scores_of(batch: pa.RecordBatch, metric: str) -> pa.Array:
-    """The column of one metric, null where a row has none."""
-    if "scores" not in batch.schema.names:
-        return pa.nulls(len(batch), pa.float64())
-    scores = batch.column("scores")
-    names = [one.name for one in scores.type]
-    return pc.struct_field(scores, names.index(metric)) if metric in names else pa.nulls(len(batch), pa.float64())
-
-
 def row_of(tree: dict[str, Any]) -> LogRow:
     """A row of a batch."""
     scores = {name: value for name, value in (tree.get("scores") or {}).items() if value is not None}

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from graftwork.report.evaluation_schema import ContrastState
 from graftwork.serving.ab_test.attribution import Attribution, NewObservations, shares
 from graftwork.serving.ab_test.guardrails import GuardrailState, GuardrailTest, facts_of
-from graftwork.serving.ab_test.log import LogRow
-from graftwork.serving.ab_test.log_reader import LogColumns, columns_of_rows, numbers_of
-from graftwork.serving.ab_test.spec import Guardrail, OnlineRules
+from graftwork.serving.ab_test.log_reader import LogColumns, numbers_of
+from graftwork.serving.ab_test.spec import GuardrailSpec, OnlineRules
 from graftwork.stats import Floats, Verdict
 from graftwork.stats.sequential import (
     BLOCK,
@@ -50,27 +50,6 @@ class ArmState:
     answers: int
     errors: int
     """Failed answers; each counts with the lowest score."""
-
-
-@dataclass(frozen=True)
-class ContrastState:
-    """An arm minus the control on the primary metric. All of it holds at every look, however often one looks."""
-
-    arm: str
-    control: str
-    n: int
-    """Units (or pairs, in a shadow) that tell about it."""
-    estimate: float | None
-    low: float
-    high: float
-    """Confidence sequence at level 1 - alpha."""
-    level: float
-    e_value: float
-    """Largest evidence so far against no difference; 1 / alpha decides."""
-    verdict: Verdict
-    """On the arm against the control. `undecided` while anything blocks conclusions."""
-    n_needed: int | None
-    """Units that would decide, when undecided."""
 
 
 @dataclass(frozen=True)
@@ -209,10 +188,6 @@ class Monitor:
         ]
         self._counts = {name: np.zeros(len(rules.arms)) for name in _COUNTS}
 
-    def ingest_row(self, row: LogRow) -> None:
-        """Take one row."""
-        self.ingest(columns_of_rows([row], self.numbers))
-
     def ingest(self, rows: LogColumns) -> None:
         """Take the next rows of the log, with `numbers` among their columns."""
         entered = self._units.attribute(rows)
@@ -233,7 +208,7 @@ class Monitor:
         return dict(zip(self.rules.arms, plan, strict=True)) if self.rules.mode == "split" else {}
 
     @property
-    def watched(self) -> tuple[Guardrail, ...]:
+    def watched(self) -> tuple[GuardrailSpec, ...]:
         """The rule of each of the state's guardrails."""
         return tuple(watch.rule for watches in self._watches for watch in watches)
 

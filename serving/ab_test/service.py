@@ -365,6 +365,7 @@ def status(live: LiveExperiment) -> Json:
 def _judged(live: LiveExperiment) -> Json:
     """The monitor's state as JSON can hold it."""
     tree = asdict(live.judged)
+    tree["contrasts"] = [one.model_dump() for one in live.judged.contrasts]
     tree["srm_e_value"] = finite(tree["srm_e_value"])
     for key in ("contrasts", "guardrails"):
         for one in tree[key]:

@@ -42,9 +42,16 @@ def main(work: Path) -> None:
     corpus.write_text("".join(json.dumps({"id": city, "text": f"{city} airport"}) + "\n" for city in CITIES))
     questions = [{"id": city, "question": misspelt(city), "doc_id": city} for city in CITIES]
     asked.write_text("".join(json.dumps(one) + "\n" for one in questions))
-    rag = RagSpec(
-        name="cities", root=str(work), sources=(str(corpus),), retrievers=("trigram",), questions=str(asked), k=1
-    )  # type: ignore[arg-type]
+    rag = RagSpec.model_validate(
+        {
+            "name": "cities",
+            "root": str(work),
+            "sources": [str(corpus)],
+            "retrievers": ["trigram"],
+            "questions": str(asked),
+            "k": 1,
+        }
+    )
     make_index(rag)
     for place in (str(corpus), rag.home.store.uri):
         arm = ArmSpec.model_validate({"name": "a", "retriever": {"kind": "trigram", "corpus": place, "k": 1}})

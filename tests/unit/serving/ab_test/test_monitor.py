@@ -10,7 +10,7 @@ import pytest
 from graftwork.serving.ab_test.log import LogRow
 from graftwork.serving.ab_test.log_reader import LogColumns, columns_of_rows
 from graftwork.serving.ab_test.monitor import Monitor, MonitorState
-from graftwork.serving.ab_test.spec import Guardrail, OnlineRules, weights_detail
+from graftwork.serving.ab_test.spec import GuardrailSpec, OnlineRules, weights_detail
 
 
 def rules(**changes: Any) -> OnlineRules:
@@ -258,14 +258,14 @@ def test_a_shadow_is_paired_by_prompt() -> None:
 @pytest.mark.parametrize(
     ("guardrail", "bad"),
     [
-        (Guardrail("errors", 0.05), {"error": "timeout", "scores": {}}),
-        (Guardrail("latency", 0.05, bound_ms=500.0), {"latency_ms": 900.0}),
-        (Guardrail("schema_invalid", 0.05, score="form"), {"scores": {"facts": 1.0, "form": 0.0}}),
-        (Guardrail("empty_context", 0.05), {"retrieved_ids": ()}),
+        (GuardrailSpec(kind="errors", limit=0.05), {"error": "timeout", "scores": {}}),
+        (GuardrailSpec(kind="latency", limit=0.05, bound_ms=500.0), {"latency_ms": 900.0}),
+        (GuardrailSpec(kind="schema_invalid", limit=0.05, score="form"), {"scores": {"facts": 1.0, "form": 0.0}}),
+        (GuardrailSpec(kind="empty_context", limit=0.05), {"retrieved_ids": ()}),
     ],
-    ids=lambda value: value.kind if isinstance(value, Guardrail) else "",
+    ids=lambda value: value.kind if isinstance(value, GuardrailSpec) else "",
 )
-def test_a_guardrail_names_the_arm_to_cut(guardrail: Guardrail, bad: dict[str, Any]) -> None:
+def test_a_guardrail_names_the_arm_to_cut(guardrail: GuardrailSpec, bad: dict[str, Any]) -> None:
     rng = np.random.default_rng(1)
     fine = {"scores": {"facts": 1.0, "form": 1.0}, "retrieved_ids": ("p1",)}
     rows = [
@@ -288,7 +288,7 @@ def test_a_gap_between_groups_is_a_guardrail() -> None:
         for arm, share in (("base", 0.7), ("rag", right)):
             scores = {"facts": float(rng.random() < share), group: 1.0}
             rows.append(answer(2 * k + (arm == "rag"), arm, None, scores=scores))
-    gap = Guardrail("fairness_gap", 0.1, score="facts", groups=("he", "she"))
+    gap = GuardrailSpec(kind="fairness_gap", limit=0.1, score="facts", groups=("he", "she"))
     state = read(rows, rules(guardrails=(gap,)))
     assert state.cut == ("rag",)
     assert state.guardrails[1].value == pytest.approx(0.4, abs=0.1)
@@ -296,11 +296,11 @@ def test_a_gap_between_groups_is_a_guardrail() -> None:
 
 
 def test_cold_starts_and_retries_are_not_held_against_an_arm() -> None:
-    slow = Guardrail("latency", 0.05, bound_ms=500.0)
+    slow = GuardrailSpec(kind="latency", limit=0.05, bound_ms=500.0)
     cold = [answer(k, "rag", 1.0, cold=True, latency_ms=9000.0) for k in range(200)]
     assert read(cold, rules(guardrails=(slow,))).cut == ()
     stuck = [answer(k, "rag", error="timeout", unit="f" * 16) for k in range(200)]
-    errors = rules(guardrails=(Guardrail("errors", 0.05),))
+    errors = rules(guardrails=(GuardrailSpec(kind="errors", limit=0.05),))
     assert read(stuck, errors).cut == ()
     assert read([answer(k, "rag", error="timeout") for k in range(200)], errors).cut == ("rag",)
 
@@ -343,13 +343,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_single_rows_leave_the_very_bits_of_blocks(variant: str) -> None:
-    guardrails = (Guardrail("errors", 0.04), Guardrail("latency", 0.1, bound_ms=500.0))
+    guardrails = (GuardrailSpec(kind="errors", limit=0.04), GuardrailSpec(kind="latency", limit=0.1, bound_ms=500.0))
     told = rules(guardrails=guardrails, **VARIANTS[variant])
     rows = assigned(shadow(700, 0.2, 0.1) if variant == "shadow" else mixed(1500, 4))
     whole, single, pieces = Monitor(told), Monitor(told), Monitor(told)
     whole.ingest(columns_of_rows(rows, whole.numbers))
     for row in rows:
-        single.ingest_row(row)
+        single.ingest(columns_of_rows([row], single.numbers))
     rng, start = np.random.default_rng(5), 0
     while start < len(rows):
         stop = start + int(rng.integers(1, 400))
@@ -429,7 +429,7 @@ def test_an_outcome_waits_for_those_that_were_assigned_before_it() -> None:
 @pytest.mark.parametrize("better", ["higher", "lower"])
 def test_an_answer_that_never_comes_is_a_failure_at_its_deadline(better: str) -> None:
     rows = [answer(k, "rag" if k % 2 else "base", 1.0, at=float(k)) for k in range(4)]
-    told = rules(deadline_s=60.0, better=better, guardrails=(Guardrail("errors", 0.05),))
+    told = rules(deadline_s=60.0, better=better, guardrails=(GuardrailSpec(kind="errors", limit=0.05),))
     lost = [assignment(rows[0]), *assigned(rows[1:])]
     soon = answer(10, "base", 0.5, at=59.0)
     assert judged([*lost, *assigned([soon])], told).contrasts[0].n == 0
@@ -531,7 +531,7 @@ def test_quick_failures_do_not_cut_an_arm_while_its_slow_successes_are_on_the_wa
         )
         rows += [assignment(one, k / 20), one]
     rows.sort(key=lambda row: (row.at, row.kind != "assignment"))
-    told = rules(guardrails=(Guardrail("errors", 0.05),))
+    told = rules(guardrails=(GuardrailSpec(kind="errors", limit=0.05),))
     assert judged(rows, told).cut == ()
     assert judged([row for row in rows if row.at < 60], told).cut == ()
 
