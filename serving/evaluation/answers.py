@@ -177,8 +177,6 @@ def append_line(path: Path, record: BaseModel) -> None:
         ) from error
 
 
-Ask = Callable[[ArmSpec, list[dict[str, str]], str], Awaitable[Mapping[str, Any]]]
-"""(arm, messages, request id) -> the fields of an `ArmAnswer`. Any exception is a failed answer."""
 Messages = list[dict[str, str]]
 
 _MIN_OUTAGE = 32
@@ -219,31 +217,21 @@ Send = Callable[[EvalRequest], Awaitable[Mapping[str, Any]]]
 """A job -> the fields of an `EvalAnswer`. Any exception is a failed answer."""
 
 
-async def run_offline(
-    spec: CompareSpec,
-    rows: Sequence[DatasetRow],
-    answer: Ask,
-    path: Path,
-    *,
-    versions: Mapping[str, str] | None = None,
-    on_progress: Callable[[CompareProgress], None] | None = None,
-) -> AnswerSet:
-    """Ask every arm every question, `spec.concurrency` at once, and append each answer to `path` as it comes.
+def question_jobs(spec: CompareSpec, rows: Sequence[DatasetRow], versions: Mapping[str, str]) -> list[EvalRequest]:
+    """Every question to every arm. versions: adapter version by arm name, as resolved now, so that an answer of an
+    older version is not taken for one of the new.
 
     Arms take turns within each question, the first arm changing from question to question, so that they share the
-    load evenly. A rerun continues from `path`; nothing is asked twice, failures included. versions: adapter version by
-    arm name, as resolved now, so that an answer of an older version is not taken for one of the new.
-
-    Runs in the driver. Raises DataError (row ids missing or twice), RunError when the endpoint is gone: that many
-    failures in a row that no request in flight had an answer. Those last failures are not recorded.
+    load evenly. Raises DataError: row ids missing or twice.
     """
     check_ids(rows)
-    jobs = list(_interleaved(spec, rows, versions or {}))
-
-    async def send(job: EvalRequest) -> Mapping[str, Any]:
-        return await answer(job.arm, job.messages, job.request_id)
-
-    return await ask_jobs(jobs, send, path, spec.concurrency, on_progress)
+    jobs = []
+    for index, row in enumerate(rows):
+        first = index % len(spec.arms)
+        for arm in spec.arms[first:] + spec.arms[:first]:
+            key = answer_key(spec, arm.name, arm, row, versions.get(arm.name))
+            jobs.append(EvalRequest(key, arm.name, row.id, arm, question(row)))
+    return jobs
 
 
 async def ask_jobs(
@@ -253,18 +241,18 @@ async def ask_jobs(
     concurrency: int,
     on_progress: Callable[[CompareProgress], None] | None = None,
 ) -> AnswerSet:
-    """Answers to all jobs, those on disk reused; each is appended to `path` as it comes. Raises as `run_offline`."""
+    """Send the jobs, `concurrency` at once, and append each answer to `path` as it comes.
+
+    A rerun continues from `path`; nothing is asked twice, failures included. Runs in the driver. Raises RunError when
+    the endpoint is gone: so many failures in a row that no request in flight had an answer. Those last failures are not
+    recorded.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = read_answers(path, _wanted(jobs))
     left = [job for job in jobs if (job.label, job.row_id) not in answers]
     run = _OfflineRun(answers, path, len(jobs), max(_MIN_OUTAGE, concurrency), on_progress)
     await run.ask_all(left, send, concurrency)
     return answers
-
-
-def count_unanswered(spec: CompareSpec, rows: Sequence[DatasetRow], path: Path, versions: Mapping[str, str]) -> int:
-    """Questions times arms that `run_offline` would still ask."""
-    return count_missing(list(_interleaved(spec, rows, versions)), path)
 
 
 def count_missing(jobs: Sequence[EvalRequest], path: Path) -> int:
@@ -323,14 +311,6 @@ def check_ids(rows: Sequence[DatasetRow]) -> None:
 
 def _wanted(jobs: Sequence[EvalRequest]) -> dict[str, tuple[str, str]]:
     return {job.key: (job.label, job.row_id) for job in jobs}
-
-
-def _interleaved(spec: CompareSpec, rows: Sequence[DatasetRow], versions: Mapping[str, str]) -> Iterator[EvalRequest]:
-    for index, row in enumerate(rows):
-        first = index % len(spec.arms)
-        for arm in spec.arms[first:] + spec.arms[:first]:
-            key = answer_key(spec, arm.name, arm, row, versions.get(arm.name))
-            yield EvalRequest(key, arm.name, row.id, arm, question(row))
 
 
 class _OfflineRun:

@@ -12,13 +12,13 @@ from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError, DataError, RunError
 from graftwork.prompts.render import Message
 from graftwork.report.schema import CompareReport, Difference
-from graftwork.serving.evaluation.answers import AnswerSet, CompareProgress, question, run_offline
+from graftwork.serving.evaluation.answers import AnswerSet, CompareProgress, question
 from graftwork.serving.evaluation.compare import arm_kind, compare
 from graftwork.serving.evaluation.differences import Rules, ScoredArms, contrast, family
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.evaluation.verdict import advise
 from graftwork.serving.spec import ArmSpec
-from tests.fake_arms import ARMS, SCHEMA, Script, airports, spec
+from tests.fake_arms import ARMS, SCHEMA, Script, airports, ask_all, spec
 
 CONTRASTS = [
     {"a": "base-rag", "b": "finetuned", "metric": "facts"},
@@ -28,7 +28,7 @@ CONTRASTS = [
 
 
 def ask(asked: CompareSpec, script: Any, rows: list[DatasetRow], path: Path, **options: Any) -> AnswerSet:
-    return asyncio.run(run_offline(asked, rows, script, path, **options))
+    return asyncio.run(ask_all(asked, rows, script, path, **options))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from graftwork.errors import ConfigError
 from graftwork.prompts.render import Message, Passage, PromptSpec
 from graftwork.report import ReportInput, render_html, render_json
 from graftwork.report.schema import CompareReport, DecisionCard, Lift, Share
-from graftwork.serving.evaluation.answers import AnswerSet, EvalRequest, alone_jobs, ask_jobs, run_offline
+from graftwork.serving.evaluation.answers import AnswerSet, EvalRequest, alone_jobs, ask_jobs
 from graftwork.serving.evaluation.compare import compare, primary_metric
 from graftwork.serving.evaluation.differences import ScoredArms
 from graftwork.serving.evaluation.failures.card import (
@@ -45,7 +45,7 @@ from graftwork.serving.evaluation.scorers.load import load_scorers
 from graftwork.serving.evaluation.spec import CompareSpec, ProbeSpec
 from graftwork.serving.spec import ArmSpec
 from graftwork.stats import wilson
-from tests.fake_arms import SCHEMA, Script, airports, by_job, spec
+from tests.fake_arms import SCHEMA, Script, airports, ask_all, by_job, spec
 
 # The rule.
 
@@ -253,7 +253,7 @@ def probed(folder: Path, n: int = 60, **changes: Any) -> tuple[CompareReport, Pr
     asked = spec(**{**PROBED, **changes})
     assert asked.probes is not None
     script = Probed(rows)
-    answers = asyncio.run(run_offline(asked, rows, script, folder / "answers.jsonl"))
+    answers = asyncio.run(ask_all(asked, rows, script, folder / "answers.jsonl"))
     passages = GoldPassages({row.doc_id: Passage(row.doc_id or "", f"about {row.doc_id}") for row in rows}.get)
     prober = Prober(
         asked,
@@ -431,7 +431,7 @@ def text_card(folder: Path, *scorers: Any) -> tuple[DecisionCard, dict[str, set[
     async def answer(arm: ArmSpec, messages: Any, request_id: str) -> dict[str, Any]:
         return await says(EvalRequest("k", arm.name, by_question[messages[-1]["content"]], arm, messages))
 
-    answers = asyncio.run(run_offline(asked, rows, answer, folder / "answers.jsonl"))
+    answers = asyncio.run(ask_all(asked, rows, answer, folder / "answers.jsonl"))
     passages = GoldPassages({row.doc_id: Passage(row.doc_id or "", f"about {row.id}") for row in rows}.get)
     loaded = load_scorers(asked.scorers)
     judge = CorrectnessCheck(asked, loaded, primary_metric(asked, loaded.tested))
