@@ -8,13 +8,7 @@ from markupsafe import Markup
 
 from graftwork.report import format as words
 from graftwork.report.charts import Mark, Scale, interval_track
-from graftwork.report.sweep_charts import (
-    loss,
-    short,
-    timeline,
-    title,
-    trials_above_axis,
-)
+from graftwork.report.sweep_charts import loss, short, timeline, title, trials_above_axis
 from graftwork.report.sweep_schema import (
     FinalistRecord,
     FinalsRecord,
