@@ -201,6 +201,7 @@ def read_log(folder: str) -> None:
     from graftwork.serving.ab_test.log_reader import ExperimentLog
     from graftwork.serving.ab_test.report import analyse_log
     from graftwork.serving.ab_test.spec import GuardrailSpec, OnlineRules
+    from graftwork.storage.store import Store
 
     rules = OnlineRules(
         ("base", "rag"),
@@ -214,7 +215,7 @@ def read_log(folder: str) -> None:
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wall, cpu = time.perf_counter(), time.process_time()
-    report = analyse_log("bench", ExperimentLog.at(folder), rules)
+    report = analyse_log("bench", ExperimentLog(Store(folder), ()), rules)
     page = ReportInput(title="bench", created_at="2026-01-01T00:00:00+00:00", experiment=report)
     size = len(render_html(page).encode()) + 0 * len(render_json(page))
     took = time.perf_counter() - wall, time.process_time() - cpu

@@ -179,11 +179,6 @@ class ExperimentLog:
         self.health = LogHealth()
         self._seen: set[str] = set()
 
-    @classmethod
-    def at(cls, uri: str) -> "ExperimentLog":
-        """The log at a folder, file:// or s3:// address."""
-        return cls(Store(uri), ())
-
     def batches(self) -> Iterator[pa.RecordBatch]:
         """A batch a segment, in the order of writing: SCHEMA, and `scores` where any row has some.
 
