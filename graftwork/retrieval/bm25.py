@@ -160,7 +160,7 @@ class LexicalIndex:
             _settle(connection, passages)
             connection.execute("INSERT INTO words(words) VALUES ('optimize')")
 
-        return cls._written(path, None, write)
+        return cls._write_file(path, None, write)
 
     def derive(self, passages: Sequence[Passage], path: Path) -> "tuple[LexicalIndex, Changes]":
         """Write the index of a changed corpus to another file, from this one, and open it.
@@ -176,7 +176,7 @@ class LexicalIndex:
             _apply(connection, found)
             _settle(connection, passages)
 
-        return self._written(path, self._path, write), found
+        return self._write_file(path, self._path, write), found
 
     @classmethod
     def open(cls, path: Path) -> "LexicalIndex":
@@ -246,7 +246,7 @@ class LexicalIndex:
         return connection
 
     @classmethod
-    def _written(cls, path: Path, start: Path | None, write: Callable[[sqlite3.Connection], None]) -> "LexicalIndex":
+    def _write_file(cls, path: Path, start: Path | None, write: Callable[[sqlite3.Connection], None]) -> "LexicalIndex":
         """The file that `write` makes, of a copy of `start` or of nothing; it appears whole."""
         unfinished = path.with_name(f".tmp-{path.name}")
         unfinished.unlink(missing_ok=True)

@@ -43,16 +43,16 @@ def suffix_of(name: str) -> str:
 
 
 def _markdown(name: str, content: bytes) -> list[Block]:
-    return list(_paragraphs(_decoded(name, content), headings=True))
+    return list(_paragraphs(_decode_utf8(name, content), headings=True))
 
 
 def _text(name: str, content: bytes) -> list[Block]:
-    return list(_paragraphs(_decoded(name, content), headings=False))
+    return list(_paragraphs(_decode_utf8(name, content), headings=False))
 
 
 def _html(name: str, content: bytes) -> list[Block]:
     reader = _HtmlBlocks()
-    reader.feed(_decoded(name, content))
+    reader.feed(_decode_utf8(name, content))
     reader.close()
     return reader.finish()
 
@@ -102,7 +102,7 @@ READERS: dict[str, Callable[[str, bytes], list[Block]]] = {
 """File endings that are read as documents."""
 
 
-def _decoded(name: str, content: bytes) -> str:
+def _decode_utf8(name: str, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

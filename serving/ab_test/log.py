@@ -190,7 +190,7 @@ class Segments:
         """In order; those that a Parquet holds already are left out."""
         found = sorted(s for name in self.store.list(*self.folder) if (s := parse_name(name)) is not None)
         merged = [s for s in found if s.kind == "parquet"]
-        return [s for s in found if s.kind == "parquet" or not any(_holds(m, s) for m in merged)]
+        return [s for s in found if s.kind == "parquet" or not any(_covers(m, s) for m in merged)]
 
     def leftovers(self) -> list[LogSegment]:
         """Those that a Parquet holds and that were not removed yet."""
@@ -211,7 +211,7 @@ class Segments:
         self.store.delete(*self.folder, segment.name)
 
 
-def _holds(merged: LogSegment, one: LogSegment) -> bool:
+def _covers(merged: LogSegment, one: LogSegment) -> bool:
     return merged.writer == one.writer and merged.first <= one.first and one.last <= merged.last
 
 
@@ -353,11 +353,11 @@ class Recorder:
         async with self._busy:
             while self._inbox:
                 queued = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
-                await _to_its_end(self._digested(queued))
+                await _finish(self._digest_queued(queued))
             if self._unwritten and (last or time.monotonic() >= self._due or len(self._unwritten) >= MAX_BATCH):
-                await _to_its_end(self._publish())
+                await _finish(self._publish())
 
-    async def _digested(self, queued: Sequence[LogRow | Assignment]) -> None:
+    async def _digest_queued(self, queued: Sequence[LogRow | Assignment]) -> None:
         self._unwritten += await asyncio.to_thread(self._rows, queued)
 
     def _rows(self, queued: Sequence[LogRow | Assignment]) -> list[LogRow]:
@@ -387,7 +387,7 @@ class Recorder:
             self._writer.merge(merged_parquet)
 
 
-async def _to_its_end(work: Coroutine[None, None, None]) -> None:
+async def _finish(work: Coroutine[None, None, None]) -> None:
     """Await work in a thread, to its end where the caller is cancelled: no row is lost or written twice."""
     task = asyncio.create_task(work)
     try:

@@ -191,7 +191,7 @@ class ExperimentLog:
                 table = self._table(segment)
                 if table is None:
                     break  # merged into a Parquet since it was listed: look again
-                yield from self._fresh(table).to_batches()
+                yield from self._drop_duplicates(table).to_batches()
 
     def rows(self) -> Iterator[LogRow]:
         """As `batches`, row by row."""
@@ -210,7 +210,7 @@ class ExperimentLog:
             self.health.damaged.append(f"{segment.name}: {problem}")
         return table
 
-    def _fresh(self, table: pa.Table) -> pa.Table:
+    def _drop_duplicates(self, table: pa.Table) -> pa.Table:
         keys = _keys(table)
         keep: list[bool] = []
         for key in keys:
@@ -235,15 +235,15 @@ def decode(segment: LogSegment, data: bytes) -> tuple[pa.Table, str]:
 
 def _parse(segment: LogSegment, data: bytes) -> pa.Table:
     if segment.kind == "parquet":
-        return _whole(parquet.read_table(io.BytesIO(data)))
+        return _with_all_columns(parquet.read_table(io.BytesIO(data)))
     if not data.endswith(b"\n"):
         raise ValueError("its last line is cut")
     options = arrow_json.ParseOptions(explicit_schema=SCHEMA)
     reading = arrow_json.ReadOptions(block_size=max(1 << 20, len(data) + 1))  # one block: a line is never split
-    return _whole(arrow_json.read_json(io.BytesIO(data), read_options=reading, parse_options=options))
+    return _with_all_columns(arrow_json.read_json(io.BytesIO(data), read_options=reading, parse_options=options))
 
 
-def _whole(table: pa.Table) -> pa.Table:
+def _with_all_columns(table: pa.Table) -> pa.Table:
     """Every column of SCHEMA, with the defaults that were left out, and the scores as float64."""
     missing = sorted({"kind", "experiment", "at"} - set(table.column_names))
     if missing:

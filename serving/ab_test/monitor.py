@@ -117,7 +117,7 @@ class ArmContrast:
         """Return the contrast so far, in the metric's unit."""
         seen, scale = self._sequence.evidence, self._scale
         verdict: Verdict = "undecided" if blocked else self._verdict(seen)
-        needed = self._needed(seen) if verdict == "undecided" and not blocked else None
+        needed = self._units_needed(seen) if verdict == "undecided" and not blocked else None
         return ContrastState(
             arm=self.arm,
             control=self.rules.control,
@@ -142,7 +142,7 @@ class ArmContrast:
             return "undecided"
         return "better" if (seen.low >= 0) == (self.rules.better == "higher") else "worse"
 
-    def _needed(self, seen: SequentialEvidence) -> int | None:
+    def _units_needed(self, seen: SequentialEvidence) -> int | None:
         """Units after which the interval would exclude 0, or within the margin, were the estimate the truth."""
         if seen.estimate is None or seen.variance is None:
             return None
@@ -214,14 +214,14 @@ class Monitor:
 
     def state(self) -> MonitorState:
         """Return the state after the rows so far."""
-        blocked = self._blocked()
+        blocked = self._block_reason()
         return MonitorState(
             arms=tuple(self._arm(number) for number in range(len(self.rules.arms))),
             contrasts=tuple(contrast.state(blocked is not None) for contrast in self.contrasts),
             guardrails=tuple(watch.state() for watches in self._watches for watch in watches),
             srm_e_value=max(self._drawn.most, self._scored.most),
             blocked=blocked,
-            cut=self._cut(),
+            cut=self._arms_to_cut(),
             waiting=self._units.waiting,
             left_out=dict(sorted(self._units.left_out.items())),
         )
@@ -278,7 +278,7 @@ class Monitor:
         whole = {name: int(counts[name]) for name in _COUNTS if name != "total"}
         return ArmState(arm=rules.arms[number], mean=mean, **whole)
 
-    def _blocked(self) -> str | None:
+    def _block_reason(self) -> str | None:
         bound = 1 / self.rules.srm_alpha
         for ratio, what in ((self._drawn, "units"), (self._scored, "units with a score")):
             if ratio.most >= bound:
@@ -289,7 +289,7 @@ class Monitor:
                 )
         return None
 
-    def _cut(self) -> tuple[str, ...]:
+    def _arms_to_cut(self) -> tuple[str, ...]:
         broken = {watch.arm for watches in self._watches for watch in watches if watch.broken}
         return tuple(arm for arm in self.rules.challengers if arm in broken)
 

@@ -248,7 +248,7 @@ async def ask_jobs(
     recorded.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    answers = read_answers(path, _wanted(jobs))
+    answers = read_answers(path, _wanted_keys(jobs))
     left = [job for job in jobs if (job.label, job.row_id) not in answers]
     run = _OfflineRun(answers, path, len(jobs), max(_MIN_OUTAGE, concurrency), on_progress)
     await run.ask_all(left, send, concurrency)
@@ -257,7 +257,7 @@ async def ask_jobs(
 
 def count_missing(jobs: Sequence[EvalRequest], path: Path) -> int:
     """Jobs that `ask_jobs` would still send."""
-    return len(jobs) - len(read_answers(path, _wanted(jobs)))
+    return len(jobs) - len(read_answers(path, _wanted_keys(jobs)))
 
 
 def option_jobs(
@@ -309,7 +309,7 @@ def check_ids(rows: Sequence[DatasetRow]) -> None:
         seen[row.id] = number
 
 
-def _wanted(jobs: Sequence[EvalRequest]) -> dict[str, tuple[str, str]]:
+def _wanted_keys(jobs: Sequence[EvalRequest]) -> dict[str, tuple[str, str]]:
     return {job.key: (job.label, job.row_id) for job in jobs}
 
 
@@ -327,7 +327,7 @@ class _OfflineRun:
         self.answers, self.path, self.total, self.outage = answers, path, total, outage
         self.on_progress = on_progress
         self.reused, self.failed = len(answers), 0
-        self.held: list[EvalAnswer] = []
+        self.pending: list[EvalAnswer] = []
 
     async def ask_all(self, jobs: Sequence[EvalRequest], send: Send, concurrency: int) -> None:
         queue = iter(jobs)
@@ -338,9 +338,9 @@ class _OfflineRun:
                     group.create_task(self._worker(queue, send))
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
-        if self.held and all(answer.error is not None for answer in self.answers):
+        if self.pending and all(answer.error is not None for answer in self.answers):
             raise self._outage()
-        self._record_held()
+        self._record_pending()
 
     async def _worker(self, queue: Iterator[EvalRequest], send: Send) -> None:
         for job in queue:
@@ -348,31 +348,31 @@ class _OfflineRun:
 
     def _take(self, answer: EvalAnswer) -> None:
         self.failed += answer.error is not None
-        self.held.append(answer)
+        self.pending.append(answer)
         if answer.error is None:
-            self._record_held()
-        elif len(self.held) >= self.outage:
+            self._record_pending()
+        elif len(self.pending) >= self.outage:
             raise self._outage()
         self._say()
 
     def _outage(self) -> RunError:
         kept = f"{len(self.answers)} of {self.total} answers are kept in {self.path}"
         return RunError(
-            f"comparison: {len(self.held)} requests in a row failed",
-            str(self.held[-1].error),
+            f"comparison: {len(self.pending)} requests in a row failed",
+            str(self.pending[-1].error),
             "an arm may fail, the endpoint may not",
             f"fix it and run again: {kept}",
         )
 
-    def _record_held(self) -> None:
-        for answer in self.held:
+    def _record_pending(self) -> None:
+        for answer in self.pending:
             append_line(self.path, answer)
             self.answers.add(answer)
-        self.held.clear()
+        self.pending.clear()
 
     def _say(self) -> None:
         if self.on_progress is not None:
-            done = len(self.answers) + len(self.held)
+            done = len(self.answers) + len(self.pending)
             self.on_progress(CompareProgress(done, self.total, self.failed, self.reused))
 
 

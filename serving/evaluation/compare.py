@@ -227,14 +227,14 @@ def _arm_report(arm: ArmSpec, table: Table, scored: ScoredArms, rules: Rules) ->
         not_json=sum(a.error is not None or parse_object(a.text) is None for a in said) if "form" in scores else None,
         truncated=sum(a.finish_reason == "length" for a in said),
         scores={name: score for name, score in scores.items() if score},
-        prompt_tokens=_measured(said, metrics.PROMPT_TOKENS),
-        ttft_ms=_measured(alone, TTFT_MS),
-        completion_tokens=_measured(said, metrics.COMPLETION_TOKENS),
-        latency_ms=_measured(alone, LATENCY_MS),
+        prompt_tokens=_measure_distribution(said, metrics.PROMPT_TOKENS),
+        ttft_ms=_measure_distribution(alone, TTFT_MS),
+        completion_tokens=_measure_distribution(said, metrics.COMPLETION_TOKENS),
+        latency_ms=_measure_distribution(alone, LATENCY_MS),
     )
 
 
-def _measured(said: Sequence[EvalAnswer], metric: Metric) -> Distribution | None:
+def _measure_distribution(said: Sequence[EvalAnswer], metric: Metric) -> Distribution | None:
     values = (getattr(answer, metric.name) for answer in said if answer.error is None)
     return distribution((value for value in values if value is not None), metric.unit)
 
@@ -313,7 +313,7 @@ def _empty_gold(table: Table) -> list[str]:
         return []
     fields = Counter(name for _, name in empty)
     filled = {
-        arm: sum(_answered(said[place]).get(name) not in EMPTY for place, name in empty)
+        arm: sum(_answer_fields(said[place]).get(name) not in EMPTY for place, name in empty)
         for arm, said in table.answers.items()
     }
     return [
@@ -322,7 +322,7 @@ def _empty_gold(table: Table) -> list[str]:
     ]
 
 
-def _answered(answer: EvalAnswer) -> Mapping[str, object]:
+def _answer_fields(answer: EvalAnswer) -> Mapping[str, object]:
     return (parse_object(answer.text) if answer.error is None else None) or {}
 
 

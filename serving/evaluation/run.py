@@ -86,13 +86,13 @@ class Endpoints:
     async def send(self, job: EvalRequest) -> Mapping[str, Any]:
         """An answer, or likelihoods."""
         assert self.endpoint is not None, "an answer is asked for although all are on disk"
-        arm, messages = self._as_pinned(job.arm), messages_of(job.messages)
+        arm, messages = self._pin_arm(job.arm), messages_of(job.messages)
         if not job.continuations:
             return asdict(await self.endpoint.ask(arm, messages, job.request_id))
         found = await self.endpoint.likelihood(arm, messages, job.continuations, job.request_id)
         return {"logprobs": [(one.logprob, one.tokens) for one in found]}
 
-    def _as_pinned(self, arm: ArmSpec) -> ArmSpec:
+    def _pin_arm(self, arm: ArmSpec) -> ArmSpec:
         """A derived arm keeps its arm's version; one of another name (the judge) comes with its own."""
         pinned = self._pinned.get(arm.name)
         return arm.with_({"adapter": pinned.adapter}) if arm.adapter and pinned else arm
@@ -150,7 +150,7 @@ def run_compare(
         alone=found.alone,
         card=found.card,
         judged=found.judged,
-        notes=(*inputs.notes, *_trained_on(inputs.rows, inputs.manifests)),
+        notes=(*inputs.notes, *_training_notes(inputs.rows, inputs.manifests)),
     )
     store.write_bytes(_score_lines(inputs.rows, found.answers, found.scored), *run.file("scores.jsonl"))
     files, reused = _record(spec, store, run, folder, report), len(found.answers) - found.asked
@@ -193,7 +193,7 @@ class _Requests:
         answers = self._ask(questions, "answers.jsonl", self.live.send)
         options = self._ask(option_jobs(spec, rows, inputs.scorers.choices, versions), "options.jsonl", self.live.send)
         scored = score_arms(spec, rows, answers, inputs.schema, options, alone)
-        card, judged = self._card(answers, scored, alone), self._judged(answers, scored)
+        card, judged = self._card(answers, scored, alone), self._judge_report(answers, scored)
         return _Collected(answers, asked, options, alone, scored, card, judged)
 
     def _card(self, answers: AnswerSet, scored: ScoredArms, alone: AnswerSet) -> DecisionCard | None:
@@ -216,7 +216,7 @@ class _Requests:
         found = self._ask(first + prober.followup_requests(found), "probes.jsonl", self.live.send)
         return make_card(prober, found, {name: adapter_facts(m) for name, m in inputs.manifests.items()}, alone)
 
-    def _judged(self, answers: AnswerSet, scored: ScoredArms) -> JudgeReport | None:
+    def _judge_report(self, answers: AnswerSet, scored: ScoredArms) -> JudgeReport | None:
         judge = self.spec.judge
         if judge is None:
             return None
@@ -288,7 +288,7 @@ class _Inputs:
         return cls(rows, schema, scorers, primary, fields, passages, notes, manifests, pinned)
 
 
-def _trained_on(rows: Sequence[DatasetRow], manifests: Mapping[str, AdapterManifest]) -> list[str]:
+def _training_notes(rows: Sequence[DatasetRow], manifests: Mapping[str, AdapterManifest]) -> list[str]:
     """A note on each arm whose adapter was trained on exactly these rows, by its manifest's digest of them."""
     asked = fingerprint(rows)
     return [

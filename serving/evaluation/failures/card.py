@@ -203,7 +203,7 @@ class _Card:
         reference = next(arm for arm in self.spec.arms if arm.name == self.prober.reference)
         causes, lifts = self._causes(), self._lifts()
         grammar, known = self._grammar(), self._known()
-        rate = self._share("failures", self.failed, len(self._answered(self.prober.reference)) or 1)
+        rate = self._share("failures", self.failed, len(self._answered_rows(self.prober.reference)) or 1)
         asked = ask_for(
             Findings(
                 rare=state(rate, self.probes.min_share) == "dismissed",
@@ -236,9 +236,9 @@ class _Card:
 
     def _failures(self, arm: str) -> int:
         """Wrong answers; a failed request is none, for it says nothing of the model."""
-        return sum(not self.prober.rights[arm][row].whole for row in self._answered(arm))
+        return sum(not self.prober.rights[arm][row].whole for row in self._answered_rows(arm))
 
-    def _answered(self, arm: str) -> list[str]:
+    def _answered_rows(self, arm: str) -> list[str]:
         return [row.id for row in self.prober.rows if self.prober.answers.find(arm, row.id)]
 
     def _share(self, name: str, count: int, n: int, **recipe: object) -> Share:
