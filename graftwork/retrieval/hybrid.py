@@ -17,6 +17,7 @@ RANK_OFFSET = 60
 _DEPTH = 50
 """Passages taken from each ranking."""
 DenseWeight = Annotated[float, Field(gt=0, le=1)]
+"""Weight of a rank among the vectors, relative to one among the words."""
 
 
 class HybridSpec(VectorKind):

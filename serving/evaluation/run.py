@@ -159,7 +159,7 @@ def run_compare(
 
 
 @dataclass(frozen=True)
-class _Collected:
+class _AllAnswers:
     """All answers of a comparison, and what follows from them."""
 
     answers: AnswerSet
@@ -182,7 +182,7 @@ class _Requests:
     folder: Path
     on_progress: Callable[[CompareProgress], None] | None
 
-    def collect(self) -> _Collected:
+    def collect(self) -> _AllAnswers:
         """Ask in turn: what an answer takes alone, the questions, likelihoods of options, probes, the judge."""
         spec, inputs = self.spec, self.inputs
         rows, versions = inputs.rows, inputs.versions
@@ -194,7 +194,7 @@ class _Requests:
         options = self._ask(option_jobs(spec, rows, inputs.scorers.choices, versions), "options.jsonl", self.live.send)
         scored = score_arms(spec, rows, answers, inputs.schema, options, alone)
         card, judged = self._card(answers, scored, alone), self._judge_report(answers, scored)
-        return _Collected(answers, asked, options, alone, scored, card, judged)
+        return _AllAnswers(answers, asked, options, alone, scored, card, judged)
 
     def _card(self, answers: AnswerSet, scored: ScoredArms, alone: AnswerSet) -> DecisionCard | None:
         spec, inputs = self.spec, self.inputs
