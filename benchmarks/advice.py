@@ -23,15 +23,14 @@ from benchmarks.record import Clock, figure, write
 from graftwork.datasets.rows import DatasetRow, read_rows
 from graftwork.prompts.render import PromptSpec
 from graftwork.report.schema import DecisionCard
-from graftwork.retrieval import RetrieverSpec
+from graftwork.retrieval import LexicalSpec
 from graftwork.scoring import AnswerSchema
-from graftwork.serving.evaluation.answers import EvalRequest, ask_jobs, run_offline
+from graftwork.serving.evaluation.answers import EvalRequest, ask_jobs, question_jobs
 from graftwork.serving.evaluation.failures.card import make_card
 from graftwork.serving.evaluation.failures.classify import Cause, CorrectnessCheck, classify
 from graftwork.serving.evaluation.failures.probe import GoldPassages, Prober, right_answer
 from graftwork.serving.evaluation.scorers.load import load_scorers
 from graftwork.serving.evaluation.spec import CompareSpec
-from graftwork.serving.spec import ArmSpec
 
 RECIPE = "recipe://airport-card"
 EACH, NOISE, SPREAD, LIFT = 100, 0.05, 0.15, 0.5
@@ -94,11 +93,10 @@ class Simulated:
     ) -> None:
         self.rows, self.minds, self.passages, self.seed = {row.id: row for row in rows}, minds, passages, seed
         self.order = [row.id for row in rows]
-        self.by_question = {row.question[-1].content: row.id for row in rows}
 
-    async def answer(self, arm: ArmSpec, messages: list[dict[str, str]], request_id: str) -> Mapping[str, Any]:
+    async def answer(self, job: EvalRequest) -> Mapping[str, Any]:
         """To the comparison itself: no noise, the failure is planted."""
-        row = self.rows[self.by_question[messages[-1]["content"]]]
+        row, arm = self.rows[job.row_id], job.arm
         own, gold = self.minds[row.id], self.passages.find(row)
         assert gold is not None, "every airport has its passage"
         others = [passage.id for other in self.order[:2] if (passage := self.passages.find(self.rows[other]))]
@@ -162,7 +160,7 @@ def spec() -> CompareSpec:
             "probes": {"max_failures": EACH},
             "arms": [
                 {"name": "base"},
-                {"name": "rag", "retriever": RetrieverSpec(corpus=corpus).model_dump(exclude_unset=True)},
+                {"name": "rag", "retriever": LexicalSpec(corpus=corpus).model_dump(exclude_unset=True)},
                 {"name": "finetuned", "adapter": "airport-card@latest"},
             ],
         }
@@ -190,7 +188,9 @@ def told(cause: Cause, rows: Sequence[DatasetRow], schema: AnswerSchema, passage
     probes = asked.probes.model_copy(update={"arms": (ARM[cause],), "reference": ARM[cause]})
     scorers = load_scorers(asked.scorers, schema)
     with tempfile.TemporaryDirectory() as folder:
-        answers = asyncio.run(run_offline(asked, rows, model.answer, Path(folder) / "answers.jsonl"))
+        answers = asyncio.run(
+            ask_jobs(question_jobs(asked, rows, {}), model.answer, Path(folder) / "answers.jsonl", asked.concurrency)
+        )
         prompts = {arm.name: PromptSpec() for arm in asked.arms}
         prober = Prober(
             asked,

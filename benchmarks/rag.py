@@ -22,9 +22,9 @@ from benchmarks.rag_data import Corpus, places, squad, zipf_texts
 from benchmarks.record import Clock, figure, write
 from graftwork.prompts.render import Passage
 from graftwork.retrieval import Hit, LexicalIndex, Retriever
-from graftwork.retrieval.dense import DenseIndex, HybridIndex, shared_embedder, write_vectors
+from graftwork.retrieval.dense import MINILM, DenseIndex, shared_embedder, write_vectors
 from graftwork.retrieval.embedder import EmbedderSpec
-from graftwork.retrieval.retriever import MINILM
+from graftwork.retrieval.hybrid import HybridIndex
 from graftwork.serving.rag.eval import RagReport, judge
 from graftwork.serving.rag.questions import Question
 from graftwork.serving.rag.rerank import rerank

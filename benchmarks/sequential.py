@@ -200,18 +200,22 @@ def read_log(folder: str) -> None:
     from graftwork.report import ReportInput, render_html, render_json
     from graftwork.serving.ab_test.log_reader import ExperimentLog
     from graftwork.serving.ab_test.report import analyse_log
-    from graftwork.serving.ab_test.spec import Guardrail, OnlineRules
+    from graftwork.serving.ab_test.spec import GuardrailSpec, OnlineRules
+    from graftwork.storage.store import Store
 
     rules = OnlineRules(
         ("base", "rag"),
         "base",
         "right",
         {"base": 0.5, "rag": 0.5},
-        guardrails=(Guardrail("errors", 0.05), Guardrail("latency", 0.05, bound_ms=2000.0)),
+        guardrails=(
+            GuardrailSpec(kind="errors", limit=0.05),
+            GuardrailSpec(kind="latency", limit=0.05, bound_ms=2000.0),
+        ),
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wall, cpu = time.perf_counter(), time.process_time()
-    report = analyse_log("bench", ExperimentLog.at(folder), rules)
+    report = analyse_log("bench", ExperimentLog(Store(folder), ()), rules)
     page = ReportInput(title="bench", created_at="2026-01-01T00:00:00+00:00", experiment=report)
     size = len(render_html(page).encode()) + 0 * len(render_json(page))
     took = time.perf_counter() - wall, time.process_time() - cpu

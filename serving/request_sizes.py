@@ -14,7 +14,7 @@ from graftwork.datasets.rows import DatasetRow, read_rows, resolve_prompt
 from graftwork.errors import UserError
 from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, fit_passages, render
 from graftwork.prompts.template import Template
-from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
+from graftwork.retrieval import LexicalSpec, Retriever, open_retriever
 from graftwork.serving.evaluation.failures.probe import right_answer
 from graftwork.serving.evaluation.scorers.choice import ChoiceSpec
 from graftwork.serving.evaluation.spec import CompareSpec, ProbeSpec
@@ -147,7 +147,7 @@ class Sizes:
             return ()
         key = (arm.retriever.corpus, arm.retriever.k)
         if key not in self._indices:
-            self._indices[key] = open_retriever(RetrieverSpec(corpus=arm.retriever.corpus, k=arm.retriever.k))
+            self._indices[key] = open_retriever(LexicalSpec(corpus=arm.retriever.corpus, k=arm.retriever.k))
         return tuple(hit.passage for hit in self._indices[key].search(question[-1].content, arm.retriever.k))
 
     def _prompt(self, arm: ArmSpec) -> Prompt:

@@ -2,17 +2,27 @@
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from graftwork.datasets.rows import DatasetRow
 from graftwork.prompts.render import Message
 from graftwork.scoring import AnswerSchema
-from graftwork.serving.evaluation.answers import EvalRequest, Send
+from graftwork.serving.evaluation.answers import (
+    AnswerSet,
+    CompareProgress,
+    EvalRequest,
+    Send,
+    ask_jobs,
+    question_jobs,
+)
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
 
+Ask = Callable[[ArmSpec, list[dict[str, str]], str], Awaitable[Mapping[str, Any]]]
+"""(arm, messages, request id) -> the fields of an `EvalAnswer`."""
 FIELDS = ("icao", "iata", "name", "city", "country", "elevation_ft")
 SCHEMA = AnswerSchema(
     {
@@ -116,10 +126,23 @@ class Script:
         )
 
 
-def by_job(script: Script) -> Send:
+def by_job(script: Ask) -> Send:
     """The script as what answers jobs."""
 
     async def send(job: EvalRequest) -> Mapping[str, Any]:
         return await script(job.arm, job.messages, job.request_id)
 
     return send
+
+
+async def ask_all(
+    asked: CompareSpec,
+    rows: Sequence[DatasetRow],
+    script: Ask,
+    path: Path,
+    versions: Mapping[str, str] | None = None,
+    on_progress: Callable[[CompareProgress], None] | None = None,
+) -> AnswerSet:
+    """Answers of all arms to all questions by the script."""
+    jobs = question_jobs(asked, rows, versions or {})
+    return await ask_jobs(jobs, by_job(script), path, asked.concurrency, on_progress)

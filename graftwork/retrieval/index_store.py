@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,7 +26,6 @@ from graftwork.storage.store import Store, cache_root, json_bytes, open_uri
 
 LATEST_KEPT = 3
 LEXICAL_FILE = "lexical.sqlite"
-Kind = Literal["lexical", "dense", "hybrid"]
 
 
 class IndexManifest(BaseModel):
@@ -55,7 +53,8 @@ class RetrieverChoice(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Kind
+    kind: str
+    """One of `retriever.KINDS`."""
     version: str
     sentence: str
 

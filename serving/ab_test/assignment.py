@@ -55,7 +55,7 @@ def reweigh(ranges: Sequence[Range], weights: Mapping[str, float]) -> tuple[Rang
             moved += [(taker, taken)] if taken else []
             free -= taken
             missing[taker] -= taken
-    return _joined(moved)
+    return _join_ranges(moved)
 
 
 def without(weights: Mapping[str, float], arm: str, heir: str) -> dict[str, float]:
@@ -66,7 +66,7 @@ def without(weights: Mapping[str, float], arm: str, heir: str) -> dict[str, floa
     return {name: 0.0 if name == arm else weight / rest for name, weight in weights.items()}
 
 
-def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
+def _join_ranges(ranges: Sequence[Range]) -> tuple[Range, ...]:
     joined: list[Range] = []
     for arm, count in ranges:
         if joined and joined[-1][0] == arm:

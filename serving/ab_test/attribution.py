@@ -136,7 +136,7 @@ class Attribution:
                 self._release(entered, *range(len(self._guards)))
                 continue
             arm = self._number.get(rows.arm[row])
-            key = self._counted(rows, row, kind, arm)
+            key = self._unit_key(rows, row, kind, arm)
             if arm is None or key is None:
                 continue
             request = rows.request_id[row]
@@ -153,7 +153,7 @@ class Attribution:
             self._release(entered, arm)
         return entered
 
-    def _counted(self, rows: LogColumns, row: int, kind: str, arm: int | None) -> int | None:
+    def _unit_key(self, rows: LogColumns, row: int, kind: str, arm: int | None) -> int | None:
         """The key of the row's unit; None where the row can't count. Reasons are counted once a request or score."""
         reason, role = "", rows.role[row]
         if arm is None:
@@ -217,7 +217,7 @@ class Attribution:
         return (value - rules.low) / (rules.high - rules.low)
 
     def _assign(self, entered: NewObservations, arm: int, plan: int | None, key: int, request: str) -> None:
-        assert plan is not None, "checked by _counted"
+        assert plan is not None, "checked by _unit_key"
         unit = self._open.get(key)
         if key not in self._units:
             self._open[key] = _Unit(self._now, arm, plan, {request: _ASKED})

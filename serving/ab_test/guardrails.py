@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graftwork.serving.ab_test.spec import Guardrail
+from graftwork.serving.ab_test.spec import GuardrailSpec
 from graftwork.stats import Floats
 from graftwork.stats.sequential import BLOCK, LimitTest
 
@@ -100,7 +100,7 @@ class GuardQueue:
 class GuardrailTest:
     """One guardrail of one arm."""
 
-    def __init__(self, rule: Guardrail, arm: str) -> None:
+    def __init__(self, rule: GuardrailSpec, arm: str) -> None:
         self.rule, self.arm = rule, arm
         self._gap = _Gap(rule) if rule.kind == "fairness_gap" else None
         self._test = LimitTest(rule.limit)
@@ -153,7 +153,7 @@ class _Gap:
     The difference of a pair lies within -1..1 and has the gap as its mean; half of the capital bets on either side.
     """
 
-    def __init__(self, rule: Guardrail) -> None:
+    def __init__(self, rule: GuardrailSpec) -> None:
         assert rule.groups is not None, "a gap is between two groups"
         self._rule, self._groups = rule, rule.groups
         limit = (1 + rule.limit) / 2
@@ -193,7 +193,7 @@ class _Gap:
         return found
 
 
-def _beyond(rule: Guardrail, facts: Facts) -> Floats:
+def _beyond(rule: GuardrailSpec, facts: Facts) -> Floats:
     """1 where an answer is beyond what the rule wants, for those that tell about it."""
     failed = facts["failed"] > 0
     if rule.kind == "errors":
@@ -203,7 +203,7 @@ def _beyond(rule: Guardrail, facts: Facts) -> Floats:
         return empty
     if rule.kind == "latency":
         times = facts["latency_ms"]
-        assert rule.bound_ms is not None, "checked by Guardrail"
+        assert rule.bound_ms is not None, "checked by GuardrailSpec"
         timed = ~failed & (facts["cold"] == 0) & ~np.isnan(times)
         slow: Floats = (times[timed] > rule.bound_ms).astype(np.float64)
         return slow

@@ -268,7 +268,7 @@ class LiveExperiment:
     async def _cut_when_broken(self) -> None:
         for arm in self.judged.cut:
             if arm not in self.record.cut_arms and self.record.status == "running":
-                await self.cut(arm, _why(self.judged, arm))
+                await self.cut(arm, _cut_reason(self.judged, arm))
 
     def _digest(self, rows: Sequence[LogRow]) -> list[LogRow]:
         found = [score_answer(row, self._scorers) for row in rows]
@@ -310,7 +310,7 @@ class LiveExperiment:
         )
 
 
-def _why(judged: MonitorState, arm: str) -> Json:
+def _cut_reason(judged: MonitorState, arm: str) -> Json:
     broken = [one for one in judged.guardrails if one.arm == arm and one.broken_at is not None]
     return {
         "guardrails": [

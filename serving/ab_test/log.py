@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.errors import ConfigError, GraftworkError, StorageError
 from graftwork.scoring import AnswerSchema
-from graftwork.serving.ab_test.spec import MEASURES, ExperimentSpec, Guardrail, OnlineRules
+from graftwork.serving.ab_test.spec import MEASURES, ExperimentSpec, OnlineRules
 from graftwork.serving.evaluation.scorers.load import Scorers, load_scorers
 from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.storage.store import Store
@@ -129,10 +129,6 @@ def rules_of(spec: ExperimentSpec) -> OnlineRules:
             "a unit without feedback counts with the middle of low..high",
             "set kind: bounded, low and high",
         )
-    guardrails = tuple(
-        Guardrail(g.kind, g.limit, bound_ms=g.bound_ms, score=g.score, groups=g.groups, arms=g.arms, alpha=g.alpha)
-        for g in spec.guardrails
-    )
     return OnlineRules(
         arms=tuple(arm.name for arm in spec.arms),
         control=spec.control,
@@ -147,7 +143,7 @@ def rules_of(spec: ExperimentSpec) -> OnlineRules:
         mode=spec.mode,
         window_s=primary.window_s,
         deadline_s=primary.deadline_s,
-        guardrails=guardrails,
+        guardrails=spec.guardrails,
     )
 
 
@@ -194,7 +190,7 @@ class Segments:
         """In order; those that a Parquet holds already are left out."""
         found = sorted(s for name in self.store.list(*self.folder) if (s := parse_name(name)) is not None)
         merged = [s for s in found if s.kind == "parquet"]
-        return [s for s in found if s.kind == "parquet" or not any(_holds(m, s) for m in merged)]
+        return [s for s in found if s.kind == "parquet" or not any(_covers(m, s) for m in merged)]
 
     def leftovers(self) -> list[LogSegment]:
         """Those that a Parquet holds and that were not removed yet."""
@@ -215,7 +211,7 @@ class Segments:
         self.store.delete(*self.folder, segment.name)
 
 
-def _holds(merged: LogSegment, one: LogSegment) -> bool:
+def _covers(merged: LogSegment, one: LogSegment) -> bool:
     return merged.writer == one.writer and merged.first <= one.first and one.last <= merged.last
 
 
@@ -357,11 +353,11 @@ class Recorder:
         async with self._busy:
             while self._inbox:
                 queued = [self._inbox.popleft() for _ in range(min(len(self._inbox), MAX_BATCH))]
-                await _to_its_end(self._digested(queued))
+                await _finish(self._digest_queued(queued))
             if self._unwritten and (last or time.monotonic() >= self._due or len(self._unwritten) >= MAX_BATCH):
-                await _to_its_end(self._publish())
+                await _finish(self._publish())
 
-    async def _digested(self, queued: Sequence[LogRow | Assignment]) -> None:
+    async def _digest_queued(self, queued: Sequence[LogRow | Assignment]) -> None:
         self._unwritten += await asyncio.to_thread(self._rows, queued)
 
     def _rows(self, queued: Sequence[LogRow | Assignment]) -> list[LogRow]:
@@ -391,7 +387,7 @@ class Recorder:
             self._writer.merge(merged_parquet)
 
 
-async def _to_its_end(work: Coroutine[None, None, None]) -> None:
+async def _finish(work: Coroutine[None, None, None]) -> None:
     """Await work in a thread, to its end where the caller is cancelled: no row is lost or written twice."""
     task = asyncio.create_task(work)
     try:

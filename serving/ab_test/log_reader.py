@@ -179,11 +179,6 @@ class ExperimentLog:
         self.health = LogHealth()
         self._seen: set[str] = set()
 
-    @classmethod
-    def at(cls, uri: str) -> "ExperimentLog":
-        """The log at a folder, file:// or s3:// address."""
-        return cls(Store(uri), ())
-
     def batches(self) -> Iterator[pa.RecordBatch]:
         """A batch a segment, in the order of writing: SCHEMA, and `scores` where any row has some.
 
@@ -196,7 +191,7 @@ class ExperimentLog:
                 table = self._table(segment)
                 if table is None:
                     break  # merged into a Parquet since it was listed: look again
-                yield from self._fresh(table).to_batches()
+                yield from self._drop_duplicates(table).to_batches()
 
     def rows(self) -> Iterator[LogRow]:
         """As `batches`, row by row."""
@@ -215,7 +210,7 @@ class ExperimentLog:
             self.health.damaged.append(f"{segment.name}: {problem}")
         return table
 
-    def _fresh(self, table: pa.Table) -> pa.Table:
+    def _drop_duplicates(self, table: pa.Table) -> pa.Table:
         keys = _keys(table)
         keep: list[bool] = []
         for key in keys:
@@ -240,15 +235,15 @@ def decode(segment: LogSegment, data: bytes) -> tuple[pa.Table, str]:
 
 def _parse(segment: LogSegment, data: bytes) -> pa.Table:
     if segment.kind == "parquet":
-        return _whole(parquet.read_table(io.BytesIO(data)))
+        return _with_all_columns(parquet.read_table(io.BytesIO(data)))
     if not data.endswith(b"\n"):
         raise ValueError("its last line is cut")
     options = arrow_json.ParseOptions(explicit_schema=SCHEMA)
     reading = arrow_json.ReadOptions(block_size=max(1 << 20, len(data) + 1))  # one block: a line is never split
-    return _whole(arrow_json.read_json(io.BytesIO(data), read_options=reading, parse_options=options))
+    return _with_all_columns(arrow_json.read_json(io.BytesIO(data), read_options=reading, parse_options=options))
 
 
-def _whole(table: pa.Table) -> pa.Table:
+def _with_all_columns(table: pa.Table) -> pa.Table:
     """Every column of SCHEMA, with the defaults that were left out, and the scores as float64."""
     missing = sorted({"kind", "experiment", "at"} - set(table.column_names))
     if missing:
@@ -268,15 +263,6 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     if name in table.column_names:
         return table[name].cast(kind)
     return pa.chunked_array([pa.nulls(len(table), kind)])
-
-
-def scores_of(batch: pa.RecordBatch, metric: str) -> pa.Array:
-    """The column of one metric, null where a row has none."""
-    if "scores" not in batch.schema.names:
-        return pa.nulls(len(batch), pa.float64())
-    scores = batch.column("scores")
-    names = [one.name for one in scores.type]
-    return pc.struct_field(scores, names.index(metric)) if metric in names else pa.nulls(len(batch), pa.float64())
 
 
 def row_of(tree: dict[str, Any]) -> LogRow:

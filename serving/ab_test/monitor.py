@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from graftwork.report.evaluation_schema import ContrastState
 from graftwork.serving.ab_test.attribution import Attribution, NewObservations, shares
 from graftwork.serving.ab_test.guardrails import GuardrailState, GuardrailTest, facts_of
-from graftwork.serving.ab_test.log import LogRow
-from graftwork.serving.ab_test.log_reader import LogColumns, columns_of_rows, numbers_of
-from graftwork.serving.ab_test.spec import Guardrail, OnlineRules
+from graftwork.serving.ab_test.log_reader import LogColumns, numbers_of
+from graftwork.serving.ab_test.spec import GuardrailSpec, OnlineRules
 from graftwork.stats import Floats, Verdict
 from graftwork.stats.sequential import (
     BLOCK,
@@ -50,27 +50,6 @@ class ArmState:
     answers: int
     errors: int
     """Failed answers; each counts with the lowest score."""
-
-
-@dataclass(frozen=True)
-class ContrastState:
-    """An arm minus the control on the primary metric. All of it holds at every look, however often one looks."""
-
-    arm: str
-    control: str
-    n: int
-    """Units (or pairs, in a shadow) that tell about it."""
-    estimate: float | None
-    low: float
-    high: float
-    """Confidence sequence at level 1 - alpha."""
-    level: float
-    e_value: float
-    """Largest evidence so far against no difference; 1 / alpha decides."""
-    verdict: Verdict
-    """On the arm against the control. `undecided` while anything blocks conclusions."""
-    n_needed: int | None
-    """Units that would decide, when undecided."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +117,7 @@ class ArmContrast:
         """Return the contrast so far, in the metric's unit."""
         seen, scale = self._sequence.evidence, self._scale
         verdict: Verdict = "undecided" if blocked else self._verdict(seen)
-        needed = self._needed(seen) if verdict == "undecided" and not blocked else None
+        needed = self._units_needed(seen) if verdict == "undecided" and not blocked else None
         return ContrastState(
             arm=self.arm,
             control=self.rules.control,
@@ -163,7 +142,7 @@ class ArmContrast:
             return "undecided"
         return "better" if (seen.low >= 0) == (self.rules.better == "higher") else "worse"
 
-    def _needed(self, seen: SequentialEvidence) -> int | None:
+    def _units_needed(self, seen: SequentialEvidence) -> int | None:
         """Units after which the interval would exclude 0, or within the margin, were the estimate the truth."""
         if seen.estimate is None or seen.variance is None:
             return None
@@ -209,10 +188,6 @@ class Monitor:
         ]
         self._counts = {name: np.zeros(len(rules.arms)) for name in _COUNTS}
 
-    def ingest_row(self, row: LogRow) -> None:
-        """Take one row."""
-        self.ingest(columns_of_rows([row], self.numbers))
-
     def ingest(self, rows: LogColumns) -> None:
         """Take the next rows of the log, with `numbers` among their columns."""
         entered = self._units.attribute(rows)
@@ -233,20 +208,20 @@ class Monitor:
         return dict(zip(self.rules.arms, plan, strict=True)) if self.rules.mode == "split" else {}
 
     @property
-    def watched(self) -> tuple[Guardrail, ...]:
+    def watched(self) -> tuple[GuardrailSpec, ...]:
         """The rule of each of the state's guardrails."""
         return tuple(watch.rule for watches in self._watches for watch in watches)
 
     def state(self) -> MonitorState:
         """Return the state after the rows so far."""
-        blocked = self._blocked()
+        blocked = self._block_reason()
         return MonitorState(
             arms=tuple(self._arm(number) for number in range(len(self.rules.arms))),
             contrasts=tuple(contrast.state(blocked is not None) for contrast in self.contrasts),
             guardrails=tuple(watch.state() for watches in self._watches for watch in watches),
             srm_e_value=max(self._drawn.most, self._scored.most),
             blocked=blocked,
-            cut=self._cut(),
+            cut=self._arms_to_cut(),
             waiting=self._units.waiting,
             left_out=dict(sorted(self._units.left_out.items())),
         )
@@ -303,7 +278,7 @@ class Monitor:
         whole = {name: int(counts[name]) for name in _COUNTS if name != "total"}
         return ArmState(arm=rules.arms[number], mean=mean, **whole)
 
-    def _blocked(self) -> str | None:
+    def _block_reason(self) -> str | None:
         bound = 1 / self.rules.srm_alpha
         for ratio, what in ((self._drawn, "units"), (self._scored, "units with a score")):
             if ratio.most >= bound:
@@ -314,7 +289,7 @@ class Monitor:
                 )
         return None
 
-    def _cut(self) -> tuple[str, ...]:
+    def _arms_to_cut(self) -> tuple[str, ...]:
         broken = {watch.arm for watches in self._watches for watch in watches if watch.broken}
         return tuple(arm for arm in self.rules.challengers if arm in broken)
 

@@ -1,12 +1,12 @@
 """Builder of the `ExperimentReport` from the log, in one pass with one batch in memory. Runs in the driver."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from graftwork.metrics import signature
 from graftwork.report import format as words
 from graftwork.report.evaluation_schema import (
+    ContrastState,
     ExperimentReport,
     OnlineArm,
     OnlineContrast,
@@ -16,8 +16,8 @@ from graftwork.report.evaluation_schema import (
 )
 from graftwork.serving.ab_test.guardrails import GuardrailState
 from graftwork.serving.ab_test.log_reader import ExperimentLog, LogColumns, columns_of_batch
-from graftwork.serving.ab_test.monitor import ArmContrast, ContrastState, Monitor, MonitorState
-from graftwork.serving.ab_test.spec import Guardrail, OnlineRules
+from graftwork.serving.ab_test.monitor import ArmContrast, Monitor, MonitorState
+from graftwork.serving.ab_test.spec import GuardrailSpec, OnlineRules
 
 _EVENTS = 200
 """Events that a report holds at most."""
@@ -161,7 +161,7 @@ def _contrast(one: ContrastState, contrast: ArmContrast, rules: OnlineRules) -> 
         for n, estimate, low, high in map(contrast.scaled, contrast.history)
     )
     return OnlineContrast(
-        **asdict(one),
+        **one.model_dump(),
         sentence=_says(one, rules),
         path=path,
         signature=signature(rules.metric, one.n, recipe),
@@ -187,7 +187,7 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def _guardrail(one: GuardrailState, rule: Guardrail) -> OnlineGuardrail:
+def _guardrail(one: GuardrailState, rule: GuardrailSpec) -> OnlineGuardrail:
     bounds = {
         "errors": "failed answers",
         "latency": f"answers slower than {rule.bound_ms:g} ms" if rule.bound_ms else "",

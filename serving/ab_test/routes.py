@@ -63,32 +63,32 @@ class ExperimentRoutes:
 
     async def listing(self) -> Response:
         """GET /v1/admin/experiments: what each is doing now."""
-        return _listed(await self._experiments.all())
+        return _list_response(await self._experiments.all())
 
     async def start(self, request: Request) -> Response:
         """POST .../start: begin one, or find that it runs already."""
         body = parse(StartRequest, await read_body(request))
-        return _listed([await self._experiments.start(body.spec)])
+        return _list_response([await self._experiments.start(body.spec)])
 
     async def ramp(self, request: Request) -> Response:
         """POST .../ramp: other weights from now on."""
         body = parse(RampRequest, await read_body(request))
-        return _listed([await self._experiments.ramp(body.name, dict(body.weights))])
+        return _list_response([await self._experiments.ramp(body.name, dict(body.weights))])
 
     async def stop(self, request: Request) -> Response:
         """POST .../stop: end it; its control answers everybody."""
         body = parse(NameRequest, await read_body(request))
-        return _listed([await self._experiments.stop(body.name)])
+        return _list_response([await self._experiments.stop(body.name)])
 
     async def kill(self, request: Request) -> Response:
         """POST .../kill: the control answers everybody until `resume`."""
         body = parse(NameRequest, await read_body(request))
-        return _listed([await self._experiments.kill(body.name, on=True)])
+        return _list_response([await self._experiments.kill(body.name, on=True)])
 
     async def resume(self, request: Request) -> Response:
         """POST .../resume: take `kill` back."""
         body = parse(NameRequest, await read_body(request))
-        return _listed([await self._experiments.kill(body.name, on=False)])
+        return _list_response([await self._experiments.kill(body.name, on=False)])
 
     async def feedback(self, request: Request) -> Response:
         """POST /v1/feedback: scores of an answer that was given before."""
@@ -96,5 +96,5 @@ class ExperimentRoutes:
         return JSONResponse(await self._experiments.feedback(body))
 
 
-def _listed(lives: list[LiveExperiment]) -> Response:
+def _list_response(lives: list[LiveExperiment]) -> Response:
     return JSONResponse({"object": "list", "data": [status(live) for live in lives]})

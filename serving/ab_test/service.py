@@ -76,7 +76,7 @@ class Experiments:
 
     async def request(self, model: str, user: str | None, session: str | None, request_id: str) -> LiveRequest:
         """Assign one request. Raises ApiError: no such experiment, or the request names no unit that it wants."""
-        live = await self._named(model.removeprefix(PREFIX), model)
+        live = await self._find_named(model.removeprefix(PREFIX), model)
         named = {"user": user, "session": session, "request": request_id}
         kind = next((kind for kind in live.record.spec.unit if named[kind]), None)
         if kind is None:
@@ -96,7 +96,7 @@ class Experiments:
             _require_same(old.record, spec)
             return old
         _require_measurable(spec)
-        arms = {arm.name: await self._pinned(arm.name, arm.asked_as) for arm in spec.arms}
+        arms = {arm.name: await self._pin_arm(arm.name, arm.asked_as) for arm in spec.arms}
         base_digest = (await self._backend.call("snapshot")).base_digest
         record = new_record(spec, arms, base_digest)
         if record.id in self._lives:
@@ -130,7 +130,7 @@ class Experiments:
         """
         await self.open()
         old = self._by_name.get(spec.name)
-        if old is None or (old.record.status not in ("running", "killed") and _changed(old.record, spec)):
+        if old is None or (old.record.status not in ("running", "killed") and _changed_keys(old.record, spec)):
             await self.start(spec.model_dump(mode="json"))
         elif old.record.status in ("running", "killed") and spec.weights != (was or old.record.spec).weights:
             await self.ramp(spec.name, spec.weights)
@@ -159,7 +159,7 @@ class Experiments:
 
     async def stop(self, name: str) -> LiveExperiment:
         """End it for good: its control answers everybody."""
-        live = await self._named(name, name)
+        live = await self._find_named(name, name)
         if live.record.status != "stopped":
             with as_api_errors():
                 await live.change("stop", {}, status="stopped")
@@ -169,7 +169,7 @@ class Experiments:
 
     async def kill(self, name: str, *, on: bool) -> LiveExperiment:
         """The switch: while it is on, the control answers everybody and nothing is drawn or written down."""
-        live = await self._named(name, name)
+        live = await self._find_named(name, name)
         wanted, event = ("killed", "kill") if on else ("running", "resume")
         if live.record.status not in ("running", "killed"):
             raise ApiError(409, f"The experiment {live.record.id} is {live.record.status}.", code="experiment_ended")
@@ -233,7 +233,7 @@ class Experiments:
 
     async def get(self, name: str) -> LiveExperiment:
         """One of them. Raises ApiError 404."""
-        return await self._named(name, name)
+        return await self._find_named(name, name)
 
     def _take_up(self, record: ExperimentRecord) -> LiveExperiment:
         live = LiveExperiment(record, self._records, self._backend, self._recent)
@@ -241,7 +241,7 @@ class Experiments:
         self._tasks.append(asyncio.create_task(live.run()))
         return live
 
-    async def _pinned(self, name: str, model: str) -> ArmSpec:
+    async def _pin_arm(self, name: str, model: str) -> ArmSpec:
         """The model as this arm is asked: its adapter loaded, and pinned to the version that the alias means now."""
         arm = self._catalog.arm(model).with_({"name": name})
         if arm.adapter is None:
@@ -250,12 +250,12 @@ class Experiments:
         return arm.with_({"adapter": f"{arm.adapter.partition('@')[0]}@{loaded['version']}"})
 
     async def _running(self, name: str) -> LiveExperiment:
-        live = await self._named(name, name)
+        live = await self._find_named(name, name)
         if live.record.status != "running":
             raise ApiError(409, f"The experiment {live.record.id} is {live.record.status}.", code="experiment_ended")
         return live
 
-    async def _named(self, name: str, asked: str) -> LiveExperiment:
+    async def _find_named(self, name: str, asked: str) -> LiveExperiment:
         await self.open()
         if name not in self._by_name:
             names = ", ".join(sorted(self._by_name)) or "none"
@@ -289,7 +289,7 @@ def _require_measurable(spec: ExperimentSpec) -> None:
             )
 
 
-def _changed(running: ExperimentRecord, spec: ExperimentSpec) -> list[str]:
+def _changed_keys(running: ExperimentRecord, spec: ExperimentSpec) -> list[str]:
     """Keys of its identity that differ."""
     was, now = identity_of(running.spec), identity_of(spec)
     return sorted(key for key in was if canonical_json(was[key]) != canonical_json(now[key]))
@@ -297,7 +297,7 @@ def _changed(running: ExperimentRecord, spec: ExperimentSpec) -> list[str]:
 
 def _require_identity(running: ExperimentRecord, spec: ExperimentSpec) -> None:
     """Raises ApiError 409 where the spec is another experiment than what runs under its name."""
-    changed = _changed(running, spec)
+    changed = _changed_keys(running, spec)
     if changed:
         raise ApiError(
             409,
@@ -357,14 +357,15 @@ def status(live: LiveExperiment) -> Json:
             "problem": recorder.problem,
             "damaged": live.damaged,
         },
-        "judged": _judged(live),
+        "judged": _judged_json(live),
         "shadow": {"waiting": live.shadow.waiting, "dropped": live.shadow.dropped},
     }
 
 
-def _judged(live: LiveExperiment) -> Json:
+def _judged_json(live: LiveExperiment) -> Json:
     """The monitor's state as JSON can hold it."""
     tree = asdict(live.judged)
+    tree["contrasts"] = [one.model_dump() for one in live.judged.contrasts]
     tree["srm_e_value"] = finite(tree["srm_e_value"])
     for key in ("contrasts", "guardrails"):
         for one in tree[key]:

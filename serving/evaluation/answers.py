@@ -177,8 +177,6 @@ def append_line(path: Path, record: BaseModel) -> None:
         ) from error
 
 
-Ask = Callable[[ArmSpec, list[dict[str, str]], str], Awaitable[Mapping[str, Any]]]
-"""(arm, messages, request id) -> the fields of an `ArmAnswer`. Any exception is a failed answer."""
 Messages = list[dict[str, str]]
 
 _MIN_OUTAGE = 32
@@ -219,31 +217,21 @@ Send = Callable[[EvalRequest], Awaitable[Mapping[str, Any]]]
 """A job -> the fields of an `EvalAnswer`. Any exception is a failed answer."""
 
 
-async def run_offline(
-    spec: CompareSpec,
-    rows: Sequence[DatasetRow],
-    answer: Ask,
-    path: Path,
-    *,
-    versions: Mapping[str, str] | None = None,
-    on_progress: Callable[[CompareProgress], None] | None = None,
-) -> AnswerSet:
-    """Ask every arm every question, `spec.concurrency` at once, and append each answer to `path` as it comes.
+def question_jobs(spec: CompareSpec, rows: Sequence[DatasetRow], versions: Mapping[str, str]) -> list[EvalRequest]:
+    """Every question to every arm. versions: adapter version by arm name, as resolved now, so that an answer of an
+    older version is not taken for one of the new.
 
     Arms take turns within each question, the first arm changing from question to question, so that they share the
-    load evenly. A rerun continues from `path`; nothing is asked twice, failures included. versions: adapter version by
-    arm name, as resolved now, so that an answer of an older version is not taken for one of the new.
-
-    Runs in the driver. Raises DataError (row ids missing or twice), RunError when the endpoint is gone: that many
-    failures in a row that no request in flight had an answer. Those last failures are not recorded.
+    load evenly. Raises DataError: row ids missing or twice.
     """
     check_ids(rows)
-    jobs = list(_interleaved(spec, rows, versions or {}))
-
-    async def send(job: EvalRequest) -> Mapping[str, Any]:
-        return await answer(job.arm, job.messages, job.request_id)
-
-    return await ask_jobs(jobs, send, path, spec.concurrency, on_progress)
+    jobs = []
+    for index, row in enumerate(rows):
+        first = index % len(spec.arms)
+        for arm in spec.arms[first:] + spec.arms[:first]:
+            key = answer_key(spec, arm.name, arm, row, versions.get(arm.name))
+            jobs.append(EvalRequest(key, arm.name, row.id, arm, question(row)))
+    return jobs
 
 
 async def ask_jobs(
@@ -253,23 +241,23 @@ async def ask_jobs(
     concurrency: int,
     on_progress: Callable[[CompareProgress], None] | None = None,
 ) -> AnswerSet:
-    """Answers to all jobs, those on disk reused; each is appended to `path` as it comes. Raises as `run_offline`."""
+    """Send the jobs, `concurrency` at once, and append each answer to `path` as it comes.
+
+    A rerun continues from `path`; nothing is asked twice, failures included. Runs in the driver. Raises RunError when
+    the endpoint is gone: so many failures in a row that no request in flight had an answer. Those last failures are not
+    recorded.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    answers = read_answers(path, _wanted(jobs))
+    answers = read_answers(path, _wanted_keys(jobs))
     left = [job for job in jobs if (job.label, job.row_id) not in answers]
     run = _OfflineRun(answers, path, len(jobs), max(_MIN_OUTAGE, concurrency), on_progress)
     await run.ask_all(left, send, concurrency)
     return answers
 
 
-def count_unanswered(spec: CompareSpec, rows: Sequence[DatasetRow], path: Path, versions: Mapping[str, str]) -> int:
-    """Questions times arms that `run_offline` would still ask."""
-    return count_missing(list(_interleaved(spec, rows, versions)), path)
-
-
 def count_missing(jobs: Sequence[EvalRequest], path: Path) -> int:
     """Jobs that `ask_jobs` would still send."""
-    return len(jobs) - len(read_answers(path, _wanted(jobs)))
+    return len(jobs) - len(read_answers(path, _wanted_keys(jobs)))
 
 
 def option_jobs(
@@ -321,16 +309,8 @@ def check_ids(rows: Sequence[DatasetRow]) -> None:
         seen[row.id] = number
 
 
-def _wanted(jobs: Sequence[EvalRequest]) -> dict[str, tuple[str, str]]:
+def _wanted_keys(jobs: Sequence[EvalRequest]) -> dict[str, tuple[str, str]]:
     return {job.key: (job.label, job.row_id) for job in jobs}
-
-
-def _interleaved(spec: CompareSpec, rows: Sequence[DatasetRow], versions: Mapping[str, str]) -> Iterator[EvalRequest]:
-    for index, row in enumerate(rows):
-        first = index % len(spec.arms)
-        for arm in spec.arms[first:] + spec.arms[:first]:
-            key = answer_key(spec, arm.name, arm, row, versions.get(arm.name))
-            yield EvalRequest(key, arm.name, row.id, arm, question(row))
 
 
 class _OfflineRun:
@@ -347,7 +327,7 @@ class _OfflineRun:
         self.answers, self.path, self.total, self.outage = answers, path, total, outage
         self.on_progress = on_progress
         self.reused, self.failed = len(answers), 0
-        self.held: list[EvalAnswer] = []
+        self.pending: list[EvalAnswer] = []
 
     async def ask_all(self, jobs: Sequence[EvalRequest], send: Send, concurrency: int) -> None:
         queue = iter(jobs)
@@ -358,9 +338,9 @@ class _OfflineRun:
                     group.create_task(self._worker(queue, send))
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
-        if self.held and all(answer.error is not None for answer in self.answers):
+        if self.pending and all(answer.error is not None for answer in self.answers):
             raise self._outage()
-        self._record_held()
+        self._record_pending()
 
     async def _worker(self, queue: Iterator[EvalRequest], send: Send) -> None:
         for job in queue:
@@ -368,31 +348,31 @@ class _OfflineRun:
 
     def _take(self, answer: EvalAnswer) -> None:
         self.failed += answer.error is not None
-        self.held.append(answer)
+        self.pending.append(answer)
         if answer.error is None:
-            self._record_held()
-        elif len(self.held) >= self.outage:
+            self._record_pending()
+        elif len(self.pending) >= self.outage:
             raise self._outage()
         self._say()
 
     def _outage(self) -> RunError:
         kept = f"{len(self.answers)} of {self.total} answers are kept in {self.path}"
         return RunError(
-            f"comparison: {len(self.held)} requests in a row failed",
-            str(self.held[-1].error),
+            f"comparison: {len(self.pending)} requests in a row failed",
+            str(self.pending[-1].error),
             "an arm may fail, the endpoint may not",
             f"fix it and run again: {kept}",
         )
 
-    def _record_held(self) -> None:
-        for answer in self.held:
+    def _record_pending(self) -> None:
+        for answer in self.pending:
             append_line(self.path, answer)
             self.answers.add(answer)
-        self.held.clear()
+        self.pending.clear()
 
     def _say(self) -> None:
         if self.on_progress is not None:
-            done = len(self.answers) + len(self.held)
+            done = len(self.answers) + len(self.pending)
             self.on_progress(CompareProgress(done, self.total, self.failed, self.reused))
 
 

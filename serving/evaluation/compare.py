@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def compare(
         primary=primary,
         cluster=spec.cluster,
         clusters=len(set(scored.clusters)) if scored.clusters else None,
-        metrics=tuple(_info(metric) for metric in scored.metrics),
+        metrics=tuple(MetricInfo(**asdict(metric)) for metric in scored.metrics),
         arms=arms,
         differences=_against_baseline(spec, scored, rules),
         contrasts=family(scored, [(c.a, c.b, c.metric) for c in spec.contrasts], rules),
@@ -223,21 +224,17 @@ def _arm_report(arm: ArmSpec, table: Table, scored: ScoredArms, rules: Rules) ->
         shots=arm.prompt.shots if arm.prompt else 0,
         n=len(said),
         errors=sum(a.error is not None for a in said),
-        not_json=_not_json(said) if "form" in scores else None,
+        not_json=sum(a.error is not None or parse_object(a.text) is None for a in said) if "form" in scores else None,
         truncated=sum(a.finish_reason == "length" for a in said),
         scores={name: score for name, score in scores.items() if score},
-        prompt_tokens=_measured(said, metrics.PROMPT_TOKENS),
-        ttft_ms=_measured(alone, TTFT_MS),
-        completion_tokens=_measured(said, metrics.COMPLETION_TOKENS),
-        latency_ms=_measured(alone, LATENCY_MS),
+        prompt_tokens=_measure_distribution(said, metrics.PROMPT_TOKENS),
+        ttft_ms=_measure_distribution(alone, TTFT_MS),
+        completion_tokens=_measure_distribution(said, metrics.COMPLETION_TOKENS),
+        latency_ms=_measure_distribution(alone, LATENCY_MS),
     )
 
 
-def _not_json(said: Sequence[EvalAnswer]) -> int:
-    return sum(answer.error is not None or parse_object(answer.text) is None for answer in said)
-
-
-def _measured(said: Sequence[EvalAnswer], metric: Metric) -> Distribution | None:
+def _measure_distribution(said: Sequence[EvalAnswer], metric: Metric) -> Distribution | None:
     values = (getattr(answer, metric.name) for answer in said if answer.error is None)
     return distribution((value for value in values if value is not None), metric.unit)
 
@@ -271,12 +268,6 @@ def _sample_answer(arm: str, answer: EvalAnswer, scores: Mapping[str, float]) ->
     text = answer.text if cut <= 0 else f"{answer.text[:_SAMPLE_CHARS]} … ({cut} more characters)"
     shown = {name: value for name, value in scores.items() if not math.isnan(value)}
     return SampleAnswer(arm=arm, text=text, error=answer.error, scores=shown, retrieved_ids=answer.retrieved_ids)
-
-
-def _info(metric: Metric) -> MetricInfo:
-    return MetricInfo(
-        name=metric.name, unit=metric.unit, better=metric.better, kind=metric.kind, meaning=metric.meaning
-    )
 
 
 def _with_cuts(advice: Advice, arms: Sequence[ArmReport]) -> Advice:
@@ -322,7 +313,7 @@ def _empty_gold(table: Table) -> list[str]:
         return []
     fields = Counter(name for _, name in empty)
     filled = {
-        arm: sum(_answered(said[place]).get(name) not in EMPTY for place, name in empty)
+        arm: sum(_answer_fields(said[place]).get(name) not in EMPTY for place, name in empty)
         for arm, said in table.answers.items()
     }
     return [
@@ -331,7 +322,7 @@ def _empty_gold(table: Table) -> list[str]:
     ]
 
 
-def _answered(answer: EvalAnswer) -> Mapping[str, object]:
+def _answer_fields(answer: EvalAnswer) -> Mapping[str, object]:
     return (parse_object(answer.text) if answer.error is None else None) or {}
 
 

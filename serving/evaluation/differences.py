@@ -97,11 +97,6 @@ def arm_score(arm: str, metric: Metric, scored: ScoredArms, rules: Rules) -> Sco
     )
 
 
-def contrast(scored: ScoredArms, a: str, b: str, metric: str, rules: Rules | None = None) -> Difference:
-    """One declared claim on its own: arm `a` against arm `b` on one metric."""
-    return family(scored, [(a, b, metric)], rules)[0]
-
-
 def family(scored: ScoredArms, pairs: Sequence[Pair], rules: Rules | None = None) -> tuple[Difference, ...]:
     """Differences tested together: p-values adjusted by Holm over the family, equivalence at alpha / family size.
 

@@ -14,7 +14,8 @@ import yaml
 
 from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.registry import resolve
-from graftwork.base import load as base_model
+from graftwork.base.load import resolve as resolve_base
+from graftwork.base.load import template
 from graftwork.base.support import check_serving
 from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_fields, read_rows, resolve_prompt
 from graftwork.environment import collect
@@ -35,9 +36,8 @@ from graftwork.serving.evaluation.answers import (
     alone_jobs,
     ask_jobs,
     count_missing,
-    count_unanswered,
     option_jobs,
-    run_offline,
+    question_jobs,
 )
 from graftwork.serving.evaluation.compare import compare, primary_metric, score_arms
 from graftwork.serving.evaluation.differences import ScoredArms
@@ -83,22 +83,16 @@ class Endpoints:
             )
             self.endpoint = self._open.enter_context(deploy(serve, http=False))
 
-    async def ask(self, arm: ArmSpec, messages: list[dict[str, str]], request_id: str) -> Mapping[str, Any]:
-        """An arm's answer."""
-        assert self.endpoint is not None, "an answer is asked for although all are on disk"
-        answer = await self.endpoint.ask(self._as_pinned(arm), messages_of(messages), request_id)
-        return asdict(answer)
-
     async def send(self, job: EvalRequest) -> Mapping[str, Any]:
         """An answer, or likelihoods."""
+        assert self.endpoint is not None, "an answer is asked for although all are on disk"
+        arm, messages = self._pin_arm(job.arm), messages_of(job.messages)
         if not job.continuations:
-            return await self.ask(job.arm, job.messages, job.request_id)
-        assert self.endpoint is not None, "likelihoods are asked for although all are on disk"
-        messages = messages_of(job.messages)
-        found = await self.endpoint.likelihood(self._as_pinned(job.arm), messages, job.continuations, job.request_id)
+            return asdict(await self.endpoint.ask(arm, messages, job.request_id))
+        found = await self.endpoint.likelihood(arm, messages, job.continuations, job.request_id)
         return {"logprobs": [(one.logprob, one.tokens) for one in found]}
 
-    def _as_pinned(self, arm: ArmSpec) -> ArmSpec:
+    def _pin_arm(self, arm: ArmSpec) -> ArmSpec:
         """A derived arm keeps its arm's version; one of another name (the judge) comes with its own."""
         pinned = self._pinned.get(arm.name)
         return arm.with_({"adapter": pinned.adapter}) if arm.adapter and pinned else arm
@@ -136,110 +130,100 @@ def run_compare(
     spec, _ = with_gpus(spec, accelerators_here())
     if endpoint is None:
         check_serving(spec)
-    asked = _Asked.read(spec)
-    rows, store = asked.rows, Store(spec.root)
-    manifests = {arm.name: resolve(store, arm.adapter) for arm in spec.arms if arm.adapter}
-    pinned = {arm.name: _pinned(arm, manifests.get(arm.name)) for arm in spec.arms}
-    versions = {name: manifest.version for name, manifest in manifests.items()}
+    inputs, store = _Inputs.read(spec), Store(spec.root)
     run = RunPaths(store, spec.name, spec.identity())
     folder = store.local_dir(*run.file())
     store.write_bytes(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False).encode(), *run.spec())
     store.write_json(collect(spec.seed), *run.provenance())
-
-    seen: list[CompareProgress] = []
-
-    def progress(now: CompareProgress) -> None:
-        seen.append(now)
-        if on_progress is not None:
-            on_progress(now)
-
-    path = folder / "answers.jsonl"
-    with Endpoints(spec, endpoint, pinned) as live:
-        more = _More(spec, asked, manifests, live, folder, on_progress)
-        alone = more.alone()
-        if count_unanswered(spec, rows, path, versions):
-            live.open()
-        answers = asyncio.run(run_offline(spec, rows, live.ask, path, versions=versions, on_progress=progress))
-        options = more.options()
-        scored = score_arms(spec, rows, answers, asked.schema, options, alone)
-        card, judged = more.card(answers, scored, alone), more.judged(answers, scored)
-        new = len(answers) - seen[0].reused
-        stats = asyncio.run(_stats(live.endpoint)) if live.endpoint is not None and new else {}
-    template = base_model.template(base_model.resolve(spec.base))
+    with Endpoints(spec, endpoint, inputs.pinned) as live:
+        found = _Requests(spec, inputs, live, folder, on_progress).collect()
+        snapshot = live.endpoint.handle.snapshot if live.endpoint is not None and found.asked else None
+        stats = asyncio.run(_stats(snapshot)) if snapshot else {}
     report = compare(
         spec,
-        rows,
-        answers,
-        asked.schema,
-        template_digest=template.digest,
-        fields=asked.fields,
-        options=options,
-        alone=alone,
-        card=card,
-        judged=judged,
-        notes=(*asked.notes, *_trained_on(rows, manifests)),
+        inputs.rows,
+        found.answers,
+        inputs.schema,
+        template_digest=template(resolve_base(spec.base)).digest,
+        fields=inputs.fields,
+        options=found.options,
+        alone=found.alone,
+        card=found.card,
+        judged=found.judged,
+        notes=(*inputs.notes, *_training_notes(inputs.rows, inputs.manifests)),
     )
-    store.write_bytes(_score_lines(rows, answers, scored), *run.file("scores.jsonl"))
-    files = _record(spec, store, run, folder, report)
-    return CompareOutcome(
-        run.run_id, report, new, seen[0].reused, stats, scored, files, store.path(*run.file("scores.jsonl"))
-    )
+    store.write_bytes(_score_lines(inputs.rows, found.answers, found.scored), *run.file("scores.jsonl"))
+    files, reused = _record(spec, store, run, folder, report), len(found.answers) - found.asked
+    scores_uri = store.path(*run.file("scores.jsonl"))
+    return CompareOutcome(run.run_id, report, found.asked, reused, stats, found.scored, files, scores_uri)
 
 
 @dataclass(frozen=True)
-class _More:
-    """Requests beyond the questions themselves. Each kind has a file of its own next to the answers."""
+class _AllAnswers:
+    """All answers of a comparison, and what follows from them."""
+
+    answers: AnswerSet
+    asked: int
+    """Answers to questions that were not on disk."""
+    options: AnswerSet
+    alone: AnswerSet
+    scored: ScoredArms
+    card: DecisionCard | None
+    judged: JudgeReport | None
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """Requests of a comparison. Each kind has a file of its own in the run's folder."""
 
     spec: CompareSpec
-    asked: "_Asked"
-    manifests: Mapping[str, AdapterManifest]
+    inputs: "_Inputs"
     live: Endpoints
     folder: Path
     on_progress: Callable[[CompareProgress], None] | None
 
-    @property
-    def versions(self) -> dict[str, str]:
-        """Of the arms' adapters."""
-        return {name: manifest.version for name, manifest in self.manifests.items()}
+    def collect(self) -> _AllAnswers:
+        """Ask in turn: what an answer takes alone, the questions, likelihoods of options, probes, the judge."""
+        spec, inputs = self.spec, self.inputs
+        rows, versions = inputs.rows, inputs.versions
+        questions = question_jobs(spec, rows, versions)
+        asked = count_missing(questions, self.folder / "answers.jsonl")
+        timed = alone_jobs(spec, rows, versions) if inputs.scorers.needs_times else []
+        alone = self._ask(timed, "alone.jsonl", self.live.send, concurrency=1)
+        answers = self._ask(questions, "answers.jsonl", self.live.send)
+        options = self._ask(option_jobs(spec, rows, inputs.scorers.choices, versions), "options.jsonl", self.live.send)
+        scored = score_arms(spec, rows, answers, inputs.schema, options, alone)
+        card, judged = self._card(answers, scored, alone), self._judge_report(answers, scored)
+        return _AllAnswers(answers, asked, options, alone, scored, card, judged)
 
-    def alone(self) -> AnswerSet:
-        """Answers with one request in flight, where a scorer needs times: before all others."""
-        jobs = alone_jobs(self.spec, self.asked.rows, self.versions) if self.asked.scorers.needs_times else []
-        return self._ask(jobs, "alone.jsonl", self.live.send, concurrency=1)
-
-    def options(self) -> AnswerSet:
-        """Likelihoods of the options of every choice scorer."""
-        jobs = option_jobs(self.spec, self.asked.rows, self.asked.scorers.choices, self.versions)
-        return self._ask(jobs, "options.jsonl", self.live.send)
-
-    def card(self, answers: AnswerSet, scored: ScoredArms, alone: AnswerSet) -> DecisionCard | None:
-        spec, asked = self.spec, self.asked
+    def _card(self, answers: AnswerSet, scored: ScoredArms, alone: AnswerSet) -> DecisionCard | None:
+        spec, inputs = self.spec, self.inputs
         if spec.probes is None:
             return None
         prober = Prober(
             spec,
             spec.probes,
-            asked.rows,
+            inputs.rows,
             answers,
-            CorrectnessCheck(spec, asked.scorers, asked.primary),
-            asked.passages,
-            prompts={arm.name: prompt_of(arm, self.manifests.get(arm.name)) for arm in spec.arms},
-            versions=self.versions,
-            reference=spec.probes.reference or reference_arm(spec, scored, asked.primary),
+            CorrectnessCheck(spec, inputs.scorers, inputs.primary),
+            inputs.passages,
+            prompts={arm.name: prompt_of(arm, inputs.manifests.get(arm.name)) for arm in spec.arms},
+            versions=inputs.versions,
+            reference=spec.probes.reference or reference_arm(spec, scored, inputs.primary),
         )
         first = prober.first_requests()
         found = self._ask(first, "probes.jsonl", self.live.send)
         found = self._ask(first + prober.followup_requests(found), "probes.jsonl", self.live.send)
-        return make_card(prober, found, {name: adapter_facts(m) for name, m in self.manifests.items()}, alone)
+        return make_card(prober, found, {name: adapter_facts(m) for name, m in inputs.manifests.items()}, alone)
 
-    def judged(self, answers: AnswerSet, scored: ScoredArms) -> JudgeReport | None:
+    def _judge_report(self, answers: AnswerSet, scored: ScoredArms) -> JudgeReport | None:
         judge = self.spec.judge
         if judge is None:
             return None
         manifest = resolve(Store(self.spec.root), judge.adapter) if judge.adapter else None
-        run = JudgeRun(self.spec, judge, self.asked.rows, answers, manifest)
+        run = JudgeRun(self.spec, judge, self.inputs.rows, answers, manifest)
         found = self._ask(run.jobs(), "judge.jsonl", OtherEndpoint(judge).send if judge.url else self.live.send)
-        return run.report(found, scored, self.asked.primary)
+        return run.report(found, scored, self.inputs.primary)
 
     def _ask(self, jobs: Sequence[EvalRequest], file: str, send: Send, concurrency: int | None = None) -> AnswerSet:
         """On the endpoint, deployed where something is missing that only it can answer."""
@@ -252,7 +236,7 @@ class _More:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Inputs:
     """Inputs that the spec names, read and checked before anything is deployed."""
 
     rows: list[DatasetRow]
@@ -263,9 +247,18 @@ class _Asked:
     passages: GoldPassages
     notes: tuple[str, ...]
     """Keys of the questions, and of the prompts' worked examples, that are ignored."""
+    manifests: Mapping[str, AdapterManifest]
+    """By arm; each alias is resolved once, here."""
+    pinned: Mapping[str, ArmSpec]
+    """Arms with the versions of `manifests`."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the arms' adapters."""
+        return {name: manifest.version for name, manifest in self.manifests.items()}
 
     @classmethod
-    def read(cls, spec: CompareSpec) -> "_Asked":
+    def read(cls, spec: CompareSpec) -> "_Inputs":
         """Raises UserError."""
         names = [*spec.slices, *([spec.cluster] if spec.cluster else [])]
         keys, shots = key_check("eval", names), key_check("train")
@@ -287,10 +280,15 @@ class _Asked:
                 "leave out probes, or name another primary",
             )
         notes = (*keys.note("eval"), *shots.note("prompt.few_shot_file"))
-        return cls(rows, schema, scorers, primary, fields, passages, notes)
+        store = Store(spec.root)
+        manifests = {arm.name: resolve(store, arm.adapter) for arm in spec.arms if arm.adapter}
+        pinned = {
+            arm.name: arm.with_({"adapter": manifests[arm.name].ref}) if arm.adapter else arm for arm in spec.arms
+        }
+        return cls(rows, schema, scorers, primary, fields, passages, notes, manifests, pinned)
 
 
-def _trained_on(rows: Sequence[DatasetRow], manifests: Mapping[str, AdapterManifest]) -> list[str]:
+def _training_notes(rows: Sequence[DatasetRow], manifests: Mapping[str, AdapterManifest]) -> list[str]:
     """A note on each arm whose adapter was trained on exactly these rows, by its manifest's digest of them."""
     asked = fingerprint(rows)
     return [
@@ -301,12 +299,8 @@ def _trained_on(rows: Sequence[DatasetRow], manifests: Mapping[str, AdapterManif
     ]
 
 
-def _pinned(arm: ArmSpec, manifest: AdapterManifest | None) -> ArmSpec:
-    return arm.with_({"adapter": manifest.ref}) if manifest else arm
-
-
-async def _stats(endpoint: Endpoint) -> dict[str, Any]:
-    return replica_stats(await endpoint.handle.snapshot.remote())
+async def _stats(snapshot: Any) -> dict[str, Any]:
+    return replica_stats(await snapshot.remote())
 
 
 def _score_lines(rows: Sequence[DatasetRow], answers: AnswerSet, scored: ScoredArms) -> bytes:

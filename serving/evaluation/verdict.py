@@ -59,7 +59,9 @@ def _advise_metric(
 ) -> Found:
     best = max(scored.names, key=lambda arm: (scored.mean(arm, metric), -_COST.index(kinds[arm])))
     pairs = family(scored, [(a, b, metric) for a, b in combinations(scored.names, 2)], rules)
-    rivals, groups = _against(best, pairs), _groups(scored, metric, pairs)
+    rivals = [pair for pair in pairs if best in (pair.a, pair.b)]
+    apart = [(pair.a, pair.b) for pair in pairs if pair.verdict in ("better", "worse")]
+    groups = tuple(stats.tied_sets({arm: scored.mean(arm, metric) for arm in scored.names}, apart))
     if scored.mean(best, metric) == 0:
         sentence = f"No arm scores above 0 {_metric_clause(metric)} (n={rivals[0].n})."
         return MetricAdvice(
@@ -85,15 +87,6 @@ def _metric_clause(metric: str) -> str:
 def _sentence_start(text: str) -> str:
     """Return `text` with its first letter upper case; `capitalize` would also turn F1 into f1."""
     return text[:1].upper() + text[1:]
-
-
-def _groups(scored: ScoredArms, metric: str, pairs: Sequence[Difference]) -> tuple[tuple[str, ...], ...]:
-    apart = [(pair.a, pair.b) for pair in pairs if pair.verdict in ("better", "worse")]
-    return tuple(stats.tied_sets({arm: scored.mean(arm, metric) for arm in scored.names}, apart))
-
-
-def _against(arm: str, pairs: Sequence[Difference]) -> list[Difference]:
-    return [pair for pair in pairs if arm in (pair.a, pair.b)]
 
 
 def _other_arm(pair: Difference, arm: str) -> str:
@@ -141,13 +134,12 @@ def _sentence(
             f"{_mean(scored, rival, metric)}{also}; {_format_mde(turning)}."
         )
     also = f", not told apart from {_join(tied[1:])}" if len(tied) > 1 else ""
-    ahead = f"; {_lead(turning, best)}" if turning is not None else ""
+    ahead = ""
+    if turning is not None:
+        value, low, high = _seen_from(best, turning)
+        rival = _other_arm(turning, best)
+        ahead = f"; {words.signed(value)} {words.signed_interval(low, high)} over {rival}, n={turning.n}"
     return f"{_sentence_start(_metric_clause(metric))}: {winner} wins ({score}{also}{ahead})."
-
-
-def _lead(pair: Difference, best: str) -> str:
-    value, low, high = _seen_from(best, pair)
-    return f"{words.signed(value)} {words.signed_interval(low, high)} over {_other_arm(pair, best)}, n={pair.n}"
 
 
 def _mean(scored: ScoredArms, arm: str, metric: str) -> str:
@@ -171,7 +163,9 @@ def _winner_sentence(metrics: Sequence[Found], scored: ScoredArms, rules: Rules,
         parts.append(f"{winner} {'' if parts else 'wins '}{where}")
     undecided = [_metric_clause(found.metric) for found, _ in metrics if found.winner is None and found.metric in TEXT]
     also = f", undecided {_join(undecided)}" if undecided else ""
-    return _as_sentence(_join(parts) + also + _lead_clause(*metrics[-1], scored, rules, baseline)) if parts else ""
+    return (
+        f"{_sentence_start(_join(parts))}{also}{_lead_clause(*metrics[-1], scored, rules, baseline)}." if parts else ""
+    )
 
 
 def _open_sentences(metrics: Sequence[Found], scored: ScoredArms) -> tuple[str, ...]:
@@ -183,11 +177,7 @@ def _open_sentences(metrics: Sequence[Found], scored: ScoredArms) -> tuple[str, 
             sentences.append(f"{_metric_clause(found.metric)}, undecided between {pair} ({_format_mde(turning)})")
         elif found.winner is None:
             sentences.append(f"{_metric_clause(found.metric)}, no arm scores above 0 (n={scored.n})")
-    return tuple(_as_sentence(text) for text in sentences)
-
-
-def _as_sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    return tuple(f"{_sentence_start(text)}." for text in sentences)
 
 
 def _lead_clause(

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -219,12 +219,6 @@ RERANKED = "lexical+rerank"
 QUESTIONS_FILE = "eval.jsonl"
 
 
-@dataclass
-class _Measured:
-    hits: dict[str, list[Sequence[Hit]]] = field(default_factory=dict)
-    times_ms: dict[str, list[float]] = field(default_factory=dict)
-
-
 def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport:
     """Measure the spec's retrievers on its questions and record the choice next to the index.
 
@@ -234,29 +228,31 @@ def run_eval(spec: RagSpec, *, on_progress: Progress | None = None) -> RagReport
     keys = question_keys()
     questions = questions_of(spec, keys)
     retrievers = {kind: open_made(spec, kind) for kind in spec.kinds}
-    _require_corpus(spec, questions, retrievers["lexical"])
+    folder = spec.home.folder(spec.home.current())
+    documents = frozenset(document_of(p.id) for _, p in LexicalIndex.open(folder / LEXICAL_FILE).numbered())
+    require_gold(questions, retrievers["lexical"], documents, f"index {spec.home.store.uri}")
     depth = max(spec.k, MRR_DEPTH, spec.rerank.candidates if spec.rerank else 0)
-    measured = _Measured()
+    hits: dict[str, list[Sequence[Hit]]] = {}
+    times_ms: dict[str, list[float]] = {}
     for kind, retriever in retrievers.items():
-        _search(measured, kind, retriever, questions, depth, on_progress)
+        hits[kind], times_ms[kind] = _search(kind, retriever, questions, depth, on_progress)
     if spec.rerank is not None:
-        ranked, times = rerank_all(spec, measured.hits["lexical"], questions, on_progress)
-        measured.hits[RERANKED], measured.times_ms[RERANKED] = ranked, times
+        hits[RERANKED], times_ms[RERANKED] = rerank_all(spec, hits["lexical"], questions, on_progress)
     manifest = spec.home.current()
     report = judge(
-        measured.hits,
+        hits,
         questions,
         name=spec.name,
         version=manifest.version,
         passages=manifest.passages,
         k=spec.k,
-        times_ms=measured.times_ms,
+        times_ms=times_ms,
         seed=spec.seed,
         notes=keys.note("questions"),
     )
     kind = next((kind for kind in spec.kinds if kind == report.chosen), "lexical")  # an arm asks for a rerank itself
     spec.home.choose(RetrieverChoice(kind=kind, version=manifest.version, sentence=report.sentence))
-    spec.home.store.write_bytes(per_question(measured.hits, questions, spec.k), QUESTIONS_FILE)
+    spec.home.store.write_bytes(per_question(hits, questions, spec.k), QUESTIONS_FILE)
     return report.model_copy(update={"questions_uri": spec.home.store.path(QUESTIONS_FILE)})
 
 
@@ -275,21 +271,12 @@ def questions_of(spec: RagSpec, keys: KeyCheck | None = None) -> list[Question]:
     return read_questions(spec.questions, spec.limit, keys)
 
 
-def _require_corpus(spec: RagSpec, questions: Sequence[Question], lexical: Retriever) -> None:
-    folder = spec.home.folder(spec.home.current())
-    ids = (passage.id for _, passage in LexicalIndex.open(folder / LEXICAL_FILE).numbered())
-    require_gold(questions, lexical, frozenset(map(document_of, ids)), f"index {spec.home.store.uri}")
-
-
 def _search(
-    measured: _Measured,
-    kind: str,
-    retriever: Retriever,
-    questions: Sequence[Question],
-    depth: int,
-    on_progress: Progress | None,
-) -> None:
-    hits, times = measured.hits.setdefault(kind, []), measured.times_ms.setdefault(kind, [])
+    kind: str, retriever: Retriever, questions: Sequence[Question], depth: int, on_progress: Progress | None
+) -> tuple[list[Sequence[Hit]], list[float]]:
+    """Return the hits of each question, and the wall ms of its search."""
+    hits: list[Sequence[Hit]] = []
+    times: list[float] = []
     retriever.search(questions[0].text, depth)  # loads an embedder, opens a connection: no part of a search
     for number, question in enumerate(questions, start=1):
         began = time.perf_counter()
@@ -297,3 +284,4 @@ def _search(
         times.append((time.perf_counter() - began) * 1000)
         if on_progress is not None:
             on_progress(number, len(questions), kind)
+    return hits, times

@@ -102,7 +102,7 @@ def _question(record: dict[str, Any], where: str, default_id: str) -> Question:
         raise DataError(f"{where}: answers", f"found {answers!r}"[:200], "answers is a list of texts")
     if not isinstance(facts, dict):
         raise DataError(f"{where}: gold", f"found {facts!r}"[:200], "gold is the right answer as a JSON object")
-    hidden = [str(value) for key, value in facts.items() if key not in _listed(record.get("given_fields"))]
+    hidden = [str(value) for key, value in facts.items() if key not in _as_list(record.get("given_fields"))]
     identity = frozenset(str(one) for one in gold)
     return Question(str(record.get("id", default_id)), text, identity, tuple(answers), tuple(hidden))
 
@@ -118,7 +118,7 @@ def _text(record: dict[str, Any]) -> str | None:
     return found if isinstance(found, str) and found.strip() else None
 
 
-def _listed(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 

@@ -73,10 +73,10 @@ def rerank_all(
         engine=EngineSpec(max_seq_len=2048),
     )
     with deploy(serve, http=False) as endpoint:
-        return asyncio.run(_reranked(spec, endpoint, found, questions, on_progress))
+        return asyncio.run(_rerank_questions(spec, endpoint, found, questions, on_progress))
 
 
-async def _reranked(
+async def _rerank_questions(
     spec: RagSpec,
     endpoint: "Endpoint",
     found: Sequence[Sequence[Hit]],

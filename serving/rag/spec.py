@@ -8,9 +8,11 @@ from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
 from graftwork.quantization import QuantSpec
 from graftwork.retrieval.corpus import ChunkSpec, SourceSpec
+from graftwork.retrieval.dense import MINILM, VectorKind
 from graftwork.retrieval.embedder import EmbedderSpec
-from graftwork.retrieval.index_store import IndexHome, Kind
-from graftwork.retrieval.retriever import MINILM, RerankSpec, RetrieverSpec
+from graftwork.retrieval.index_store import IndexHome
+from graftwork.retrieval.protocol import RerankSpec
+from graftwork.retrieval.retriever import KINDS, AutoSpec, Kind, RetrieverSpec
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 
 
@@ -62,7 +64,7 @@ class RagSpec(Spec):
     @property
     def needs_vectors(self) -> bool:
         """Return whether passages are embedded."""
-        return "dense" in self.retrievers or "hybrid" in self.retrievers
+        return any(issubclass(KINDS[kind], VectorKind) for kind in self.retrievers)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -78,9 +80,13 @@ class RagSpec(Spec):
         """Digest of what decides the passages: an index made from anything else is another one."""
         return type(self)(name="x", sources=self.sources, chunk=self.chunk).identity()
 
-    def retriever(self, kind: Literal["lexical", "dense", "hybrid", "auto"]) -> RetrieverSpec:
+    def retriever(self, kind: Kind | Literal["auto"]) -> RetrieverSpec:
         """One of its retrievers, as an arm would name it."""
-        tree: dict[str, object] = {"kind": kind, "corpus": self.home.store.uri, "k": self.k}
-        tree |= {"embedder": self.embedder.model_dump()} if kind != "lexical" else {}
-        tree |= {"dense_weight": self.dense_weight} if kind in ("hybrid", "auto") else {}
-        return RetrieverSpec.model_validate(tree)
+        auto = AutoSpec(
+            kind="auto",
+            corpus=self.home.store.uri,
+            k=self.k,
+            embedder=self.embedder,
+            dense_weight=self.dense_weight,
+        )
+        return auto if kind == "auto" else auto.chosen(kind)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
 PROGRAMS = Path(__file__).parent / "extending"
 PARTS = ("graftwork", "training", "serving", "tuning", "cluster")
-MOST_FILES = {"adapter-kind": 3, "quantization": 2, "search-algorithm": 2, "objective": 2, "scorer": 2}
+MOST_FILES = {"adapter-kind": 3, "quantization": 2, "search-algorithm": 2, "objective": 2, "retriever": 2, "scorer": 2}
 """Files that adding one variant may edit, the one with the table or the union included."""
 
 

@@ -106,7 +106,7 @@ def status(client: Client, name: str) -> dict[str, Any]:
 
 def written(client: Client, name: str) -> list[LogRow]:
     until(lambda: status(client, name)["log"]["waiting"] == 0)
-    log = ExperimentLog.at(status(client, name)["log"]["uri"])
+    log = ExperimentLog(Store(status(client, name)["log"]["uri"]), ())
     rows = [row for row in log.rows() if row.kind == "answer"]
     assert (log.health.duplicates, log.health.damaged) == (0, [])
     return rows
@@ -194,7 +194,7 @@ def test_an_arm_that_is_slower_and_no_worse_raises_no_alarm_at_any_look(endpoint
         assert judged["blocked"] is None
         assert judged["contrasts"][0]["verdict"] in ("undecided", "equivalent")
     read = analyse_log(
-        spec["name"], ExperimentLog.at(last["log"]["uri"]), rules_of(ExperimentSpec.model_validate(spec))
+        spec["name"], ExperimentLog(Store(last["log"]["uri"]), ()), rules_of(ExperimentSpec.model_validate(spec))
     )
     (contrast,) = read.contrasts
     assert (contrast.n, contrast.estimate, contrast.e_value) == tuple(
@@ -202,7 +202,7 @@ def test_an_arm_that_is_slower_and_no_worse_raises_no_alarm_at_any_look(endpoint
     ), "the log that is read again says what the endpoint said"
     assert sum(arm.counted for arm in read.arms) >= UNITS
     assert sum(arm.scored for arm in read.arms) == pytest.approx(rated * UNITS, rel=0.25)
-    rows = list(ExperimentLog.at(last["log"]["uri"]).rows())
+    rows = list(ExperimentLog(Store(last["log"]["uri"]), ()).rows())
     times = {arm: [row.latency_ms for row in rows if row.arm == arm and row.latency_ms] for arm in ("quick", "slow")}
     assert np.median(times["slow"]) > 5 * np.median(times["quick"])
     order = [row.request_id for row in rows if row.kind == "assignment"]

@@ -25,12 +25,12 @@ def test_segments_merge_and_a_cut_object_is_told(s3_store: Store) -> None:
     writer.publish([row(4)])
     writer.publish([row(5), row(1)])
     assert len(s3_store.list("x-1")) == 3
-    log = ExperimentLog.at(f"{s3_store.uri}/x-1")
+    log = ExperimentLog(Store(f"{s3_store.uri}/x-1"), ())
     assert [one.request_id for one in log.rows()] == [f"r{number}" for number in range(6)]
     assert log.health.duplicates == 1
     merged, *_ = log.segments.listed()
     s3_store.write_bytes(s3_store.read_bytes("x-1", merged.name)[:-9], "x-1", merged.name)
-    again = ExperimentLog.at(f"{s3_store.uri}/x-1")
+    again = ExperimentLog(Store(f"{s3_store.uri}/x-1"), ())
     assert [one.request_id for one in again.rows()] == ["r4", "r5", "r1"]
     assert merged.name in again.health.damaged[0]
 
@@ -69,7 +69,7 @@ def test_an_endpoint_logs_to_s3_and_goes_on_there_after_a_restart(s3_store: Stor
                 answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
                 assert answer.status_code == 200, answer.text
                 asked.append(answer.json()["id"])
-    log = ExperimentLog.at(f"{s3_store.uri}/log/{begun['id']}")
+    log = ExperimentLog(Store(f"{s3_store.uri}/log/{begun['id']}"), ())
     rows = list(log.rows())
     assert Counter(one.request_id for one in rows if one.kind == "answer") == Counter(asked)
     assert [one.event for one in rows if one.kind == "event"] == ["start", "resume"]

@@ -10,7 +10,7 @@ from graftwork.base.source import BaseSpec
 from graftwork.datasets.rows import read_rows
 from graftwork.errors import BaseModelError, StorageError
 from graftwork.prompts.render import Passage
-from graftwork.retrieval import RetrieverSpec, open_lexical, open_retriever
+from graftwork.retrieval import LexicalSpec, open_retriever
 from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
 from graftwork.retrieval.index_store import IndexHome
 from graftwork.storage.store import Store
@@ -43,7 +43,8 @@ def test_rows_and_corpus_are_read_from_s3(s3_store: Store) -> None:
     s3_store.write_bytes(json.dumps({"prompt": "q", "completion": "a"}).encode(), "rows.jsonl")
     s3_store.write_bytes(json.dumps({"id": "p", "text": "Kunming (ZPPP)"}).encode(), "corpus.jsonl")
     assert read_rows(f"{s3_store.uri}/rows.jsonl", need="train")[0].answer == "a"
-    assert [hit.passage.id for hit in open_lexical(f"{s3_store.uri}/corpus.jsonl").search("ZPPP", 1)] == ["p"]
+    retriever = open_retriever(LexicalSpec(corpus=f"{s3_store.uri}/corpus.jsonl"))
+    assert [hit.passage.id for hit in retriever.search("ZPPP", 1)] == ["p"]
     s3_store.write_bytes(b"# Port\nOpens at six.", "docs", "port.md")
     s3_store.write_bytes(b"<h1>Lake</h1><p>Swim at noon.", "docs", "sub", "lake.html")
     read = read_corpus([SourceSpec(uri=f"{s3_store.uri}/docs")], ChunkSpec())
@@ -56,7 +57,7 @@ def test_an_index_on_s3_is_searched_from_a_copy_and_followed(s3_store: Store, mo
     monkeypatch.setattr("graftwork.retrieval.retriever.FRESH_S", 0.0)
     home = IndexHome.from_root(s3_store.uri, "docs")
     home.publish("docs", [Passage("1", "a port")], made_from="x", sources=["s"])
-    retriever = open_retriever(RetrieverSpec(corpus=f"{s3_store.uri}/indexes/docs"))
+    retriever = open_retriever(LexicalSpec(corpus=f"{s3_store.uri}/indexes/docs"))
     assert [hit.passage.id for hit in retriever.search("port", 3)] == ["1"]
     done = home.publish("docs", [Passage("1", "a port"), Passage("2", "port at sea")], made_from="x", sources=["s"])
     assert (done.kept, done.added) == (1, 1)

@@ -200,16 +200,17 @@ class _Card:
         self.failed = self._failures(prober.reference)
 
     def made(self, adapters: Mapping[str, AdapterFacts]) -> DecisionCard:
+        reference = next(arm for arm in self.spec.arms if arm.name == self.prober.reference)
         causes, lifts = self._causes(), self._lifts()
         grammar, known = self._grammar(), self._known()
-        rate = self._share("failures", self.failed, len(self._answered(self.prober.reference)) or 1)
+        rate = self._share("failures", self.failed, len(self._answered_rows(self.prober.reference)) or 1)
         asked = ask_for(
             Findings(
                 rare=state(rate, self.probes.min_share) == "dismissed",
                 causes=[cause.cause for cause in causes if cause.state == "matters"],
                 grammar=enough(grammar),
                 known=enough(known),
-                retrieves=self._reference().retriever is not None,
+                retrieves=reference.retriever is not None,
             )
         )
         remedy, best, of_kind = measured(asked, lifts)
@@ -225,7 +226,7 @@ class _Card:
             grammar_is_enough=grammar,
             known=known,
             lifts=lifts,
-            arms=self._arms(),
+            arms=tuple(self._arm(arm) for arm in self.spec.arms if arm.name in (self.probes.arms or (arm.name,))),
             costs=tuple(self._cost(arm, adapters.get(arm.name)) for arm in self.spec.arms),
             remedy=remedy,
             asked_for=asked,
@@ -233,14 +234,11 @@ class _Card:
             open=(*self._no_split(), *(self._open(cause) for cause in causes if cause.state == "open")),
         )
 
-    def _reference(self) -> ArmSpec:
-        return next(arm for arm in self.spec.arms if arm.name == self.prober.reference)
-
     def _failures(self, arm: str) -> int:
         """Wrong answers; a failed request is none, for it says nothing of the model."""
-        return sum(not self.prober.rights[arm][row].whole for row in self._answered(arm))
+        return sum(not self.prober.rights[arm][row].whole for row in self._answered_rows(arm))
 
-    def _answered(self, arm: str) -> list[str]:
+    def _answered_rows(self, arm: str) -> list[str]:
         return [row.id for row in self.prober.rows if self.prober.answers.find(arm, row.id)]
 
     def _share(self, name: str, count: int, n: int, **recipe: object) -> Share:
@@ -307,10 +305,6 @@ class _Card:
         found = self._share(f"mended_{cause}", mended, len(rows), by=arm.name)
         remedy = example_of(arm_kind(arm), grammar=arm.grammar is not None)
         return Lift(arm=arm.name, kind=arm_kind(arm), remedy=remedy, cause=cause, share=found)
-
-    def _arms(self) -> tuple[ArmCauses, ...]:
-        probed = self.probes.arms or tuple(arm.name for arm in self.spec.arms)
-        return tuple(self._arm(arm) for arm in self.spec.arms if arm.name in probed)
 
     def _arm(self, arm: ArmSpec) -> ArmCauses:
         own = [one for one in self.explained if one.failure.arm.name == arm.name]

@@ -13,7 +13,7 @@ from itertools import count
 
 from graftwork.datasets.rows import DatasetRow
 from graftwork.prompts.render import Message, Passage, PromptSpec, format_user_turn
-from graftwork.retrieval import RetrieverSpec, open_retriever
+from graftwork.retrieval import LexicalSpec, open_retriever
 from graftwork.retrieval.corpus import document_of
 from graftwork.scoring import GoldText, leaves, tokens
 from graftwork.serving.evaluation.answers import AnswerSet, EvalAnswer, EvalRequest, Messages, answer_key, question
@@ -34,7 +34,7 @@ class GoldPassages:
     @classmethod
     def read(cls, corpus: str | None) -> "GoldPassages":
         """Of any corpus or index that a retriever takes. Raises DataError, StorageError."""
-        return cls(open_retriever(RetrieverSpec(corpus=corpus)).get if corpus else lambda _: None)
+        return cls(open_retriever(LexicalSpec(corpus=corpus)).get if corpus else lambda _: None)
 
     def find(self, row: DatasetRow) -> Passage | None:
         """None where the row names no document, or the corpus lacks it."""
@@ -42,7 +42,7 @@ class GoldPassages:
             return None
         whole = self._find(row.doc_id)
         pieces = [whole] if whole else list(self._pieces(row.doc_id))
-        return max(pieces, key=lambda passage: _shared(passage.text, row), default=None)
+        return max(pieces, key=lambda passage: _shared_leaves(passage.text, row), default=None)
 
     def _pieces(self, document: str) -> Iterator[Passage]:
         for number in count(1):
@@ -99,7 +99,7 @@ def _as_if(row: DatasetRow, other: DatasetRow) -> str:
     return right_answer(DatasetRow(other.id, (Message("user", "?"),), gold=tree))
 
 
-def _shared(text: str, row: DatasetRow) -> int:
+def _shared_leaves(text: str, row: DatasetRow) -> int:
     words = set(tokens(text))
     return sum(words.issuperset(tokens(leaf)) for leaf in leaves(dict(row.gold or {})))
 
@@ -170,7 +170,7 @@ class Prober:
             form_right=failure.right.form,
             value_right=failure.right.value,
             retrieves=arm.retriever is not None,
-            gold_retrieved=self._retrieved(failure),
+            gold_retrieved=self._gold_retrieved(failure),
             oracle_right=self._value_of(f"{arm.name}~oracle", row, found),
             grammar_right=self._under_grammar(failure, found),
             closed_book=_prefers_first(found.find(f"{arm.name}~closed", row.id)),
@@ -234,7 +234,7 @@ class Prober:
         answer = found.find(label, row.id)
         return self.judge.check(row, answer.text).value if answer else None
 
-    def _retrieved(self, failure: WrongAnswer) -> bool | None:
+    def _gold_retrieved(self, failure: WrongAnswer) -> bool | None:
         if failure.arm.retriever is None or failure.row.doc_id is None:
             return None
         passage = self._passages.find(failure.row)

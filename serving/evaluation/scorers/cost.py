@@ -4,7 +4,6 @@ In a comparison times come from answers with one request in flight (`answers.alo
 are mostly the time in the queue, which depends on the other arms.
 """
 
-from dataclasses import dataclass
 from math import nan
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -14,7 +13,7 @@ from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow
 from graftwork.metrics import COMPLETION_TOKENS, LATENCY_MS, PROMPT_TOKENS, TTFT_MS, Metric
 from graftwork.scoring import AnswerSchema
-from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer
+from graftwork.serving.evaluation.scorers.protocol import ModelReply, ScoreFunction, Scorer
 
 _MS_PER_HOUR = 3_600_000
 
@@ -51,21 +50,15 @@ class TokensSpec(Spec):
         return TOKENS
 
 
-@dataclass(frozen=True)
-class MeasureScorer:
+def _measures(metrics: tuple[Metric, ...]) -> Scorer:
     """Measures that the endpoint reports with each answer."""
-
-    metrics: tuple[Metric, ...]
-
-    def check(self, row: DatasetRow) -> None:
-        """Any row will do."""
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        return {metric.name: _or_nan(getattr(reply, metric.name)) for metric in self.metrics}
+    return ScoreFunction(
+        metrics, lambda reply: {metric.name: _or_nan(getattr(reply, metric.name)) for metric in metrics}
+    )
 
 
-LATENCY = MeasureScorer((LATENCY_MS, TTFT_MS))
-TOKENS = MeasureScorer((PROMPT_TOKENS, COMPLETION_TOKENS))
+LATENCY = _measures((LATENCY_MS, TTFT_MS))
+TOKENS = _measures((PROMPT_TOKENS, COMPLETION_TOKENS))
 
 
 class CostSpec(Spec):

@@ -1,6 +1,5 @@
 """Scorers of JSON answers: `fields` and `field_f1` (against gold's fields), `json_schema` (it validates)."""
 
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from graftwork.config import Spec
@@ -8,7 +7,7 @@ from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import FIELD_F1, SCORES, Metric
 from graftwork.scoring import AnswerSchema, GoldAnswer, field_f1, parse_object, score
-from graftwork.serving.evaluation.scorers.protocol import MetricName, ModelReply, Scorer
+from graftwork.serving.evaluation.scorers.protocol import MetricName, ModelReply, ScoreFunction, Scorer
 
 
 class FieldsSpec(Spec):
@@ -22,24 +21,14 @@ class FieldsSpec(Spec):
         return ("facts", "form", "both", "field_accuracy")
 
     def build(self, schema: AnswerSchema | None) -> Scorer:
-        """Return the scorer of this key."""
-        return FieldsScorer(_require_schema(schema, self.kind))
+        """Return the score of form, facts and both."""
+        valid = _require_schema(schema, self.kind)
 
+        def score_answer(reply: ModelReply) -> dict[str, float]:
+            found = score(reply.text, GoldAnswer(reply.gold or {}, frozenset(reply.given_fields)), valid)
+            return {metric.name: getattr(found, metric.name) for metric in SCORES}
 
-class FieldsScorer:
-    """Form, facts, both and field accuracy of an answer against its row's gold object."""
-
-    metrics = SCORES
-
-    def __init__(self, schema: AnswerSchema) -> None:
-        self._schema = schema
-
-    def check(self, row: DatasetRow) -> None:
-        GoldAnswer.from_row(row)
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        found = score(reply.text, GoldAnswer(reply.gold or {}, frozenset(reply.given_fields)), self._schema)
-        return {metric.name: getattr(found, metric.name) for metric in SCORES}
+        return ScoreFunction(SCORES, score_answer, GoldAnswer.from_row)
 
 
 class FieldF1Spec(Spec):
@@ -53,21 +42,16 @@ class FieldF1Spec(Spec):
         return ("field_f1",)
 
     def build(self, schema: AnswerSchema | None) -> Scorer:
-        """Return the scorer of this key."""
-        return FieldF1Scorer()
+        """Return the harmonic mean of the share of the answer's fields that are right and of gold's that are found."""
 
+        def check(row: DatasetRow) -> None:
+            if not row.gold:
+                raise DataError(f"row {row.id!r}: gold", "missing or empty", "field_f1 needs an object of fields")
 
-class FieldF1Scorer:
-    """Harmonic mean of the share of the answer's fields that are right and the share of gold's that are found."""
+        def score_answer(reply: ModelReply) -> dict[str, float]:
+            return {FIELD_F1.name: field_f1(parse_object(reply.text) or {}, reply.gold or {})}
 
-    metrics = (FIELD_F1,)
-
-    def check(self, row: DatasetRow) -> None:
-        if not row.gold:
-            raise DataError(f"row {row.id!r}: gold", "missing or empty", "field_f1 needs an object of fields")
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        return {FIELD_F1.name: field_f1(parse_object(reply.text) or {}, reply.gold or {})}
+        return ScoreFunction((FIELD_F1,), score_answer, check)
 
 
 class JsonSchemaSpec(Spec):
@@ -84,29 +68,15 @@ class JsonSchemaSpec(Spec):
         return (self.name,)
 
     def build(self, schema: AnswerSchema | None) -> Scorer:
-        """Return the scorer of this key."""
+        """Return 1 where the answer is one JSON object that validates."""
         own = AnswerSchema.load(self.json_schema) if self.json_schema else _require_schema(schema, self.kind)
-        return JsonSchemaScorer(self.name, own)
-
-
-@dataclass(frozen=True)
-class JsonSchemaScorer:
-    """1 where the answer is one JSON object that validates."""
-
-    name: str
-    schema: AnswerSchema
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
         meaning = "The answer is exactly one JSON object and validates against the schema."
-        return (Metric(self.name, "share of answers", "higher", "binary", meaning),)
 
-    def check(self, row: DatasetRow) -> None:
-        """Any row will do."""
+        def score_answer(reply: ModelReply) -> dict[str, float]:
+            answer = parse_object(reply.text)
+            return {self.name: float(answer is not None and own.holds(answer))}
 
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        answer = parse_object(reply.text)
-        return {self.name: float(answer is not None and self.schema.holds(answer))}
+        return ScoreFunction((Metric(self.name, "share of answers", "higher", "binary", meaning),), score_answer)
 
 
 def _require_schema(schema: AnswerSchema | None, kind: str) -> AnswerSchema:

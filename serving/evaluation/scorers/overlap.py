@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 from graftwork.config import Spec
-from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError
 from graftwork.metrics import BLEU, CHRF, ROUGE_1, ROUGE_2, ROUGE_L
 from graftwork.scoring import AnswerSchema, GoldText
-from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer
+from graftwork.serving.evaluation.scorers.protocol import ModelReply, ScoreFunction, Scorer
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -29,44 +28,31 @@ class OverlapSpec(Spec):
         return ("rouge_1", "rouge_2", "rouge_l") if self.kind == "rouge" else (self.kind,)
 
     def build(self, schema: AnswerSchema | None) -> Scorer:
-        """Return the scorer of this key."""
-        return RougeScorer(self) if self.kind == "rouge" else OverlapScorer(self, self.kind)
+        """Return the scores of one answer; for bleu and chrf their mean is not the corpus score."""
+        gold = GoldText(self.field)
+        if self.kind == "rouge":
+            return ScoreFunction(
+                (ROUGE_1, ROUGE_2, ROUGE_L),
+                lambda reply: _rouge(reply.text, gold.find_texts(reply.gold, reply.reference)),
+                lambda row: gold.find_texts(row.gold, row.answer, row.id),
+            )
+        metric, sentence_score = BLEU if self.kind == "bleu" else CHRF, _sacrebleu(self.kind)
+
+        def score(reply: ModelReply) -> dict[str, float]:
+            right = list(gold.find_texts(reply.gold, reply.reference))
+            return {metric.name: sentence_score(reply.text, right).score / 100}
+
+        return ScoreFunction((metric,), score, lambda row: gold.find_texts(row.gold, row.answer, row.id))
 
 
-class OverlapScorer:
-    """BLEU or chrF of each answer by itself; their mean is not the corpus score."""
-
-    def __init__(self, spec: OverlapSpec, kind: Literal["bleu", "chrf"]) -> None:
-        self._gold, self._score = GoldText(spec.field), _sacrebleu(kind)
-        self.metrics = (BLEU if kind == "bleu" else CHRF,)
-
-    def check(self, row: DatasetRow) -> None:
-        self._gold.find_texts(row.gold, row.answer, row.id)
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        right = list(self._gold.find_texts(reply.gold, reply.reference))
-        return {self.metrics[0].name: self._score(reply.text, right).score / 100}
-
-
-class RougeScorer:
+def _rouge(text: str, right: Sequence[str]) -> dict[str, float]:
     """ROUGE-1, ROUGE-2 and ROUGE-L as F1, best of the right texts, no stemming (Lin 2004)."""
-
-    metrics = (ROUGE_1, ROUGE_2, ROUGE_L)
-
-    def __init__(self, spec: OverlapSpec) -> None:
-        self._gold = GoldText(spec.field)
-
-    def check(self, row: DatasetRow) -> None:
-        self._gold.find_texts(row.gold, row.answer, row.id)
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        said = _words(reply.text)
-        right = [_words(text) for text in self._gold.find_texts(reply.gold, reply.reference)]
-        return {
-            ROUGE_1.name: max(_grams_f1(said, text, 1) for text in right),
-            ROUGE_2.name: max(_grams_f1(said, text, 2) for text in right),
-            ROUGE_L.name: max(_f1(_longest_common(said, text), len(said), len(text)) for text in right),
-        }
+    said, wanted = _words(text), [_words(one) for one in right]
+    return {
+        ROUGE_1.name: max(_grams_f1(said, words, 1) for words in wanted),
+        ROUGE_2.name: max(_grams_f1(said, words, 2) for words in wanted),
+        ROUGE_L.name: max(_f1(_longest_common(said, words), len(said), len(words)) for words in wanted),
+    }
 
 
 def _sacrebleu(kind: Literal["bleu", "chrf"]) -> Callable[[str, list[str]], Any]:

@@ -1,10 +1,10 @@
 """Protocols of a scorer and of its spec class, and the reply that it scores.
 
-A scorer is one file of this folder with two classes: a `ScorerKind` for its entry under `scorers:`, and the `Scorer`
-that the entry builds. `load.ScorerSpec` lists the spec classes.
+A scorer is one file of this folder with a spec class, a `ScorerKind` for its entry under `scorers:`, which builds the
+`Scorer`: functions in a `ScoreFunction`, or a class. `load.ScorerSpec` lists the spec classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -45,11 +45,20 @@ class Scorer(Protocol):
     @property
     def metrics(self) -> tuple[Metric, ...]: ...
 
-    def check(self, row: DatasetRow) -> None:
+    def check(self, row: DatasetRow, /) -> object:
         """Raises DataError for a row whose answers cannot be scored."""
 
-    def score(self, reply: ModelReply) -> dict[str, float]:
+    def score(self, reply: ModelReply, /) -> dict[str, float]:
         """A value for each metric; NaN where a measure was not taken."""
+
+
+@dataclass(frozen=True)
+class ScoreFunction:
+    """Scorer made of functions."""
+
+    metrics: tuple[Metric, ...]
+    score: Callable[[ModelReply], dict[str, float]]
+    check: Callable[[DatasetRow], object] = lambda _row: None  # any row will do
 
 
 class ScorerKind(Protocol):

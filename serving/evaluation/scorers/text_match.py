@@ -6,7 +6,7 @@ from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow
 from graftwork.metrics import CONTAINS, EM, F1, Metric
 from graftwork.scoring import AnswerSchema, GoldText, Pattern, TextMatch, matches, same_text
-from graftwork.serving.evaluation.scorers.protocol import MetricName, ModelReply, Scorer
+from graftwork.serving.evaluation.scorers.protocol import MetricName, ModelReply, ScoreFunction, Scorer
 
 
 class ExactSpec(Spec):
@@ -71,24 +71,14 @@ class QaSpec(Spec):
         return ("em", "f1", "contains")
 
     def build(self, schema: AnswerSchema | None) -> Scorer:
-        """Return the scorer of this key."""
-        return QaScorer(self)
+        """Return SQuAD's exact match and F1, and containment; the best over the row's right texts."""
+        gold = GoldText(self.field)
 
+        def score(reply: ModelReply) -> dict[str, float]:
+            found = TextMatch.compare(reply.text, gold.find_texts(reply.gold, reply.reference))
+            return {EM.name: float(found.em), F1.name: found.f1, CONTAINS.name: float(found.contains)}
 
-class QaScorer:
-    """SQuAD's exact match and F1, and containment; the best over the row's right texts."""
-
-    metrics = (EM, F1, CONTAINS)
-
-    def __init__(self, spec: QaSpec) -> None:
-        self._gold = GoldText(spec.field)
-
-    def check(self, row: DatasetRow) -> None:
-        self._gold.find_texts(row.gold, row.answer, row.id)
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        found = TextMatch.compare(reply.text, self._gold.find_texts(reply.gold, reply.reference))
-        return {EM.name: float(found.em), F1.name: found.f1, CONTAINS.name: float(found.contains)}
+        return ScoreFunction((EM, F1, CONTAINS), score, lambda row: gold.find_texts(row.gold, row.answer, row.id))
 
 
 class RegexSpec(Spec):
@@ -107,22 +97,9 @@ class RegexSpec(Spec):
         return (self.name,)
 
     def build(self, schema: AnswerSchema | None) -> Scorer:
-        """Return the scorer of this key."""
-        return RegexScorer(self)
-
-
-class RegexScorer:
-    """1 where the answer matches a regular expression."""
-
-    def __init__(self, spec: RegexSpec) -> None:
-        self._spec = spec
-        where = "The whole answer" if spec.whole else "A part of the answer"
-        self.metrics = (
-            Metric(spec.name, "share of answers", "higher", "binary", f"{where} matches `{spec.pattern}`."),
+        """Return 1 where the answer matches."""
+        where = "The whole answer" if self.whole else "A part of the answer"
+        metric = Metric(self.name, "share of answers", "higher", "binary", f"{where} matches `{self.pattern}`.")
+        return ScoreFunction(
+            (metric,), lambda reply: {metric.name: float(matches(reply.text, self.pattern, whole=self.whole))}
         )
-
-    def check(self, row: DatasetRow) -> None:
-        """Any row will do."""
-
-    def score(self, reply: ModelReply) -> dict[str, float]:
-        return {self.metrics[0].name: float(matches(reply.text, self._spec.pattern, whole=self._spec.whole))}

@@ -7,11 +7,10 @@ from typing import Any
 
 from graftwork.serving.ab_test.log import scorers_of
 from graftwork.serving.ab_test.spec import ExperimentSpec
-from graftwork.serving.evaluation.answers import run_offline
 from graftwork.serving.evaluation.compare import compare
 from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from tests.docs.extending.common import require_copy
-from tests.fake_arms import Script, airports, spec
+from tests.fake_arms import Script, airports, ask_all, spec
 
 MOST = 20
 SCORER = {"kind": "max_words", "name": "brief", "words": MOST}
@@ -27,7 +26,7 @@ def main(work: Path) -> None:
         return {**found, "text": found["text"] + " and so on" * 10} if arm.name == "base-rag" else found
 
     asked = spec(scorers=[SCORER], primary="brief", answer_schema=None)
-    answers = asyncio.run(run_offline(asked, rows, answer, work / "answers.jsonl"))
+    answers = asyncio.run(ask_all(asked, rows, answer, work / "answers.jsonl"))
     report = compare(asked, rows, answers, None)
     for arm in report.arms:
         texts = [answers.get(arm.name, row.id).text for row in rows]

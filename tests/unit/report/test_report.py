@@ -23,10 +23,9 @@ from graftwork.report.schema import (
     TrainRun,
 )
 from graftwork.report.sweep_schema import SweepRecord, SweepTrial
-from graftwork.serving.evaluation.answers import run_offline
 from graftwork.serving.evaluation.compare import compare
 from graftwork.storage.store import Store
-from tests.fake_arms import SCHEMA, Script, airports, spec
+from tests.fake_arms import SCHEMA, Script, airports, ask_all, spec
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>\"'&"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -89,7 +88,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> CompareReport:
     asked = spec(contrasts=[{"a": "raft-rag", "b": "naive-rag", "metric": "both"}])
     script = Script(rows)
     script.text = lambda arm, row, said=script.text: EVIL if arm == "base" else said(arm, row)  # type: ignore[method-assign, misc]
-    return compare(asked, rows, asyncio.run(run_offline(asked, rows, script, path)), SCHEMA)
+    return compare(asked, rows, asyncio.run(ask_all(asked, rows, script, path)), SCHEMA)
 
 
 @pytest.fixture(scope="module")

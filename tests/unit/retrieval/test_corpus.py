@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from graftwork.errors import DataError
 from graftwork.prompts.render import Passage
-from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, document_of, passages_of, read_corpus
-from graftwork.retrieval.documents import Block, blocks_of
+from graftwork.retrieval.corpus import Block, ChunkSpec, SourceSpec, blocks_of, document_of, passages_of, read_corpus
 
 MARKDOWN = b"""# Guide
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from graftwork.errors import DataError
 from graftwork.prompts.render import Passage
 from graftwork.retrieval import Hit, Retriever, RetrieverSpec, dense, open_retriever
-from graftwork.retrieval.dense import DenseIndex, QueryEmbedder, fuse, write_vectors
+from graftwork.retrieval.dense import DenseIndex, QueryEmbedder, write_vectors
 from graftwork.retrieval.embedder import Embedder, EmbedderSpec
+from graftwork.retrieval.hybrid import fuse
 from graftwork.retrieval.index_store import IndexHome
 from tests.tiny_embedder import write_tiny_embedder
 
@@ -122,7 +124,7 @@ def test_a_corpus_and_a_published_index_answer_alike(
 
     def opened(kind: str, corpus: str) -> Retriever:
         tree = {"kind": kind, "corpus": corpus, **({} if kind == "lexical" else {"embedder": str(folder)})}
-        return open_retriever(RetrieverSpec.model_validate(tree))
+        return open_retriever(TypeAdapter[RetrieverSpec](RetrieverSpec).validate_python(tree))
 
     for kind in ("lexical", "dense", "hybrid"):
         alone, published = (

@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from graftwork import cli, config
 from graftwork.errors import DataError
 from graftwork.prompts.render import Passage
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
 from graftwork.retrieval.index_store import LATEST_KEPT, IndexHome, PublishedIndex, RetrieverChoice
+from graftwork.retrieval.retriever import AutoSpec
 from graftwork.serving.rag.eval import make_index, run_eval
 from graftwork.serving.rag.spec import RagSpec
 
@@ -32,7 +34,9 @@ def publish(home: IndexHome, passages: list[Passage], made_from: str = "x") -> P
 
 def follow(home: IndexHome, monkeypatch: pytest.MonkeyPatch, kind: str = "lexical") -> Retriever:
     monkeypatch.setattr("graftwork.retrieval.retriever.FRESH_S", 0.0)
-    return open_retriever(RetrieverSpec.model_validate({"kind": kind, "corpus": home.store.uri}))
+    return open_retriever(
+        TypeAdapter[RetrieverSpec](RetrieverSpec).validate_python({"kind": kind, "corpus": home.store.uri})
+    )
 
 
 def test_equal_content_is_the_same_version_and_a_change_touches_only_itself(home: IndexHome) -> None:
@@ -114,7 +118,7 @@ def test_what_is_missing_is_said(home: IndexHome, tmp_path: Path, monkeypatch: p
         follow(home, monkeypatch, "hybrid")
     (tmp_path / "c.jsonl").write_text('{"id": "1", "text": "x"}\n')
     with pytest.raises(DataError, match="it is no index"):
-        open_retriever(RetrieverSpec(kind="auto", corpus=str(tmp_path / "c.jsonl")))
+        open_retriever(AutoSpec(kind="auto", corpus=str(tmp_path / "c.jsonl")))
     home.store.write_bytes(b"{}", "current.json")
     with pytest.raises(DataError, match=r"current\.json can't be read"):
         home.current()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from graftwork.prompts.render import Passage
 from graftwork.retrieval import LexicalIndex
-from graftwork.retrieval.index import STRIDE, changes, numbered
+from graftwork.retrieval.bm25 import STRIDE, changes, numbered
 
 WORDS = ["sea", "port", "runway", "ZPPP", "A320", "airports", "island", "cat", "lake", "the", "of", "north"]
 TEXT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)

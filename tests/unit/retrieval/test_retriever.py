@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from graftwork.datasets.rows import ContextSpec, DatasetRow, read_rows
 from graftwork.errors import DataError
 from graftwork.prompts.render import Message, Passage
-from graftwork.retrieval import STOP_WORDS, LexicalIndex, open_lexical, training_context
+from graftwork.retrieval import STOP_WORDS, LexicalIndex, LexicalSpec, open_retriever, training_context
 from graftwork.retrieval.bm25 import code_token, codes_of, is_code, words_of
 
 TEXTS = {
@@ -46,6 +46,12 @@ def write_corpus(path: Path, texts: dict[str, str]) -> str:
     lines = (json.dumps({"id": identity, "text": text}) + "\n" for identity, text in texts.items())
     path.write_text("".join(lines), encoding="utf-8")
     return str(path)
+
+
+def lexical_index(uri: str) -> LexicalIndex:
+    index = open_retriever(LexicalSpec(corpus=uri))
+    assert isinstance(index, LexicalIndex)
+    return index
 
 
 def found(index: LexicalIndex, query: str, k: int = 3) -> list[str]:
@@ -120,19 +126,22 @@ def test_threads_and_pickles_see_the_same_index(index: LexicalIndex) -> None:
 
 
 def test_a_corpus_is_indexed_once_and_a_changed_one_again(corpus_uri: str, tmp_path: Path) -> None:
-    first = open_lexical(corpus_uri)
+    first = lexical_index(corpus_uri)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.sqlite")}
-    assert open_lexical(corpus_uri).digest == first.digest
+    assert lexical_index(corpus_uri).digest == first.digest
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.sqlite")} == files
     write_corpus(Path(corpus_uri), {**TEXTS, "new": "Newtown Airport (NNNN)"})
-    changed = open_lexical(corpus_uri)
+    changed = lexical_index(corpus_uri)
     assert changed.digest != first.digest
     assert found(changed, "NNNN") == ["new"]
     assert found(first, "NNNN") == []
 
 
 def test_processes_that_start_together_build_it_once(corpus_uri: str, tmp_path: Path) -> None:
-    command = f"from graftwork.retrieval import open_lexical; i = open_lexical({corpus_uri!r}); print(i.digest, len(i))"
+    command = (
+        "from graftwork.retrieval import LexicalSpec, open_retriever; "
+        f"i = open_retriever(LexicalSpec(corpus={corpus_uri!r})); print(i.digest, len(i))"
+    )
     started = [subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) for _ in range(3)]
     outputs = {process.communicate(timeout=60)[0] for process in started}
     assert [process.returncode for process in started] == [0, 0, 0]
@@ -162,7 +171,9 @@ def contexts_of(rows: list[DatasetRow], spec: ContextSpec) -> list[tuple[Passage
 def test_training_context_is_what_will_be_retrieved_with_the_gold_passage_in_it(corpus_uri: str) -> None:
     rows = [row("1", "Cat Island or CAT?", "cat"), row("2", "ZPPP", "kunming"), row("3", "CAT", "runs")]
     contexts = contexts_of(rows, ContextSpec(corpus=corpus_uri, k=2))
-    retrieved = [tuple(hit.passage for hit in open_lexical(corpus_uri).search(r.question[-1].content, 2)) for r in rows]
+    retrieved = [
+        tuple(hit.passage for hit in lexical_index(corpus_uri).search(r.question[-1].content, 2)) for r in rows
+    ]
     assert contexts[:2] == retrieved[:2]
     assert [passage.id for passage in contexts[2]] == ["catania", "runs"]  # missed by the retriever: in the last place
     assert contexts_of(rows[1:], ContextSpec(corpus=corpus_uri, k=2)) == contexts[1:]
@@ -193,7 +204,7 @@ def test_a_row_without_its_gold_passage_is_named(corpus_uri: str, doc_id: str | 
 
 def test_airports_are_found_by_code_and_by_name() -> None:
     """The retriever of the main job: its hit rate bounds what an arm with retrieval can answer."""
-    index = open_lexical("recipe://airport-card/corpus.jsonl")
+    index = lexical_index("recipe://airport-card/corpus.jsonl")
     rows = read_rows("recipe://airport-card/eval.jsonl", need="eval")
     times, hits = [], []
     for each in rows:

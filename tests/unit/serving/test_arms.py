@@ -9,7 +9,7 @@ from graftwork.errors import DataError, StorageError
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
 from graftwork.prompts.template import Template
-from graftwork.retrieval import RetrieverSpec
+from graftwork.retrieval import LexicalSpec
 from graftwork.retrieval.index_store import IndexHome
 from graftwork.serving.api.errors import ApiError, PromptTooLong, as_api_errors
 from graftwork.serving.arms import build_prompt, messages_of, require_bytes, size_of, warm
@@ -46,7 +46,7 @@ def shots_file(tmp_path: Path) -> str:
 
 
 def test_a_served_prompt_is_the_beginning_of_the_training_row(template: Template, corpus: str) -> None:
-    arm = ArmSpec(name="rag", prompt=PromptSpec(system="Answer as JSON."), retriever=RetrieverSpec(corpus=corpus, k=2))
+    arm = ArmSpec(name="rag", prompt=PromptSpec(system="Answer as JSON."), retriever=LexicalSpec(corpus=corpus, k=2))
     served = build_prompt(arm, ASKED, template, max_seq_len=512)
     passages = [Passage(id_, CORPUS[id_]) for id_ in served.retrieved_ids]
     row = (*ASKED, Message("assistant", '{"icao":"ZPPP"}'))
@@ -57,7 +57,7 @@ def test_a_served_prompt_is_the_beginning_of_the_training_row(template: Template
 
 
 def test_the_question_finds_its_passage(template: Template, corpus: str) -> None:
-    arm = ArmSpec(name="rag", retriever=RetrieverSpec(corpus=corpus, k=1))
+    arm = ArmSpec(name="rag", retriever=LexicalSpec(corpus=corpus, k=1))
     earlier = (Message("user", "Frankfurt?"), Message("assistant", "Germany"), *ASKED)
     found = build_prompt(arm, earlier, template, max_seq_len=512)
     assert found.retrieved_ids == ("ZPPP",)  # the last user turn is the query
@@ -130,7 +130,7 @@ def test_a_turn_must_be_a_turn(turn: dict[str, str]) -> None:
 
 def test_missing_arm_data_shows_when_it_is_warmed_up(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"nosuch\.jsonl"):
-        warm(None, RetrieverSpec(corpus=str(tmp_path / "nosuch.jsonl")))
+        warm(None, LexicalSpec(corpus=str(tmp_path / "nosuch.jsonl")))
     with pytest.raises(StorageError, match=r"nosuch\.jsonl"):
         warm(PromptSpec(shots=1, few_shot_file=str(tmp_path / "nosuch.jsonl")), None)
 
@@ -140,7 +140,7 @@ def test_passages_without_room_are_left_out_whole_and_told(template: Template, c
     asked = (Message("user", everything),)
 
     def built(context_tokens: int | None) -> tuple[set[str], set[str], str]:
-        retriever = RetrieverSpec(corpus=corpus, k=3, context_tokens=context_tokens)
+        retriever = LexicalSpec(corpus=corpus, k=3, context_tokens=context_tokens)
         prompt = build_prompt(ArmSpec(name="rag", retriever=retriever), asked, template, max_seq_len=2048)
         return set(prompt.retrieved_ids), set(prompt.left_out_ids), template.decode(prompt.ids)
 
@@ -157,7 +157,7 @@ def test_passages_without_room_are_left_out_whole_and_told(template: Template, c
 
 
 def test_numbered_passages_are_cited_by_their_number(template: Template, corpus: str) -> None:
-    arm = ArmSpec(name="rag", prompt=PromptSpec(citations=True), retriever=RetrieverSpec(corpus=corpus, k=2))
+    arm = ArmSpec(name="rag", prompt=PromptSpec(citations=True), retriever=LexicalSpec(corpus=corpus, k=2))
     both = (Message("user", "Kunming or Frankfurt Airport?"),)
     served = build_prompt(arm, both, template, max_seq_len=512)
     text = template.decode(served.ids)
@@ -177,7 +177,7 @@ def test_an_arm_follows_its_index(template: Template, tmp_path: Path, monkeypatc
     home = IndexHome.from_root(str(tmp_path), "airports")
     passages = [Passage(identity, text) for identity, text in CORPUS.items()]
     home.publish("airports", passages[1:], made_from="x", sources=["s"])
-    arm = ArmSpec(name="rag", retriever=RetrieverSpec(corpus=home.store.uri, k=1))
+    arm = ArmSpec(name="rag", retriever=LexicalSpec(corpus=home.store.uri, k=1))
     assert build_prompt(arm, ASKED, template, max_seq_len=512).retrieved_ids != ("ZPPP",)
     home.publish("airports", passages, made_from="x", sources=["s"])
     assert build_prompt(arm, ASKED, template, max_seq_len=512).retrieved_ids == ("ZPPP",)

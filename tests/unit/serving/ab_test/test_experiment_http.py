@@ -92,7 +92,7 @@ def rows_of(url: str, name: str, count: int) -> list[LogRow]:
     found: list[LogRow] = []
 
     def written() -> bool:
-        log = ExperimentLog.at(status(url, name)["log"]["uri"])
+        log = ExperimentLog(Store(status(url, name)["log"]["uri"]), ())
         found[:] = log.rows()
         assert (log.health.damaged, log.health.duplicates) == ([], 0)
         return sum(row.kind != "assignment" for row in found) >= count and not status(url, name)["log"]["waiting"]

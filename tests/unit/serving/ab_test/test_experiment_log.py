@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from graftwork.errors import StorageError
 from graftwork.serving.ab_test.log import Assignment, LogRow, LogSegment, Recorder, Segments, SegmentWriter, parse_name
-from graftwork.serving.ab_test.log_reader import ExperimentLog, merged_parquet, read_log, scores_of
+from graftwork.serving.ab_test.log_reader import ExperimentLog, columns_of_batch, merged_parquet, read_log
 from graftwork.storage.store import Store
 
 FOLDER = ("experiments", "x-1", "log")
@@ -181,8 +182,9 @@ def test_another_writers_parquet_is_read(store: Store) -> None:
 def test_batches_have_a_column_for_each_metric(store: Store) -> None:
     write(store, [answer(0), answer(1, scores={})], [answer(2, scores={"other": 2.0})])
     batches = list(ExperimentLog(store, FOLDER).batches())
-    assert [scores_of(batch, "form").to_pylist() for batch in batches] == [[0.0, None], [None]]
-    assert [scores_of(batch, "other").to_pylist() for batch in batches] == [[None, None], [2.0]]
+    numbers = [columns_of_batch(batch, ["form", "other"]).numbers for batch in batches]
+    np.testing.assert_array_equal([values for one in numbers for values in one["form"]], [0.0, np.nan, np.nan])
+    np.testing.assert_array_equal([values for one in numbers for values in one["other"]], [np.nan, np.nan, 2.0])
     assert [batch.column("role").to_pylist() for batch in batches] == [["primary"] * 2, ["primary"]]
 
 

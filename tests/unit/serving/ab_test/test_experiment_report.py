@@ -14,7 +14,7 @@ from graftwork.report.evaluation_schema import ExperimentReport
 from graftwork.serving.ab_test.log import LogRow, LogSegment, Segments, encode
 from graftwork.serving.ab_test.log_reader import read_log
 from graftwork.serving.ab_test.report import analyse, analyse_log
-from graftwork.serving.ab_test.spec import Guardrail, OnlineRules, weights_detail
+from graftwork.serving.ab_test.spec import GuardrailSpec, OnlineRules, weights_detail
 from graftwork.storage.store import Store
 
 RULES = OnlineRules(
@@ -22,7 +22,7 @@ RULES = OnlineRules(
     control="base",
     metric="right",
     weights={"base": 0.5, "rag": 0.5},
-    guardrails=(Guardrail("errors", 0.05), Guardrail("latency", 0.05, bound_ms=2000.0)),
+    guardrails=(GuardrailSpec(kind="errors", limit=0.05), GuardrailSpec(kind="latency", limit=0.05, bound_ms=2000.0)),
 )
 SPEC = """kind: experiment
 name: cards

@@ -24,8 +24,9 @@ from benchmarks.online_runs import (
 )
 from benchmarks.sequential import SHARES, offline, upper
 from graftwork.serving.ab_test.log import LogRow
+from graftwork.serving.ab_test.log_reader import columns_of_rows
 from graftwork.serving.ab_test.monitor import Monitor
-from graftwork.serving.ab_test.spec import Guardrail, OnlineRules, weights_detail
+from graftwork.serving.ab_test.spec import GuardrailSpec, OnlineRules, weights_detail
 
 
 def monitor(**changes: Any) -> Monitor:
@@ -49,8 +50,9 @@ def answer(step: int, arm: str, score: float | None, **changes: Any) -> LogRow:
 
 def take(watched: Monitor, step: int, arm: str, score: float | None, **changes: Any) -> None:
     """A request that is answered at once."""
-    watched.ingest_row(answer(step, arm, score, **changes, kind="assignment", scores={}, error=None))
-    watched.ingest_row(answer(step, arm, score, **changes))
+    drawn = answer(step, arm, score, **changes, kind="assignment", scores={}, error=None)
+    for row in (drawn, answer(step, arm, score, **changes)):
+        watched.ingest(columns_of_rows([row], watched.numbers))
 
 
 @pytest.mark.parametrize("plan", [even, ramping])
@@ -66,7 +68,8 @@ def test_simulated_splits_stop_where_the_monitor_decides(plan: Any) -> None:
             if chance[step] != now:
                 now = chance[step]
                 detail = json.dumps(weights_detail({"base": 1 - now, "rag": now}))
-                watched.ingest_row(LogRow(kind="event", experiment="e", at=float(step), event="ramp", detail=detail))
+                row = LogRow(kind="event", experiment="e", at=float(step), event="ramp", detail=detail)
+                watched.ingest(columns_of_rows([row], watched.numbers))
             arm, likely = ("rag", now) if treated[step] else ("base", 1 - now)
             take(watched, step, arm, outcome[step], probability=likely)
             if found == NEVER and watched.state().contrasts[0].e_value >= 20:
@@ -90,7 +93,7 @@ def test_simulated_shadows_and_guardrails_stop_where_the_monitor_does() -> None:
     cuts = guard_runs(0.05, 0.25, 100, 3, seed=5)
     failed = np.random.default_rng(5).random((50, 3)) < 0.25
     for run in range(3):
-        watched = monitor(guardrails=(Guardrail("errors", 0.05),))
+        watched = monitor(guardrails=(GuardrailSpec(kind="errors", limit=0.05),))
         for step in range(50):
             take(watched, step, "rag", None if failed[step, run] else 1.0, probability=0.5)
         broken = [guard.broken_at for guard in watched.state().guardrails if guard.arm == "rag"][0]

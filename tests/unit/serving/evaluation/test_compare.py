@@ -12,13 +12,13 @@ from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import ConfigError, DataError, RunError
 from graftwork.prompts.render import Message
 from graftwork.report.schema import CompareReport, Difference
-from graftwork.serving.evaluation.answers import AnswerSet, CompareProgress, question, run_offline
+from graftwork.serving.evaluation.answers import AnswerSet, CompareProgress, question
 from graftwork.serving.evaluation.compare import arm_kind, compare
-from graftwork.serving.evaluation.differences import Rules, ScoredArms, contrast, family
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, family
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.evaluation.verdict import advise
 from graftwork.serving.spec import ArmSpec
-from tests.fake_arms import ARMS, SCHEMA, Script, airports, spec
+from tests.fake_arms import ARMS, SCHEMA, Script, airports, ask_all, spec
 
 CONTRASTS = [
     {"a": "base-rag", "b": "finetuned", "metric": "facts"},
@@ -28,7 +28,7 @@ CONTRASTS = [
 
 
 def ask(asked: CompareSpec, script: Any, rows: list[DatasetRow], path: Path, **options: Any) -> AnswerSet:
-    return asyncio.run(run_offline(asked, rows, script, path, **options))
+    return asyncio.run(ask_all(asked, rows, script, path, **options))
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def test_arms_shown_to_be_the_same_are_equivalent_and_the_cheaper_wins() -> None
     same = np.array([1.0] * 480 + [0.0] * 120)
     scores = {"facts": same, "form": same, "both": same}
     scored = ScoredArms({"tuned": scores, "prompted": scores})
-    assert contrast(scored, "tuned", "prompted", "both").verdict == "equivalent"
+    assert family(scored, [("tuned", "prompted", "both")])[0].verdict == "equivalent"
     advice = advise(scored, {"tuned": "finetune", "prompted": "prompt"}, Rules())
     assert {found.winner for found in advice.metrics} == {"prompting"}
 
@@ -324,7 +324,7 @@ def test_a_family_is_judged_together() -> None:
     wins, losses = base.copy(), base.copy()
     wins[:16], losses[16:21] = 1, 1
     scored = ScoredArms({"a": {"both": wins}, "b": {"both": losses}, "c": scores, "d": scores})
-    assert contrast(scored, "a", "b", "both", Rules(margin=0.001)).verdict == "better"
+    assert family(scored, [("a", "b", "both")], Rules(margin=0.001))[0].verdict == "better"
     three = family(scored, [("a", "b", "both"), ("c", "d", "both"), ("d", "c", "both")], Rules(margin=0.001))
     assert three[0].verdict == "undecided"
     assert three[0].p_adjusted == pytest.approx(3 * three[0].p_value)

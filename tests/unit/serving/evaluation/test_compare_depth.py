@@ -19,12 +19,12 @@ from graftwork.prompts.render import Message
 from graftwork.report import ReportInput, render_html
 from graftwork.report.schema import CompareReport
 from graftwork.report.views import headline
-from graftwork.serving.evaluation.answers import AnswerSet, alone_jobs, ask_jobs, run_offline
+from graftwork.serving.evaluation.answers import AnswerSet, alone_jobs, ask_jobs
 from graftwork.serving.evaluation.compare import compare, primary_metric
 from graftwork.serving.evaluation.differences import Rules, ScoredArms, family
 from graftwork.serving.evaluation.verdict import advise
 from graftwork.serving.spec import ArmSpec
-from tests.fake_arms import ARMS, SCHEMA, Script, airports, by_job, spec
+from tests.fake_arms import ARMS, SCHEMA, Script, airports, ask_all, by_job, spec
 
 SCORERS = [
     "fields",
@@ -37,7 +37,7 @@ SCORERS = [
 
 
 def answers(asked: Any, script: Any, rows: Any, folder: Path) -> AnswerSet:
-    return asyncio.run(run_offline(asked, rows, script, folder / "answers.jsonl"))
+    return asyncio.run(ask_all(asked, rows, script, folder / "answers.jsonl"))
 
 
 @pytest.fixture(scope="module")

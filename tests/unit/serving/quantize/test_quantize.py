@@ -15,7 +15,7 @@ from graftwork.errors import ConfigError
 from graftwork.report import ReportInput, render_html
 from graftwork.report.evaluation_schema import QuantizeReport
 from graftwork.report.schema import Difference
-from graftwork.serving.evaluation.differences import Rules, ScoredArms, contrast
+from graftwork.serving.evaluation.differences import Rules, ScoredArms, family
 from graftwork.serving.quantize.measure import AnswerText, MeasuredArm, PrecisionResult
 from graftwork.serving.quantize.run import Candidate, Recommendation, Rule, judge, recommend
 from graftwork.serving.quantize.spec import QuantizeSpec
@@ -39,7 +39,7 @@ def difference(wins: int, losses: int, n: int = 200) -> Difference:
     reference = np.array([1.0] * losses + [0.0] * wins + [1.0] * (n - losses - wins))
     other = np.array([0.0] * losses + [1.0] * wins + [1.0] * (n - losses - wins))
     scored = ScoredArms({"other": {"both": other}, "reference": {"both": reference}})
-    return contrast(scored, "other", "reference", "both", Rules())
+    return family(scored, [("other", "reference", "both")], Rules())[0]
 
 
 def candidate(name: str, size: int, speed: float, *changed: Difference) -> Candidate:
