@@ -33,13 +33,14 @@ from graftwork.prompts.template import Template
 from graftwork.quantization.spec import QuantSpec
 from graftwork.storage.store import Store
 from graftwork.training.objectives.distill import DistillSpec, GenerateSpec, TeacherSpec
+from graftwork.training.objectives.rows import pad_left
 from graftwork.training.rewards import Reward, load_rewards
 from graftwork.training.spec import TrainSpec
 
 
 @dataclass(frozen=True)
 class TeacherAnswer:
-    """What was written; `ended` by the teacher itself and not by the limit on its length."""
+    """A generated text; `ended` by the teacher itself and not by the limit on its length."""
 
     text: str
     ended: bool
@@ -55,7 +56,16 @@ def ask(
 ) -> list[list[TeacherAnswer]]:
     """`generate.samples` answers to each question. Raises DataError naming what the endpoint said, ConfigError."""
     assert generate.url is not None, "asked where there is an endpoint"
-    bodies = [_body(generate, question, system, seed + n) for question in questions for n in range(generate.samples)]
+    bodies = []
+    for question in questions:
+        own = [] if system is None or question[0].role == "system" else [Message("system", system)]
+        body = {
+            "model": generate.model,
+            "messages": [{"role": turn.role, "content": turn.content} for turn in (*own, *question)],
+            "temperature": generate.temperature,
+            "max_tokens": generate.max_new_tokens,
+        }
+        bodies += [{**body, "seed": seed + n} for n in range(generate.samples)]
     with (
         httpx.Client(base_url=generate.url.rstrip("/") + "/", headers=_headers(generate), timeout=TIMEOUT_S) as client,
         ThreadPoolExecutor(generate.concurrency, thread_name_prefix="teacher") as pool,
@@ -84,17 +94,6 @@ def _ask_once(client: httpx.Client, generate: GenerateSpec, body: dict[str, Any]
         return TeacherAnswer(str(choice["message"]["content"] or ""), choice["finish_reason"] == "stop")
     except (ValueError, LookupError, TypeError) as error:
         raise _request_error(generate, f"its answer is no chat completion: {response.text[:500]}") from error
-
-
-def _body(generate: GenerateSpec, question: Sequence[Message], system: str | None, seed: int) -> dict[str, Any]:
-    own = [] if system is None or question[0].role == "system" else [Message("system", system)]
-    return {
-        "model": generate.model,
-        "messages": [{"role": turn.role, "content": turn.content} for turn in (*own, *question)],
-        "temperature": generate.temperature,
-        "max_tokens": generate.max_new_tokens,
-        "seed": seed,
-    }
 
 
 def _headers(generate: GenerateSpec) -> dict[str, str]:
@@ -194,7 +193,7 @@ def write(
     """`generate.samples` answers to each question, by the teacher's own template and tokenizer."""
     template = base_model.template(base_model.resolve(teacher.base))
     prompt = data.resolve_prompt(spec.prompt)
-    asked = [list(chat.render(q, template, prompt=prompt, generate=True).ids) for q in questions]
+    asked = [chat.render(q, template, prompt=prompt, generate=True).ids for q in questions]
     device = torch.device("cuda:0" if spec.gpus and torch.cuda.is_available() else "cpu")
     model = load_teacher(teacher, spec.root, device)
     torch.manual_seed(spec.seed)
@@ -202,9 +201,7 @@ def write(
     found: list[list[TeacherAnswer]] = [[] for _ in asked]
     for start in range(0, len(order), generate.concurrency):
         places = order[start : start + generate.concurrency]
-        width = max(len(asked[place]) for place in places)
-        ids_BT = torch.tensor([[template.pad_id] * (width - len(asked[p])) + asked[p] for p in places], device=device)
-        mask_BT = torch.tensor([[0] * (width - len(asked[p])) + [1] * len(asked[p]) for p in places], device=device)
+        ids_BT, mask_BT = pad_left([asked[place] for place in places], template.pad_id, device)
         sampling = {"temperature": generate.temperature, "top_k": 0, "top_p": 1.0} if generate.temperature else {}
         whole = model.generate(
             input_ids=ids_BT,
@@ -216,14 +213,10 @@ def write(
             pad_token_id=template.pad_id,
             eos_token_id=sorted(template.stop_ids),
         )
-        for row, ids in enumerate(whole[:, width:].tolist()):
-            found[places[row // generate.samples]].append(_answer(ids, template))
+        for row, ids in enumerate(whole[:, ids_BT.shape[1] :].tolist()):
+            end = next((place for place, token in enumerate(ids) if token in template.stop_ids), None)
+            found[places[row // generate.samples]].append(TeacherAnswer(template.decode(ids[:end]), end is not None))
     return found
-
-
-def _answer(ids: Sequence[int], template: Template) -> TeacherAnswer:
-    end = next((place for place, token in enumerate(ids) if token in template.stop_ids), None)
-    return TeacherAnswer(template.decode(ids[:end]), end is not None)
 
 
 FOLDER, ANSWERS, ABOUT = "teaching", "answers.jsonl", "about.json"
@@ -242,7 +235,7 @@ class GeneratedAnswers:
 
 
 def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswers:
-    """The training rows with the teacher's answers. In the driver; asks it where they are not there yet.
+    """The training rows with the teacher's answers. In the driver; generates them where they are not there yet.
 
     Raises DataError (no endpoint, no answer kept), ArtifactError, BaseModelError, ConfigError (an unknown reward).
     """
@@ -253,7 +246,13 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
     rewards = [reward for reward in loaded if isinstance(reward, Reward)]
     store, key = Store(spec.root), _key(spec, generate, rows, rewards)
     if not store.exists(FOLDER, key, ABOUT):
-        answers = _generate(spec, generate, rows)
+        questions = [row.question for row in rows]
+        if generate.url is not None:
+            answers = ask(generate, questions, spec.prompt.system, spec.seed)
+        else:
+            assert isinstance(spec.objective, DistillSpec)
+            assert spec.objective.teacher is not None, "one of the two is given"
+            answers = write(spec, generate, pinned(spec, spec.objective.teacher), questions)
         kept = [
             (row, best) for row, own in zip(rows, answers, strict=True) if (best := _best(generate, rewards, row, own))
         ]
@@ -264,24 +263,20 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
         }
         if not kept:
             raise _nothing_kept(spec, generate, about, answers)
-        lines = "".join(json.dumps(_record(row, text), ensure_ascii=False) + "\n" for row, text in kept)
-        store.write_bytes(lines.encode(), FOLDER, key, ANSWERS)
+        lines = []
+        for row, text in kept:
+            turns = [{"role": turn.role, "content": turn.content} for turn in row.question]
+            record: dict[str, Any] = {"id": row.id, "messages": [*turns, {"role": "assistant", "content": text}]}
+            if row.gold is not None:
+                record |= {"gold": row.gold, "given_fields": list(row.given_fields)}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        store.write_bytes("".join(lines).encode(), FOLDER, key, ANSWERS)
         store.write_json(about, FOLDER, key, ABOUT)
     about = store.read_json(FOLDER, key, ABOUT)
     rule = f"keep={generate.keep.name}, at_least={generate.at_least:g}" if generate.keep else "ended"
     note = f"{about['kept']} of {about['asked']} answers of the teacher kept ({rule}; {about['unended']} had not ended)"
     contents = array("q", [hash(row.messages) for row in rows])
     return GeneratedAnswers(store.path(FOLDER, key, ANSWERS), (note,), keys.note("data.train"), contents)
-
-
-def _generate(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow]) -> list[list[TeacherAnswer]]:
-    """The answers to each row's question."""
-    if generate.url is not None:
-        return ask(generate, [row.question for row in rows], spec.prompt.system, spec.seed)
-
-    assert isinstance(spec.objective, DistillSpec)
-    assert spec.objective.teacher is not None, "one of the two is given"
-    return write(spec, generate, pinned(spec, spec.objective.teacher), [row.question for row in rows])
 
 
 def _best(
@@ -296,7 +291,7 @@ def _best(
 
 
 def _key(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow], rewards: Sequence[Reward]) -> str:
-    """32 hex digits over all that decides the answers and which of them are kept."""
+    """32 hex digits over all that decides the answers and their selection."""
     assert isinstance(spec.objective, DistillSpec)
     teacher = spec.objective.teacher
     decides = {
@@ -308,14 +303,6 @@ def _key(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow], re
         "teacher": pinned(spec, teacher).digest() if teacher else None,
     }
     return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
-
-
-def _record(row: DatasetRow, answer: str) -> dict[str, Any]:
-    turns = [{"role": m.role, "content": m.content} for m in row.question]
-    found: dict[str, Any] = {"id": row.id, "messages": [*turns, {"role": "assistant", "content": answer}]}
-    if row.gold is not None:
-        found |= {"gold": row.gold, "given_fields": list(row.given_fields)}
-    return found
 
 
 def _nothing_kept(

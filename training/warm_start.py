@@ -20,13 +20,12 @@ FREE = ("dropout",)
 
 
 def pin_init(spec: TrainSpec, base: ResolvedBase, run_id: Callable[[str], str]) -> TrainSpec:
-    """`spec` with `init_from` naming a version. Raises ArtifactError, ConfigError (another kind of adapter).
+    """`spec` with its `init_from` naming a version. Raises ArtifactError, ConfigError (another kind of adapter).
 
     `run_id(version)` is the run that going on from a version would be. An alias may have moved to what this very run
     published; then the version before it is meant, or each rerun would train on from its own result.
     """
-    if spec.init_from is None:
-        return spec
+    assert spec.init_from is not None
     store = Store(spec.root)
     found = resolve(store, spec.init_from)
     while found.parent is not None and found.run == run_id(found.parent):
@@ -59,10 +58,7 @@ def _require_equal_method(spec: TrainSpec, found: AdapterManifest) -> None:
             "start from another adapter, or leave init_from out",
         )
     ours = spec.adapter.model_dump(mode="json")
-    theirs = {
-        **type(spec.adapter)().model_dump(mode="json"),
-        **found.method,
-    }  # what is younger than it stood at default
+    theirs = {**type(spec.adapter)().model_dump(mode="json"), **found.method}  # keys younger than it had defaults
     for key in (key for key in ours if key not in FREE):
         if theirs[key] != ours[key]:
             raise ConfigError(
@@ -78,8 +74,7 @@ def pin_stack(spec: TrainSpec, base: ResolvedBase) -> TrainSpec:
 
     Raises ArtifactError (another base, an adapter that nothing can be added to).
     """
-    if spec.base_adapter is None:
-        return spec
+    assert spec.base_adapter is not None
     store = Store(spec.root)
     found = resolve(store, spec.base_adapter)
     artifact.require_base(found, base.digest)

@@ -28,7 +28,7 @@ from graftwork.storage.store import RunPaths, Store
 from graftwork.training.autotune import sizes_of
 from graftwork.training.objectives.rows import PreparedData, prepare
 from graftwork.training.report import Progress
-from graftwork.training.run_diff import changed_keys, namesakes, unfinished_since
+from graftwork.training.run import changed_keys, namesakes, unfinished_since
 from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import TrainJob

@@ -247,11 +247,6 @@ def kv_bytes(model: ModelShape, tokens: int, value_bytes: int = FP32) -> int:
     return model.kv_values * tokens * value_bytes
 
 
-def full_training_bytes(model: ModelShape, value_bytes: int = 2) -> int:
-    """Weights, gradients and Adam's two fp32 moments when all weights are trained; activations come on top."""
-    return model.params * (2 * value_bytes + 2 * FP32)
-
-
 CUDA_BYTES = 600 * MIB
 """CUDA's context, cuBLAS' workspaces and the kernels' code on one GPU, outside of torch's allocator."""
 FRAGMENTS = 0.03

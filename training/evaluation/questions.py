@@ -40,11 +40,11 @@ class Probe:
     groups: tuple[str, ...]
     """Of each question: the group that is looked at alone; empty where there are none."""
     about: str
-    """What was asked, in words that a number can carry."""
+    """The questions in a few words, for a figure's signature."""
     main: int = 1
     """So many of the first metrics are tested; the others are shown beside them."""
     prompts: tuple[str, ...] = ()
-    """What is asked, for people; of parts that write."""
+    """The questions as text; of parts that write."""
     warnings: tuple[str, ...] = ()
     """Keys of the part's own rows that are ignored."""
 
@@ -100,32 +100,20 @@ def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
         nats = [-one.logprobs[0] / tokens for one, tokens in zip(said, lengths, strict=True)]
         return {**fields, metrics.EXACT.name: exact, metrics.NATS.name: nats}
 
-    items = [
-        _answered(row, context, spec, template, asked.max_new_tokens)
-        for row, context in zip(rows, _contexts(spec, rows), strict=True)
-    ]
+    # the passages that held-out rows are trained with, as `SftSpec.read` draws them
+    context = retrieval.training_context(spec.data.context, spec.seed + 1) if spec.data.context else None
+    items = [_task_item(row, context(row) if context else (), spec, template, asked.max_new_tokens) for row in rows]
     lengths = [len(item.continuations[0]) for item in items]
     known = (metrics.BOTH, metrics.FACTS, metrics.FORM, metrics.FIELD_ACCURACY) if keys else ()
-    own = (metrics.BOTH if keys else metrics.EXACT) if asked.metric == "auto" else _named(asked.metric)
+    by_name = {one.name: one for one in (*metrics.SCORES, metrics.EXACT)}
+    own = (metrics.BOTH if keys else metrics.EXACT) if asked.metric == "auto" else by_name[asked.metric]
     others = [one for one in (*known, metrics.EXACT, metrics.NATS) if one != own]
     about = f"{spec.data.eval}, greedy, at most {asked.max_new_tokens} tokens"
     found = _probe("task", items, (own, *others), score, template, about, units=[row.id for row in rows])
     return replace(found, prompts=tuple(row.question[-1].content for row in rows))
 
 
-def _named(name: str) -> Metric:
-    return {one.name: one for one in (*metrics.SCORES, metrics.EXACT)}[name]
-
-
-def _contexts(spec: TrainSpec, rows: Sequence[DatasetRow]) -> list[tuple[chat.Passage, ...]]:
-    """The passages that held-out rows are trained with, as `training.rows.sft` draws them."""
-    if spec.data.context is None:
-        return [()] * len(rows)
-    context = retrieval.training_context(spec.data.context, spec.seed + 1)
-    return [context(row) for row in rows]
-
-
-def _answered(
+def _task_item(
     row: DatasetRow, context: Sequence[chat.Passage], spec: TrainSpec, template: Template, write: int
 ) -> Item:
     """The row's question as the run's prompt puts it, and its right answer with the token that ends it."""
@@ -145,7 +133,7 @@ def _retention(asked: RetentionSpec, template: Template) -> list[Probe]:
         keys = data.key_check("eval")
         rows = data.read_rows(asked.choices, limit=asked.choice_rows, need="eval", keys=keys)
         about = f"{asked.choices}, likeliest choice"
-        chosen = [(row, _read(asked.choices, row)) for row in rows]
+        chosen = [(row, _read_choices(asked.choices, row)) for row in rows]
         made = _choices("choices", chosen, [""] * len(rows), None, template, about, fair=False)
         found.append(replace(made, warnings=keys.note("outcomes.retention.choices")))
     return [*found, _instructions(asked.max_new_tokens, template)] if asked.instructions else found
@@ -154,7 +142,7 @@ def _retention(asked: RetentionSpec, template: Template) -> list[Probe]:
 def _text(uri: str, limit: int, template: Template) -> Probe:
     keys = data.key_check("eval")
     rows = data.read_rows(uri, limit=limit, need="eval", keys=keys)
-    texts = [(row.id, template.encode(_read(uri, row).texts[0])) for row in rows]
+    texts = [(row.id, template.encode(_read_choices(uri, row).texts[0])) for row in rows]
     items = [Item(name, (ids[0],), (tuple(ids[1:TEXT_TOKENS]),)) for name, ids in texts if len(ids) > 1]
     cut = sum(len(ids) > TEXT_TOKENS for _, ids in texts)
 
@@ -182,7 +170,7 @@ def _choices(
     items = [
         Item(
             row.id,
-            _asked(row.question, system, template),
+            _prompt_ids(row.question, system, template),
             tuple(tuple(template.continuation_ids(text)) for text in choice.texts),
         )
         for row, choice in zip(rows, choices, strict=True)
@@ -208,7 +196,9 @@ def _choices(
 
 
 def _instructions(write: int, template: Template) -> Probe:
-    items = [Item(one.id, _asked((Message("user", one.prompt),), None, template), (), write) for one in INSTRUCTIONS]
+    items = [
+        Item(one.id, _prompt_ids((Message("user", one.prompt),), None, template), (), write) for one in INSTRUCTIONS
+    ]
 
     def score(said: Sequence[ItemOutput]) -> dict[str, list[float]]:
         return {"follows": [float(rule.follows(one.text)) for rule, one in zip(INSTRUCTIONS, said, strict=True)]}
@@ -224,7 +214,7 @@ def _fairness(asked: FairnessSpec, template: Template) -> list[Probe]:
     groups = data.read_fields(asked.eval, [asked.by])[asked.by] if asked.by else ("",) * len(rows)
     kept = [at for at in range(len(rows)) if groups[:at].count(groups[at]) < asked.rows]
     about = f"{asked.eval}, likeliest choice by mean log-probability a token, clustered by doc_id"
-    chosen = [(rows[at], _read(asked.eval, rows[at])) for at in kept]
+    chosen = [(rows[at], _read_choices(asked.eval, rows[at])) for at in kept]
     found = _choices("fairness", chosen, [groups[at] for at in kept], asked.system, template, about, fair=True)
     found = replace(found, warnings=keys.note("outcomes.fairness.eval"))
     return [found, _pairs(template)] if asked.pairs else [found]
@@ -267,7 +257,7 @@ def _pairs(template: Template) -> Probe:
     )
 
 
-def _read(uri: str, row: DatasetRow) -> Choices:
+def _read_choices(uri: str, row: DatasetRow) -> Choices:
     """The row's choices; its file is named where it has none."""
     try:
         return Choices.from_row(row)
@@ -275,7 +265,7 @@ def _read(uri: str, row: DatasetRow) -> Choices:
         raise DataError(f"outcomes, {uri}, {error.subject}", error.problem, error.rule, error.hint) from None
 
 
-def _asked(question: Sequence[Message], system: str | None, template: Template) -> tuple[int, ...]:
+def _prompt_ids(question: Sequence[Message], system: str | None, template: Template) -> tuple[int, ...]:
     return tuple(chat.render(question, template, prompt=chat.Prompt(system), generate=True).ids)
 
 

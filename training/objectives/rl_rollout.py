@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RolloutSampling:
-    """How tokens are chosen."""
+    """Settings of sampling."""
 
     max_new_tokens: int
     stop_ids: frozenset[int]
@@ -59,12 +59,12 @@ def sample(
     model.eval()  # no dropout, no checkpointing
     try:
         with autocast or nullcontext():
-            return _decoded(model, rows.collate(indices, sampling.pad_id), copies, seeds, sampling)
+            return _decode_batch(model, rows.collate(indices, sampling.pad_id), copies, seeds, sampling)
     finally:
         model.train(was_training)
 
 
-def _decoded(
+def _decode_batch(
     model: Any, prompts: dict[str, torch.Tensor], copies: int, seeds: Sequence[Sequence[int]], sampling: RolloutSampling
 ) -> list[list[int]]:
     device = model.device
@@ -136,7 +136,7 @@ class RewardScorer:
 
     @classmethod
     def load(cls, rewards: tuple[AnyReward, ...], setting: TrainerContext) -> "RewardScorer":
-        """With its reward models loaded, each on a base of its own beside the one that is trained."""
+        """With its reward models loaded, each on a base of its own."""
         spec = setting.job.spec
         models = {
             reward.label: load_scorer(spec.root, reward.content, setting.base, spec.quant, str(setting.model.device))
@@ -205,7 +205,7 @@ def evaluated(trainer: Any, scorer: RewardScorer, setting: TrainerContext) -> Ma
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:
-    """What this rank's work gives. An error of one rank is raised on all: none waits for another that has ended."""
+    """The result of this rank's work. An error of one rank is raised on all: none waits for another that has ended."""
     result: T | None = None
     error: GraftworkError | None = None
     try:

@@ -48,7 +48,7 @@ class Replayed:
 
     @property
     def step_bytes(self) -> int:
-        """What a step takes at its peak beside weights and optimizer: activations, logits, gradients."""
+        """Peak of a step without weights and optimizer: activations, logits, gradients."""
         return self.peak_bytes - self.weights - self.trained - self.optimizer
 
 
@@ -94,12 +94,12 @@ def replay(
     cuda = spec.gpus > 0
     taken = pass_of(spec, rows, micro_batch(spec))
     live = LiveStorageCounter(CUDA_ROUNDS if cuda else 1)
-    with _quiet():
-        model = _built(spec, config, torch.bfloat16 if value_bytes == BF16 else torch.float32, adapter_dtype)
-        return _steps(spec, model, taken, live, started, autocast=cuda and value_bytes == BF16)
+    with _quiet_logging():
+        model = _build_model(spec, config, torch.bfloat16 if value_bytes == BF16 else torch.float32, adapter_dtype)
+        return _take_steps(spec, model, taken, live, started, autocast=cuda and value_bytes == BF16)
 
 
-def _steps(
+def _take_steps(
     spec: TrainSpec, model: Any, taken: Pass, live: LiveStorageCounter, started: float, *, autocast: bool
 ) -> Replayed:
     with fake_tensors(), live:
@@ -110,19 +110,20 @@ def _steps(
         gradients = 0
         for _ in range(STEPS):
             for _ in range(passes):
-                _pass(model, taken, autocast=autocast)
+                _take_pass(model, taken, autocast=autocast)
             gradients = sum(_size(p.grad) for p in model.parameters() if p.grad is not None)
             if not moments:  # the fused AdamW makes them at its first step, and nothing else
                 moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
             model.zero_grad()
         state = sum(map(_size, moments))
-        weights, trained = (sum(map(_size, _tensors(model, trained=which))) for which in (False, True))
+        trained = sum(_size(p) for p in model.parameters() if p.requires_grad)
+        weights = sum(_size(p) for p in model.parameters() if not p.requires_grad) + sum(map(_size, model.buffers()))
         return Replayed(live.peak, weights, trained, gradients, state, time.perf_counter() - started)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' word that checkpointing has no use for the empty cache of `_pass`."""
+def _quiet_logging() -> Iterator[None]:
+    """Without transformers' word that checkpointing has no use for the empty cache of `_take_pass`."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -143,7 +144,7 @@ def _require_covered(spec: TrainSpec) -> None:
         )
 
 
-def _built(spec: TrainSpec, config: Mapping[str, Any], dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
+def _build_model(spec: TrainSpec, config: Mapping[str, Any], dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
     """The base with its adapter, as `training.loop` makes it, on the meta device."""
     base = meta_model.build(config, dtype).requires_grad_(False)
     with torch.device("meta"):
@@ -153,18 +154,13 @@ def _built(spec: TrainSpec, config: Mapping[str, Any], dtype: torch.dtype, adapt
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
-    if spec.gpus:
-        _drop_as_a_gpu_does(model)
+    if spec.gpus:  # dropout that keeps a mask of bytes: on a CPU PyTorch keeps one of values
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Dropout):
+                model.set_submodule(name, _ByteDropout(module.p))
     if spec.optim.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def _drop_as_a_gpu_does(model: Any) -> None:
-    """Dropout that keeps a mask of bytes: on a CPU PyTorch keeps one of values."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Dropout):
-            model.set_submodule(name, _ByteDropout(module.p))
 
 
 class _ByteDropout(torch.nn.Module):
@@ -201,14 +197,14 @@ class PackedLinear(bnb.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes has
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """In the compute dtype."""
-        out: torch.Tensor = _Unpacked.apply(  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _UnpackedProduct.apply(  # type: ignore[no-untyped-call]
             inputs.to(self.compute_dtype), self.out_features
         )
         return out
 
 
-class _Unpacked(torch.autograd.Function):
-    """Product with a weight that is there for as long as the product takes; nothing is kept for the backward pass."""
+class _UnpackedProduct(torch.autograd.Function):
+    """Product with a weight that is there for as long as the product takes; nothing is saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, outputs: int) -> torch.Tensor:
@@ -221,7 +217,7 @@ class _Unpacked(torch.autograd.Function):
 
 
 def _materialise(model: Any) -> None:
-    """Each tensor of the meta device anew, so that it counts; tied ones stay tied."""
+    """Create each tensor of the meta device again, so that it counts; tied ones stay tied."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -234,7 +230,7 @@ def _materialise(model: Any) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _pass(model: Any, taken: Pass, *, autocast: bool) -> None:
+def _take_pass(model: Any, taken: Pass, *, autocast: bool) -> None:
     """One forward and backward pass over the longest rows, through the output head that the kind has."""
     sequences = max(1, taken.tokens // taken.row)
     inputs: dict[str, Any] = {"input_ids": torch.zeros(sequences, taken.row, dtype=torch.long)}
@@ -297,13 +293,6 @@ class _FusedHead(torch.autograd.Function):
 
 def _tile(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> tuple[int, int]:
     return min(len(hidden_NH), TILE_TOKENS), min(len(weight_VH), TILE_VOCAB)
-
-
-def _tensors(model: Any, *, trained: bool) -> Iterator[torch.Tensor]:
-    """The weights that are trained, or those that are not and what lies beside them."""
-    yield from (parameter for parameter in model.parameters() if parameter.requires_grad == trained)
-    if not trained:
-        yield from model.buffers()
 
 
 def _size(tensor: Any) -> int:
