@@ -225,7 +225,7 @@ def main(handle: int) -> None:
     try:
         _form_group_of_one(job.spec)
         outcome = train_as_worker(job, None, notice.is_set)
-    except Exception as error:
+    except Exception as error:  # whatever it is: the driver replaces the worker, or reports the error
         traceback.print_exc()
         cause = error if isinstance(error, GraftworkError) else None
         outcome = WorkerLost(f"{type(error).__name__}: {error}"[-2000:], cause)
