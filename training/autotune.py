@@ -2,8 +2,7 @@
 
 import yaml
 
-from graftwork.base import load as base_model
-from graftwork.base.load import ResolvedBase
+from graftwork.base.load import ResolvedBase, resolve
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Gpu, Machine, gpu_called, gpu_here
@@ -28,7 +27,7 @@ def learn_peak(job: TrainJob, result: LoopResult) -> None:
     import torch
 
     spec = job.spec
-    shape = ModelShape.from_config(base_model.resolve(spec.base).config)
+    shape = ModelShape.from_config(resolve(spec.base).config)
     if result.taken < LEAST_STEPS or shape.unplanned:
         return
     cuda = torch.cuda.is_available() and spec.gpus > 0

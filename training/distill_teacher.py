@@ -18,17 +18,17 @@ import httpx
 import torch
 from peft import PeftModel
 
-from graftwork.artifacts import publish as artifact
+from graftwork.artifacts.publish import fetch, require_base
 from graftwork.artifacts.registry import resolve
-from graftwork.base import load as base_model
 from graftwork.base import source
+from graftwork.base.load import load
+from graftwork.base.load import resolve as resolve_base
+from graftwork.base.load import template as base_template
 from graftwork.base.spec import BaseSpec
 from graftwork.config import canonical_json
-from graftwork.datasets import rows as data
-from graftwork.datasets.rows import DatasetRow
+from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows, resolve_prompt
 from graftwork.errors import ArtifactError, BaseModelError, ConfigError, DataError
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message
+from graftwork.prompts.render import Message, render
 from graftwork.prompts.template import Template
 from graftwork.quantization.spec import QuantSpec
 from graftwork.storage.store import Store
@@ -141,11 +141,11 @@ class Teacher:
 def pinned(spec: TrainSpec, asked: TeacherSpec) -> Teacher:
     """The teacher by digest and version. Raises ArtifactError, BaseModelError: missing, or no teacher."""
     base = asked.base or spec.base
-    resolved = base_model.resolve(base)
+    resolved = resolve_base(base)
     adapter, changes = None, {"uri": source.absolute(base.uri)}
     if asked.adapter is not None:
         manifest = resolve(Store(spec.root), asked.adapter)
-        artifact.require_base(manifest, resolved.digest)
+        require_base(manifest, resolved.digest)
         if manifest.method.get("objective") == "reward":
             raise ArtifactError(
                 f"objective.teacher.adapter={asked.adapter}",
@@ -157,15 +157,15 @@ def pinned(spec: TrainSpec, asked: TeacherSpec) -> Teacher:
         if manifest.template_date is not None:
             changes["template_date"] = manifest.template_date.isoformat()
     placed = base.with_(changes)
-    day = base_model.template(base_model.resolve(placed)).date
+    day = base_template(resolve_base(placed)).date
     return Teacher(placed, resolved.digest, asked.quant or spec.quant, adapter, day)
 
 
 def require_vocabulary(spec: TrainSpec, teacher: Teacher, template: Template) -> None:
     """Raise BaseModelError unless student and teacher have one vocabulary."""
-    theirs, own = base_model.resolve(teacher.base), base_model.resolve(spec.base)
+    theirs, own = resolve_base(teacher.base), resolve_base(spec.base)
     sizes = [int(one.config.get("vocab_size", 0)) for one in (theirs, own)]
-    if base_model.template(theirs).tokenizer_digest == template.tokenizer_digest and sizes[0] == sizes[1]:
+    if base_template(theirs).tokenizer_digest == template.tokenizer_digest and sizes[0] == sizes[1]:
         return
     raise BaseModelError(
         f"objective.teacher.base={teacher.base.uri}",
@@ -178,11 +178,11 @@ def require_vocabulary(spec: TrainSpec, teacher: Teacher, template: Template) ->
 def load_teacher(teacher: Teacher, root: str, device: torch.device) -> Any:
     """The frozen teacher on a base of its own in this process."""
     place = "cpu" if device.type == "cpu" else str(device)  # ranks of gloo call it cpu:0
-    loaded = base_model.load(base_model.resolve(teacher.base), teacher.quant, device=place, purpose="train")
+    loaded = load(resolve_base(teacher.base), teacher.quant, device=place, purpose="train")
     model = loaded.model
     if teacher.adapter is not None:
         task, _, version = teacher.adapter.partition("@")
-        model = PeftModel.from_pretrained(model, artifact.fetch(Store(root), task, version))
+        model = PeftModel.from_pretrained(model, fetch(Store(root), task, version))
     return model.requires_grad_(False).eval()
 
 
@@ -191,9 +191,9 @@ def write(
     spec: TrainSpec, generate: GenerateSpec, teacher: Teacher, questions: Sequence[Sequence[Message]]
 ) -> list[list[TeacherAnswer]]:
     """`generate.samples` answers to each question, by the teacher's own template and tokenizer."""
-    template = base_model.template(base_model.resolve(teacher.base))
-    prompt = data.resolve_prompt(spec.prompt)
-    asked = [chat.render(q, template, prompt=prompt, generate=True).ids for q in questions]
+    template = base_template(resolve_base(teacher.base))
+    prompt = resolve_prompt(spec.prompt)
+    asked = [render(q, template, prompt=prompt, generate=True).ids for q in questions]
     device = torch.device("cuda:0" if spec.gpus and torch.cuda.is_available() else "cpu")
     model = load_teacher(teacher, spec.root, device)
     torch.manual_seed(spec.seed)
@@ -240,8 +240,8 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
     Raises DataError (no endpoint, no answer kept), ArtifactError, BaseModelError, ConfigError (an unknown reward).
     """
     assert spec.data.train is not None
-    keys = data.key_check("prompt")
-    rows = data.read_rows(spec.data.train, limit=spec.data.train_rows, need="prompt", keys=keys)
+    keys = key_check("prompt")
+    rows = read_rows(spec.data.train, limit=spec.data.train_rows, need="prompt", keys=keys)
     loaded = load_rewards([generate.keep] if generate.keep else [], spec)
     rewards = [reward for reward in loaded if isinstance(reward, Reward)]
     store, key = Store(spec.root), _key(spec, generate, rows, rewards)
@@ -276,7 +276,7 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
     rule = f"keep={generate.keep.name}, at_least={generate.at_least:g}" if generate.keep else "ended"
     note = f"{about['kept']} of {about['asked']} answers of the teacher kept ({rule}; {about['unended']} had not ended)"
     contents = array("q", [hash(row.messages) for row in rows])
-    return GeneratedAnswers(store.path(FOLDER, key, ANSWERS), (note,), keys.note("data.train"), contents)
+    return GeneratedAnswers(store.path(FOLDER, key, ANSWERS), (note,), keys.note("train"), contents)
 
 
 def _best(
@@ -295,8 +295,8 @@ def _key(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow], re
     assert isinstance(spec.objective, DistillSpec)
     teacher = spec.objective.teacher
     decides = {
-        "rows": data.fingerprint(rows),
-        "prompt": asdict(data.resolve_prompt(spec.prompt)),
+        "rows": fingerprint(rows),
+        "prompt": asdict(resolve_prompt(spec.prompt)),
         "seed": spec.seed,
         "generate": generate.model_dump(mode="json", exclude={"concurrency", "api_key_env"}),
         "keep": [reward.content for reward in rewards],
@@ -312,7 +312,7 @@ def _nothing_kept(
         f"keep={generate.keep.name} of at least {generate.at_least:g}" if generate.keep else "an end within the limit"
     )
     return DataError(
-        f"objective.generate for data.train={spec.data.train}",
+        f"objective.generate for train={spec.data.train}",
         f"none of the answers to {about['asked']} questions is kept ({about['unended']} had not ended); the first is "
         f"{answers[0][0].text[:200]!r}",
         f"an answer is learned that has {rule}",

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.base import load as base_model
+from graftwork.base.load import LoadedBase, load, resolve
 from graftwork.cluster.jobs.fencing import FenceMonitor, SupersededError
 from graftwork.environment import peak_rss_bytes
 from graftwork.errors import ConfigError, GraftworkError, StorageError, StoreUnreachable
@@ -116,10 +116,10 @@ def _train(
 
     spec, world = job.spec, rank_and_world()[1]
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
-    base, kind = base_model.resolve(spec.base), spec.strategy.kind
+    base, kind = resolve(spec.base), spec.strategy.kind
     holding = strategies.sharding(spec, plan, world, base) if kind == "zero3" else None
     shards = kind if kind in ("zero3", "fsdp2") else "none"
-    loaded = base_model.load(base, spec.quant, device=device_of(spec), purpose="train", shards=shards)
+    loaded = load(base, spec.quant, device=device_of(spec), purpose="train", shards=shards)
     outcomes = Measuring(job, base) if job.parts else None
     if outcomes is not None:
         outcomes.before(loaded.model)
@@ -156,7 +156,7 @@ def device_of(spec: TrainSpec) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.gpus > 0 else "cpu"
 
 
-def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
+def _with_adapter(job: TrainJob, loaded: LoadedBase) -> Any:
     """The base with the spec's adapter: random by the seed, or a published one's weights. A checkpoint comes later."""
     from transformers import set_seed
 

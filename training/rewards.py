@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
 
 from graftwork import plugins
-from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import AdapterManifest
+from graftwork.artifacts.publish import require_base
 from graftwork.artifacts.registry import resolve
-from graftwork.base import load as base_model
 from graftwork.base.load import ResolvedBase
+from graftwork.base.load import resolve as resolve_base
 from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow, read_text
 from graftwork.errors import ArtifactError, DataError, GraftworkError, RunError
@@ -274,7 +274,7 @@ def load_rewards(specs: Sequence[RewardFunctionSpec], spec: "TrainSpec") -> tupl
     for one in specs:
         label = one.label or one.name
         if isinstance(one, RewardModelReward):
-            manifest = scoring_adapter(Store(spec.root), one.model, base_model.resolve(spec.base))
+            manifest = scoring_adapter(Store(spec.root), one.model, resolve_base(spec.base))
             rewards.append(ModelReward(label, one.weight, one.clip, manifest.ref))
         else:
             loaded = one.load()
@@ -300,7 +300,7 @@ def scoring_adapter(store: Store, ref: str, base: ResolvedBase) -> AdapterManife
             "a reward model is trained with objective.kind=reward",
             "name one, or train one on pairs first (examples/train-reward.yaml)",
         )
-    artifact.require_base(manifest, base.digest)
+    require_base(manifest, base.digest)
     return manifest
 
 

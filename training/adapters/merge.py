@@ -17,8 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file, save_file
 
 from graftwork import environment
-from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import AdapterManifest
+from graftwork.artifacts.publish import fetch, publish
 from graftwork.artifacts.registry import resolve
 from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.config import canonical_json
@@ -287,14 +287,14 @@ def merge_published(
             )
     with tempfile.TemporaryDirectory(prefix="gw-merge-") as name:
         folder = Path(name)
-        adapters = [MergeSource.read(one.ref, artifact.fetch(store, one.task, one.version)) for one in found]
+        adapters = [MergeSource.read(one.ref, fetch(store, one.task, one.version)) for one in found]
         rank, distance = merge(adapters, spec, folder)
         prompt, notes = _prompt(found)
         days = {one.template_date for one in found}
         if len(days) > 1:
             differ = "the adapters' template dates differ, so the merged adapter records none and uses the base's"
             notes = (*notes, differ)
-        manifest = artifact.publish(
+        manifest = publish(
             store,
             task,
             folder,

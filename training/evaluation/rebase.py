@@ -10,7 +10,7 @@ import yaml
 from graftwork import stats
 from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.registry import resolve
-from graftwork.base import load as base_model
+from graftwork.base.load import resolve as resolve_base
 from graftwork.base.spec import BaseSpec
 from graftwork.config import validate
 from graftwork.datasets.rows import read_rows
@@ -67,7 +67,7 @@ def pairs_of(ask: RebaseAsk) -> list[RebasedTask]:
     """Each alias' recorded spec, on both bases. Raises UserErrors of all kinds, before anything starts."""
     if len(set(ask.aliases)) != len(ask.aliases):
         raise ConfigError(f"rebase {' '.join(ask.aliases)}", "an alias stands twice", "each task once")
-    new_base = base_model.resolve(BaseSpec.model_validate(ask.base))
+    new_base = resolve_base(BaseSpec.model_validate(ask.base))
     found = [_pair(ask, alias) for alias in ask.aliases]
     for pair in found:
         if pair.manifest.base_digest == new_base.digest:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from graftwork.base import load as base_model
-from graftwork.base.load import ResolvedBase
+from graftwork.base.load import ResolvedBase, load, resolve
+from graftwork.base.load import template as base_template
 from graftwork.config import canonical_json
 from graftwork.planning.memory import BATCH_ROWS, BATCH_TOKENS
 from graftwork.prompts.template import Template
@@ -67,7 +67,7 @@ class Measuring:
     def _gather_outputs(self, model: Any, part: ItemGroup) -> list[ItemOutput]:
         """The model's outputs for all items; each rank computes its share."""
         places = shares(part.items, *rank_and_world())
-        mine = list(zip(places, answers(model, part, places, base_model.template(self.base)), strict=True))
+        mine = list(zip(places, answers(model, part, places, base_template(self.base)), strict=True))
         everyone = [one for share in all_gather_object(mine) for one in share]
         return [said for _, said in sorted(everyone, key=lambda one: one[0])]
 
@@ -78,8 +78,8 @@ def measure_finished(job: TrainJob, step: int, device: str) -> None:
     spec = job.spec
     import_bitsandbytes()
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
-    base = base_model.resolve(spec.base)
-    loaded = base_model.load(base, spec.quant, device=device, purpose="train")
+    base = resolve(spec.base)
+    loaded = load(base, spec.quant, device=device, purpose="train")
     outcomes = Measuring(job, base)
     outcomes.before(loaded.model)
     with Checkpoints(job.run).adapter(step) as folder:

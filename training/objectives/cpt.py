@@ -16,8 +16,8 @@ import numpy as np
 from pydantic import Field
 
 from graftwork.config import Spec, canonical_json
-from graftwork.datasets import readers as records
 from graftwork.datasets import rows as data
+from graftwork.datasets.readers import READERS, no_rows, read_records, require_new, require_whole
 from graftwork.datasets.row_keys import DOCUMENT, KeyCheck
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.objectives.protocol import Packing, Part, Traits
@@ -153,7 +153,7 @@ def _holds_records(uri: str, path: Path) -> bool:
     if uri.startswith("hf://"):
         return True
     files = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
-    return bool(files) and all(name.lower().endswith(tuple(records.READERS)) for name in files)
+    return bool(files) and all(name.lower().endswith(tuple(READERS)) for name in files)
 
 
 def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document], int]:
@@ -189,22 +189,22 @@ def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document]
 def _read_records(uri: str, limit: int | None, keys: KeyCheck) -> list[Document]:
     documents: list[Document] = []
     seen: dict[str, int] = {}
-    for number, record in records.read_records(uri):
+    for number, record in read_records(uri):
         keys.check(record, f"{uri} row {number}")
         document = Document(str(record.get("id", number)), _text(record, f"{uri} row {number}: text"))
-        records.require_new(document.id, number, seen, uri)
+        require_new(document.id, number, seen, uri)
         documents.append(document)
         if len(documents) == limit:
             break
     if not documents:
-        raise records.no_rows(uri)
+        raise no_rows(uri)
     return documents
 
 
 def _text(record: dict[str, Any], where: str) -> str:
     text = record.get("text")
     if isinstance(text, str) and text.strip():
-        records.require_whole(text, where)
+        require_whole(text, where)
         return text
     fields = ", ".join(record) or "no fields"
     found = f"the field is missing (found {fields})" if "text" not in record else f"found {text!r}"

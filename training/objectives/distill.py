@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from graftwork.base import load as base_model
+from graftwork.base.load import template as base_template
 from graftwork.base.spec import BaseSpec
 from graftwork.config import Spec
 from graftwork.quantization.spec import QuantSpec
@@ -186,7 +186,7 @@ class DistillSpec(Spec):
         trainer = trainer_on(setting, taught_trainer())
         trainer.teacher = load_teacher(data.train.teacher, spec.root, trainer.accelerator.device)
         trainer.objective, trainer.run_seed, trainer.pad_id = self, spec.seed, data.pad_id
-        trainer.stop_ids = base_model.template(setting.base).stop_ids
+        trainer.stop_ids = base_template(setting.base).stop_ids
 
         def evaluate() -> Mapping[str, float]:
             assert data.eval is not None, "asked where the spec has data.eval"

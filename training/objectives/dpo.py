@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from graftwork.config import Spec, canonical_json
-from graftwork.datasets import readers as records
 from graftwork.datasets import rows as data
+from graftwork.datasets.readers import read_records
 from graftwork.datasets.row_keys import PAIR, PREFERENCE_LOSS, KeyCheck
 from graftwork.errors import DataError
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message, Prompt
+from graftwork.prompts.render import Message, Prompt, render
 from graftwork.training.objectives.protocol import Part, Rows, Traits, check_pairs, nothing_left, too_long
 from graftwork.training.objectives.rows import IGNORED, ReadPart, TokenRows, data_of, read_prompt
 
@@ -182,10 +181,10 @@ def read_pairs(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
 
 def answered(messages: Sequence[Message], answer: str, template: Template, prompt: Prompt) -> Scored:
     """A conversation up to the token that ends the answer, and which of its ids are the answer's."""
-    asked = chat.render(messages, template, prompt=prompt, generate=True)
-    whole = chat.render([*messages, Message("assistant", answer)], template, prompt=prompt, generate=False)
+    asked = render(messages, template, prompt=prompt, generate=True)
+    whole = render([*messages, Message("assistant", answer)], template, prompt=prompt, generate=False)
     start = len(asked.ids)
-    assert whole.ids[:start] == asked.ids, "a prompt is a prefix of what it grows into (chat.render)"
+    assert whole.ids[:start] == asked.ids, "a prompt is a prefix of what it grows into (render)"
     end = start + whole.loss_mask[start:].index(False) if False in whole.loss_mask[start:] else len(whole.ids)
     return whole.ids[:end], (False,) * start + (True,) * (end - start)
 
@@ -195,7 +194,7 @@ def _pairs(
 ) -> Iterator[tuple[int, str, tuple[Message, ...], tuple[str, str]]]:
     """(row number, id, conversation, (chosen, rejected)), each checked."""
     count = 0
-    for number, record in records.read_records(uri):
+    for number, record in read_records(uri):
         if count == limit:
             return
         where = f"{uri} row {number}"

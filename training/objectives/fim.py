@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from graftwork.base import load as base_model
+from graftwork.base.load import resolve
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.training.objectives.cpt import (
@@ -99,7 +99,7 @@ class FimSpec(Spec):
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """The documents that fit. Raises DataError, ConfigError (no sentinels, an adapter that can't train them)."""
         uri, limit = data_of(spec, part)
-        rows = int(base_model.resolve(spec.base).config["vocab_size"])
+        rows = int(resolve(spec.base).config["vocab_size"])
         sentinels = sentinels_of(self.sentinels, template, rows)
         if sentinels.train and not spec.adapter.trains_tokens:
             raise ConfigError(

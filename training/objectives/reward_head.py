@@ -10,9 +10,8 @@ from peft import PeftModel
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from graftwork.artifacts import publish as artifact
-from graftwork.base import load as base_model
-from graftwork.base.load import ResolvedBase
+from graftwork.artifacts.publish import fetch
+from graftwork.base.load import ResolvedBase, load, template
 from graftwork.errors import BaseModelError
 from graftwork.quantization.spec import QuantSpec
 from graftwork.storage.store import Store
@@ -106,12 +105,10 @@ def load_scorer(root: str, ref: str, base: ResolvedBase, quant: QuantSpec, devic
     """
     store = Store(root)
     manifest = scoring_adapter(store, ref, base)
-    loaded = base_model.load(base, quant, device=device, purpose="train")
-    model = PeftModel.from_pretrained(
-        add_reward_head(loaded.model), artifact.fetch(store, manifest.task, manifest.version)
-    )
+    loaded = load(base, quant, device=device, purpose="train")
+    model = PeftModel.from_pretrained(add_reward_head(loaded.model), fetch(store, manifest.task, manifest.version))
     model.eval()
-    pad_id = base_model.template(base).pad_id
+    pad_id = template(base).pad_id
 
     def score(conversations: list[list[int]]) -> list[float]:
         rows = TokenRows.from_pairs([(ids, [False] * len(ids)) for ids in conversations])

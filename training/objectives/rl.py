@@ -1,6 +1,6 @@
 """Reinforcement learning by GRPO or RLOO: prompts with their rewards, and TRL's trainers on them.
 
-Not taken from TRL: tokenising (prompts come as ids from `chat.render`), generating (`rl_rollout.py` has the reason),
+Not taken from TRL: tokenising (prompts come as ids from `render`), generating (`rl_rollout.py` has the reason),
 and, on a CPU, its fused head, which scores the prompts' positions too (see objectives/sft.py).
 """
 
@@ -19,9 +19,8 @@ from pydantic import Field, model_validator
 
 from graftwork import retrieval
 from graftwork.config import Spec
-from graftwork.datasets import rows as data
-from graftwork.datasets.rows import DatasetRow
-from graftwork.prompts import render as chat
+from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows
+from graftwork.prompts.render import Prompt, fit_passages, render
 from graftwork.training.objectives.protocol import Part, Traits, nothing_left, passages_left_out, too_long
 from graftwork.training.objectives.rows import IGNORED, ReadPart, TokenRows, data_of, pad_left, read_prompt
 from graftwork.training.rewards import AnyReward, RewardFunctionSpec, check_rows, load_rewards
@@ -130,8 +129,8 @@ class RlSpec(Spec):
         """The prompts that leave room for an answer. Raises DataError, StorageError, ConfigError (rewards)."""
         uri, limit = data_of(spec, part)
         rewards = load_rewards(self.rewards, spec)
-        keys = data.key_check("prompt")
-        raw = data.read_rows(uri, limit=limit, need="prompt", keys=keys)
+        keys = key_check("prompt")
+        raw = read_rows(uri, limit=limit, need="prompt", keys=keys)
         contents, (prompt, shots) = array("q", [hash(row.question) for row in raw]), read_prompt(spec, part)
         check_rows(rewards, self.rewards, raw)
         rendered, left_out = _render_prompts(
@@ -152,10 +151,10 @@ class RlSpec(Spec):
                 rewards,
                 self.generations,
                 self.max_new_tokens,
-                data.fingerprint(raw),
+                fingerprint(raw),
             ),
             len(raw) - len(fitting),
-            data.fingerprint(raw),
+            fingerprint(raw),
             passages_left_out(spec, left_out) if left_out else (),
             warnings=(*keys.note(f"data.{part}"), *shots),
             contents=contents,
@@ -240,18 +239,18 @@ class PromptRows:
 
 
 def _render_prompts(
-    spec: TrainSpec, template: Template, prompt: chat.Prompt, rows: Sequence[DatasetRow], seed: int
+    spec: TrainSpec, template: Template, prompt: Prompt, rows: Sequence[DatasetRow], seed: int
 ) -> tuple[list[tuple[int, ...]], int]:
     """Ids of each prompt, and how many passages had no room."""
     context, left_out = spec.data.context, 0
     passages = retrieval.training_context(context, seed) if context else None
     rendered = []
     for row in rows:
-        found, without = chat.fit_passages(
+        found, without = fit_passages(
             passages(row) if passages else (), template, prompt, context.context_tokens if context else None
         )
         left_out += len(without)
-        rendered.append(chat.render(row.question, template, prompt=prompt, context=found, generate=True).ids)
+        rendered.append(render(row.question, template, prompt=prompt, context=found, generate=True).ids)
     return rendered, left_out
 
 

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import DynamicCache
 
-from graftwork.base import load as base_model
+from graftwork.base.load import template as base_template
 from graftwork.errors import GraftworkError
 from graftwork.prompts.template import Template
 from graftwork.training.objectives.reward_head import load_scorer
@@ -143,7 +143,7 @@ class RewardScorer:
             for reward in rewards
             if isinstance(reward, ModelReward)
         }
-        return cls(rewards, base_model.template(setting.base), models)
+        return cls(rewards, base_template(setting.base), models)
 
     def values(
         self, place: int, rows: PromptRows, indices: Sequence[int], answers: Sequence[Sequence[int]]

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.base import load as base_model
+from graftwork.base.load import resolve
+from graftwork.base.load import template as base_template
 from graftwork.cache import build_once
 from graftwork.datasets.rows import DatasetRow, key_check, resolve_prompt
 from graftwork.errors import DataError
@@ -432,7 +433,7 @@ def prepare(spec: "TrainSpec") -> PreparedData:
     Raises DataError (a bad row, an empty set, a row too long under `on_overlong: refuse`, nothing left to train on,
     held-out rows that are the training rows), BaseModelError, StorageError.
     """
-    template = base_model.template(base_model.resolve(spec.base))
+    template = base_template(resolve(spec.base))
     train = spec.objective.read(spec, template, "train")
     warnings = list(train.warnings)
     if len(train.contents) == 1:

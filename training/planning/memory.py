@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from graftwork.base import load as base_model
+from graftwork.base.load import resolve
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.spec import BaseSpec
 from graftwork.planning.memory import (
@@ -132,7 +132,7 @@ def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: i
 
 @functools.cache
 def _config(base: BaseSpec) -> Mapping[str, Any]:
-    return base_model.resolve(base).config
+    return resolve(base).config
 
 
 # ZeRO (arXiv 1910.02054) keeps 1/N of the optimizer (1), of the gradients too (2), of the weights too (3). The figures
@@ -228,7 +228,7 @@ def predict_training(
     """Peak of one training worker: the end of the forward pass over the longest rows, or the loading if that is more.
 
     `rows`: sizes of the rendered rows; without them every row is taken as `spec.max_length` long and half trained.
-    `value_bytes` is of the compute dtype, as `base_model.compute_dtype` picks it. Raises BaseModelError for a base
+    `value_bytes` is of the compute dtype, as `compute_dtype` picks it. Raises BaseModelError for a base
     whose activations no formula predicts (`ModelShape.unplanned`).
     """
     model.require_planned(f"memory of {spec.name}")
