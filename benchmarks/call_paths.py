@@ -153,9 +153,9 @@ def _train() -> dict[str, Any]:
             importlib.import_module(module.name)
 
     from graftwork import config
+    from graftwork.training.loop import train_as_worker
     from graftwork.training.run import ResolvedRun, train_resolved
     from graftwork.training.spec import TrainSpec
-    from graftwork.training.worker import train_as_worker
     from graftwork.training.worker_messages import LoopResult, TrainJob
     from tests.training import task
 

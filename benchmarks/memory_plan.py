@@ -121,8 +121,7 @@ def prepared(spec: TrainSpec, setting: Setting) -> Any:
     import numpy as np
 
     from graftwork.training.objectives.dpo import PairRows
-    from graftwork.training.objectives.row_cache import TokenRows
-    from graftwork.training.objectives.rows import PreparedData
+    from graftwork.training.objectives.rows import PreparedData, TokenRows
 
     rng = np.random.default_rng(0)
 

@@ -100,8 +100,7 @@ def one_rank(base: str, setting: Setting, rank: int, port: int) -> None:
     import torch.distributed as dist
 
     from graftwork.training.loop import run_steps
-    from graftwork.training.objectives.row_cache import TokenRows
-    from graftwork.training.objectives.rows import PreparedData
+    from graftwork.training.objectives.rows import PreparedData, TokenRows
     from graftwork.training.worker_messages import StepReport, TrainJob
 
     os.environ.update(

@@ -14,10 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from graftwork.training.objectives.row_cache import Rows
+from graftwork.training.objectives.protocol import WrappedRows
 from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.spec import TrainSpec
 from tests.process_races import ROOT
@@ -28,29 +25,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CountedRows:
+class CountedRows(WrappedRows):
     """Rows that note in a file of each worker process which of them make a batch."""
 
-    rows: Rows
     folder: Path
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths_N(self) -> NDArray[np.int64]:
-        return self.rows.lengths_N
-
-    @property
-    def scored_N(self) -> NDArray[np.int64]:
-        return self.rows.scored_N
-
-    @property
-    def widths_N(self) -> NDArray[np.int64]:
-        return self.rows.widths_N
-
-    def digest(self) -> str:
-        return self.rows.digest()
 
     def collate(self, indices: Sequence[int], pad_id: int) -> "dict[str, torch.Tensor]":
         import torch.distributed as dist
@@ -59,7 +37,7 @@ class CountedRows:
         line = {"at": time.time(), "rank": rank, "world": world, "rows": [int(index) for index in indices]}
         with open(self.folder / f"{os.getpid()}.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        return self.rows.collate(indices, pad_id)
+        return super().collate(indices, pad_id)
 
 
 def start_driver(

@@ -13,17 +13,23 @@ import torch.distributed as dist
 from transformers import TrainerCallback, set_seed
 
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints, Saver
-from graftwork.training.checkpoint_resume import ResumePoint, mend
-from graftwork.training.distributed import all_gather_object
+from graftwork.training.checkpoint_resume import ResumePoint, split_optimizer_groups
+from graftwork.training.loop import StepPlan
 from graftwork.training.lr_schedule import scale
-from graftwork.training.step_plan import StepPlan
-from graftwork.training.worker_messages import NonFiniteLoss, Report, StepLog, StepReport, TrainJob
+from graftwork.training.worker_messages import (
+    NonFiniteLoss,
+    Report,
+    StepLog,
+    StepReport,
+    TrainJob,
+    all_gather_object,
+)
 
 if TYPE_CHECKING:
     from graftwork.training.objectives.trainer import BuiltTrainer
 
 SHARED = frozenset({"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "tokens"})
-"""Figures of every trainer that a step's report has fields for, or that nobody asked."""
+"""Figures of every trainer that a step's report has fields for, or that no reader needs."""
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -52,20 +58,20 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
 
     def elapsed_s(self) -> float:
         """Seconds of training so far, earlier attempts included."""
-        return self.start.elapsed_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
+        return self.start.mark.elapsed_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure what training is compared with; draw anew where another number of workers left random states."""
-        mark = self.start.mark
-        if mark is not None and mark.world_size != args.world_size:
-            set_seed(zlib.crc32(repr((self.job.spec.seed, mark.step, args.process_index)).encode()))
+        """Draw new random states where another number of workers left them; evaluate what training is compared with."""
+        mark, spec = self.start.mark, self.job.spec
+        if mark.world_size != args.world_size:
+            set_seed(zlib.crc32(repr((spec.seed, mark.step, args.process_index)).encode()))
         if self.start.universal and self.start.folder is not None:
-            mend(self.training.trainer.model_wrapped)
+            split_optimizer_groups(self.training.trainer.model_wrapped)
             all_gather_object(None)  # every rank has loaded it
             if self.start.sends:
                 shutil.rmtree(self.start.folder, ignore_errors=True)
-        if self.job.spec.optim.factors:
-            scale(kwargs["optimizer"], kwargs["lr_scheduler"], self.job.spec.optim.factors, self.plan.steps)
+        if spec.optim.factors:
+            scale(kwargs["optimizer"], kwargs["lr_scheduler"], spec.optim.factors, self.plan.steps)
         if self.training.evaluate_first and state.global_step == 0 and self.job.data.eval is not None:
             self._before = self.training.evaluate()
 
@@ -74,44 +80,49 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._step_started = time.perf_counter()
         self._started = self._started or self._step_started
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A forward and backward pass of several is done."""
-        self._return_freed()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last pass of a step is done, and the optimizer's."""
-        self._return_freed()
+        """Give the activations' memory back to the system after each pass that computed on a CPU.
+
+        glibc would keep it in pieces that passes of other shapes do not always fit into: over 12 steps on rows of 117
+        to 173 tokens workers of SmolLM2-135M peaked at 2.05 to 2.66 GiB, and at 2.03 to 2.04 with this. It takes 0.16 s
+        of a step of 5 s.
+        """
+        if not self.job.spec.gpus and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)
+
+    on_substep_end = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """A step is done on all ranks, `logs` holds its figures, and nothing is saved yet."""
         if "loss" not in logs:
             return  # the trainer's summary at its end
-        step_s, step = time.perf_counter() - self._step_started, int(state.global_step)
+        job, step_s, step = self.job, time.perf_counter() - self._step_started, int(state.global_step)
         if not math.isfinite(logs["loss"]):
-            raise self._not_finite(step, logs["loss"])
-        evaluated = self._evaluated(step)
-        figures = StepReport(
+            raise self._non_finite_error(step, logs["loss"])
+        last, evaluated = step == self.plan.steps, dict[str, float]()
+        if job.data.eval is not None and (last or step % (job.eval_every or job.spec.eval_every) == 0):
+            evaluated = {f"eval_{key}": value for key, value in self.training.evaluate().items()}
+        own = {key: float(value) for key, value in logs.items() if key not in SHARED}
+        if step == 1:
+            own |= {f"before_{key}": value for key, value in self._before.items()}
+        report = StepReport(
             step=step,
             total_steps=self.plan.steps,
             loss=logs["loss"],
             lr=logs["learning_rate"],
             grad_norm=logs["grad_norm"],
             tokens=int(logs.get("tokens", self._tokens[step - 1])),  # sampled answers are as long as they are
-            eval_loss=evaluated.get("loss"),
+            eval_loss=evaluated.get("eval_loss"),
             elapsed_s=self.elapsed_s(),
             step_s=step_s,
-            metrics=_more(logs, evaluated, self._before if step == 1 else {}),
+            metrics=own | {key: value for key, value in evaluated.items() if key != "eval_loss"},
         )
-        self._figures = {
-            "loss": figures.loss,
-            **{f"eval_{key}": value for key, value in evaluated.items()},
-            **figures.metrics,
-        }
-        goes_on, self.left = self._broadcast_answer(figures)
+        self._figures = {"loss": report.loss, **evaluated, **report.metrics}
+        goes_on, self.left = self._broadcast_answer(report)
         if not goes_on or self.left:
-            self.stopped = step < self.plan.steps
+            self.stopped = not last
             control.should_training_stop = True
-        due = step % self.job.spec.checkpoint_every == 0 or step == self.plan.steps or self.stopped
+        due = step % job.spec.checkpoint_every == 0 or last or self.stopped
         control.should_save = self.saver is not None and due
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -127,25 +138,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         )
         self.saver.save(mark)
 
-    def _return_freed(self) -> None:
-        """Give the activations' memory back to the system, where a pass computed on a CPU.
-
-        glibc would keep it in pieces that passes of other shapes do not always fit into: over 12 steps on rows of 117
-        to 173 tokens workers of SmolLM2-135M peaked at 2.05 to 2.66 GiB, and at 2.03 to 2.04 with this. It takes 0.16 s
-        of a step of 5 s.
-        """
-        if not self.job.spec.gpus and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-            trim(0)
-
-    def _evaluated(self, step: int) -> Mapping[str, float]:
-        """Figures of the held-out rows where they are due; without them none."""
-        every = self.job.eval_every or self.job.spec.eval_every
-        if self.job.data.eval is None or (step % every and step != self.plan.steps):
-            return {}
-        return self.training.evaluate()
-
     def _broadcast_answer(self, figures: StepReport) -> tuple[bool, bool]:
-        """What rank 0's `report` answers, and whether any machine is about to be taken away: known to all ranks."""
+        """(rank 0's `report` lets training go on, a machine is about to be taken away), the same on all ranks."""
         args = self.training.trainer.args
         due = (
             figures.step % self.job.report_every == 0
@@ -163,7 +157,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             said[1] = 0.0  # asked again when all meet
         return not bool(said[0]), bool(said[1])
 
-    def _not_finite(self, step: int, loss: float) -> NonFiniteLoss:
+    def _non_finite_error(self, step: int, loss: float) -> NonFiniteLoss:
         if self.saver:
             self.saver.wait()
         mark = Checkpoints(self.job.run).newest() if self.job.run else None
@@ -174,10 +168,3 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             "a loss must be finite",
             f"lower optim.lr (now {self.job.spec.optim.lr:g}) or optim.max_grad_norm; look at the rows of that step",
         )
-
-
-def _more(logs: Mapping[str, float], evaluated: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """The kind's own figures: of the step as they are named, of held-out rows with `eval_` or `before_` before that."""
-    own = {key: float(value) for key, value in logs.items() if key not in SHARED}
-    own |= {f"before_{key}": value for key, value in before.items()}
-    return own | {f"eval_{key}": value for key, value in evaluated.items() if key != "loss"}

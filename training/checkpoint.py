@@ -6,7 +6,7 @@
         under DeepSpeed in place of optimizer.pt: latest, global_step<step>/ with the shards of each rank
 
 On a local root the trainer writes in place; on S3 it writes to a cache folder of its machine, which is sent
-(checkpoint_save.py). The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed;
+(`Saver`). The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed;
 DeepSpeed 0.19 unpickles its own shards, so a root with such runs belongs to people who may run code.
 """
 
@@ -16,24 +16,23 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from graftwork.cluster.jobs.fencing import Fence, SupersededError
 from graftwork.errors import GraftworkError, RunError, StorageError
 from graftwork.storage.local import files_under
 from graftwork.storage.store import RunPaths
-from graftwork.training.distributed import all_gather_object, rank_and_world
 from graftwork.training.spec import CheckpointSpec
-from graftwork.training.worker_messages import StepLog
+from graftwork.training.worker_messages import StepLog, all_gather_object, gather_results, rank_and_world
 
 _BLOCK = 2**20
 Shapes = Counter[tuple[int, ...]]
-"""How often a checkpoint holds a tensor of each shape."""
+"""Number of tensors of each shape in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,8 @@ class FileSum:
     sha256: str
 
 
-def sums_of(folder: Path) -> dict[str, FileSum]:
-    """Every file below a folder, by its path there; all are on the disk, not only in its cache, when it returns."""
-    return {"/".join(parts): sum_of(folder.joinpath(*parts), sync=True) for parts in files_under(folder)}
-
-
 def sum_of(path: Path, *, sync: bool = False) -> FileSum:
-    """Size and sha256, read in blocks (which lets other threads compute)."""
+    """Size and sha256, read in blocks (which lets other threads compute). sync: the file is on the disk afterwards."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -62,7 +56,7 @@ def sum_of(path: Path, *, sync: bool = False) -> FileSum:
 
 
 def differences(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
-    """What is missing or other than recorded, a phrase a file."""
+    """A phrase for each file that is missing or other than recorded."""
     found = []
     for name, expected in sorted(files.items()):
         path = folder / name
@@ -139,16 +133,22 @@ class Checkpoints:
 
     def folder(self, step: int) -> Path:
         """Where on this machine a checkpoint's files are written and fetched to."""
-        return self.work_dir() / _name(step)
+        return self.work_dir() / f"{PREFIX}{step}"
 
     def newest(self) -> CheckpointMark | None:
         """The last whole checkpoint; None before the first."""
-        steps = self._complete_steps()
-        return self._mark(steps[-1]) if steps else None
+        return next(iter(self.marks(last=1)), None)
 
-    def marks(self) -> list[CheckpointMark]:
-        """All whole checkpoints, by step."""
-        return [self._mark(step) for step in self._complete_steps()]
+    def marks(self, last: int = 0) -> list[CheckpointMark]:
+        """Whole checkpoints, by step; with `last` only so many of the newest."""
+        store, found = self.run.store, []
+        names = [name.removeprefix(PREFIX) for name in store.list(*self.run.checkpoints())]
+        steps = sorted(int(name) for name in names if name.isdigit() and store.exists(*self._key(int(name)), MARKER))
+        for step in steps[-last:]:
+            record = store.read_json(*self._key(step), MARKER)
+            files = {name: FileSum(**sum_) for name, sum_ in record["files"].items()}
+            found.append(CheckpointMark(**{**record, "files": files}))
+        return found
 
     def fetch(self, mark: CheckpointMark) -> list[str]:
         """Bring a whole checkpoint's files to its folder of this machine. Returns what is not as the marker says."""
@@ -165,7 +165,8 @@ class Checkpoints:
 
         Raises StorageError when a file is damaged.
         """
-        files = {name: found for name, found in self._mark(step).files.items() if is_of_model(name)}
+        [mark] = [mark for mark in self.marks() if mark.step == step]
+        files = {name: found for name, found in mark.files.items() if is_of_model(name)}
         with tempfile.TemporaryDirectory(prefix="gw-adapter-") as name:
             folder = Path(name)
             for file in files:
@@ -179,11 +180,12 @@ class Checkpoints:
                 )
             yield folder
 
-    def clear_unfinished(self) -> None:
-        """Remove what a killed run left without a marker. Rank 0, before training."""
-        whole = {_name(step) for step in self._complete_steps()}
-        for name in set(self.run.store.list(*self.run.checkpoints())) - whole:
+    def clear_unfinished(self) -> list[CheckpointMark]:
+        """Remove what a killed run left without a marker; return the whole ones. Rank 0, before training."""
+        marks = self.marks()
+        for name in set(self.run.store.list(*self.run.checkpoints())) - {f"{PREFIX}{mark.step}" for mark in marks}:
             self.run.store.delete(*self.run.checkpoints(name))
+        return marks
 
     def clear_cache(self) -> None:
         """Remove what a killed run left in this machine's cache (S3 only). One rank a machine, before training."""
@@ -197,7 +199,7 @@ class Checkpoints:
             return {}  # a machine whose workers write nothing of their own
         for name in _NOT_NEEDED:
             (folder / name).unlink(missing_ok=True)
-        sums = sums_of(folder)
+        sums = {"/".join(parts): sum_of(folder.joinpath(*parts), sync=True) for parts in files_under(folder)}
         if not self.run.store.is_local:
             for name in sums:
                 self.run.store.upload(folder / name, *self._key(step), *name.split("/"))
@@ -213,23 +215,12 @@ class Checkpoints:
         self.run.store.delete(*self._key(step), MARKER)
         self.run.store.delete(*self._key(step))
 
-    def _complete_steps(self) -> list[int]:
-        names = self.run.store.list(*self.run.checkpoints())
-        steps = [int(name.removeprefix(PREFIX)) for name in names if name.removeprefix(PREFIX).isdigit()]
-        return sorted(step for step in steps if self.run.store.exists(*self._key(step), MARKER))
-
-    def _mark(self, step: int) -> CheckpointMark:
-        record = self.run.store.read_json(*self._key(step), MARKER)
-        return CheckpointMark(
-            **{**record, "files": {name: FileSum(**found) for name, found in record["files"].items()}}
-        )
-
     def _key(self, step: int) -> tuple[str, ...]:
-        return self.run.checkpoints(_name(step))
+        return self.run.checkpoints(f"{PREFIX}{step}")
 
 
 def is_of_model(name: str) -> bool:
-    """Whether a checkpoint's file is what is published of it: the adapter, or all weights, and its config."""
+    """Return whether a checkpoint's file is published: the adapter, or all weights, and its config."""
     configs = ("adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json")
     return name in configs or name.endswith(".safetensors")
 
@@ -243,15 +234,9 @@ def surplus(marks: list[CheckpointMark], keep: CheckpointSpec) -> list[int]:
     return [mark.step for mark in marks if mark.step not in kept]
 
 
-def _name(step: int) -> str:
-    return f"{PREFIX}{step}"
-
-
 # Each rank has one thread for it. The threads talk over a gloo group of their own, as torch's asynchronous distributed
 # checkpoints do, so that they never meet the training's collectives.
 
-
-T = TypeVar("T")
 
 SEND_S = 3600
 """Most seconds that one machine waits for the files of another, an outage left out."""
@@ -290,7 +275,7 @@ class Saver:
         """Take over files that every rank has written. Waits for the checkpoint before. Raises CheckpointLost, and
         SupersededError where another attempt of the job is at work."""
         self.wait()
-        self._pending = self._pool.submit(self._bring, mark)
+        self._pending = self._pool.submit(self._make_whole, mark)
 
     def wait(self) -> None:
         """Return once all checkpoints are whole. Raises CheckpointLost."""
@@ -306,14 +291,16 @@ class Saver:
         if self._sends:
             self._checkpoints.clear_cache()
 
-    def _bring(self, mark: CheckpointMark) -> None:
-        sent = _all_or_first_error(all_gather_object(_attempt(lambda: self._send(mark.step)), self._group))
-        if isinstance(sent, GraftworkError):
-            raise self._lost_error(mark.step, sent)
-        whole = replace(mark, files={name: kept for part in sent for name, kept in part.items()})
-        done = _all_or_first_error(all_gather_object(_attempt(lambda: self._commit(whole)), self._group))
-        if isinstance(done, GraftworkError):
-            raise self._lost_error(mark.step, done)
+    def _make_whole(self, mark: CheckpointMark) -> None:
+        """Send the files of every machine, then commit on rank 0 and drop what the spec does not keep."""
+        try:
+            sent = gather_results(lambda: self._send(mark.step), self._group)
+            whole = replace(mark, files={name: kept for part in sent for name, kept in part.items()})
+            gather_results(lambda: self._commit(whole), self._group)
+        except SupersededError:
+            raise
+        except GraftworkError as error:
+            raise self._lost_error(mark.step, error) from error
 
     def _send(self, step: int) -> dict[str, FileSum]:
         faults = faults_of_weights(self._checkpoints.folder(step), self._trained) if self._rank == 0 else []
@@ -334,9 +321,7 @@ class Saver:
             if self._rank == 0:
                 self._checkpoints.drop(step)
 
-    def _lost_error(self, step: int, cause: GraftworkError) -> GraftworkError:
-        if isinstance(cause, SupersededError):
-            return cause
+    def _lost_error(self, step: int, cause: GraftworkError) -> CheckpointLost:
         last = max((known for known in self._marks if known < step), default=None)
         kept = f"the checkpoint of step {last} is the last whole one" if last else "there is no whole checkpoint"
         return CheckpointLost(
@@ -347,18 +332,3 @@ class Saver:
             f"{cause.hint + '; then ' if cause.hint else ''}run the same command: it continues from "
             + (f"step {last}" if last else "the start"),
         )
-
-
-def _all_or_first_error(found: "list[T | GraftworkError]") -> "list[T] | GraftworkError":
-    """What all ranks got, or the first error of any."""
-    errors = [one for one in found if isinstance(one, GraftworkError)]
-    return errors[0] if errors else [one for one in found if not isinstance(one, GraftworkError)]
-
-
-def _attempt(call: Callable[[], T]) -> T | GraftworkError:
-    try:
-        return call()
-    except GraftworkError as error:
-        return error
-    except OSError as error:
-        return StorageError("the local copy", str(error))

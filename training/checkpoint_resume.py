@@ -8,48 +8,44 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graftwork.errors import ConfigError, GraftworkError, RunError, StorageError
+from graftwork.errors import ConfigError, RunError, StorageError
 from graftwork.storage.store import RunPaths
 from graftwork.training.checkpoint import CheckpointMark, Checkpoints
-from graftwork.training.distributed import all_gather_object, attempt, from_rank_0, rank_and_world
 from graftwork.training.spec import TrainSpec
-from graftwork.training.worker_messages import TrainJob
+from graftwork.training.worker_messages import (
+    TrainJob,
+    all_gather_object,
+    from_rank_0,
+    gather_results,
+    rank_and_world,
+)
 
 STARTS = "starts.json"
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a worker goes on from."""
+    """Checkpoint that a worker resumes from."""
 
-    mark: CheckpointMark | None = None
-    """None begins at the beginning."""
+    mark: CheckpointMark
+    """Of step 0 where the run begins."""
     folder: Path | None = None
     """The checkpoint's files on this machine."""
     notes: tuple[str, ...] = ()
     sends: bool = True
     """This rank sends the checkpoints of its machine."""
     universal: bool = False
-    """`folder` is in DeepSpeed's universal form (universal.py)."""
-
-    @property
-    def step(self) -> int:
-        """Steps done before."""
-        return self.mark.step if self.mark else 0
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of training before."""
-        return self.mark.elapsed_s if self.mark else 0.0
+    """`folder` is in DeepSpeed's universal form."""
 
     def require_loadable(self, spec: TrainSpec) -> None:
         """Raise ConfigError when the strategy can't go on from the checkpoint."""
         asked, mark = spec.strategy.kind, self.mark
-        if mark is not None and mark.strategy != asked:
+        if mark.strategy != asked:
             raise ConfigError(
                 f"strategy.kind={asked}",
                 f"the checkpoint of step {mark.step} was written by strategy {mark.strategy}",
@@ -63,39 +59,41 @@ def agree_resume_point(job: TrainJob) -> ResumePoint:
 
     Raises StorageError on all ranks alike.
     """
-    if job.run is None:
-        return ResumePoint()
-    checkpoints, world = Checkpoints(job.run), rank_and_world()[1]
+    run, world = job.run, rank_and_world()[1]
+    start = ResumePoint(CheckpointMark(0, 0.0, world, job.spec.strategy.kind))
+    if run is None:
+        return start
+    checkpoints = Checkpoints(run)
     sends = _sends_its_folder(checkpoints)
     if sends:
         checkpoints.clear_cache()
-
-    def whole() -> list[CheckpointMark]:
-        checkpoints.clear_unfinished()
-        return checkpoints.marks()
-
-    notes: list[str] = []
-    found = [(checkpoints, mark) for mark in reversed(from_rank_0(whole))]
+    found = [(checkpoints, mark) for mark in reversed(from_rank_0(checkpoints.clear_unfinished))]
     if job.begin_from is not None:
         before = Checkpoints(job.begin_from)
         found += [(before, mark) for mark in reversed(from_rank_0(before.marks))]
+    folder, notes = None, []
     for of, mark in found:
-        folder, damage = of.folder(mark.step), _damage(of, mark, fetch=sends)
+        fetch: Callable[[], list[str]] = functools.partial(of.fetch, mark) if sends else list
+        damage = [one for part in gather_results(fetch) for one in part]
         if not damage:
-            start = ResumePoint(mark, folder, (*notes, *_notes(mark, world)), sends)
+            start, folder = replace(start, mark=mark), of.folder(mark.step)
             break
         notes.append(f"the checkpoint of step {mark.step} is damaged ({damage[0]}) and was left out")
         from_rank_0(functools.partial(of.drop, mark.step))
-    else:
-        if job.begin_from is not None:
-            raise StorageError(
-                f"the checkpoint of {'/'.join(job.begin_from.file())}",
-                "; ".join(notes) or "there is none",
-                "this run begins from a whole one",
-            )
-        start = ResumePoint(notes=tuple(notes), sends=sends)
-    from_rank_0(functools.partial(_note_start, job.run, start, world))
-    return start
+    if folder is None and job.begin_from is not None:
+        raise StorageError(
+            f"the checkpoint of {'/'.join(job.begin_from.file())}",
+            "; ".join(notes) or "there is none",
+            "this run begins from a whole one",
+        )
+    if start.mark.world_size != world:
+        notes.append(
+            f"step {start.mark.step} was reached by {start.mark.world_size} workers, {world} go on: the same rows a "
+            "step; random numbers (dropout) are drawn again"
+        )
+    begun = {"at": round(time.time(), 3), "step": start.mark.step, "workers": world, "notes": notes}
+    from_rank_0(lambda: run.store.write_json([*read_starts(run), begun], *run.file(STARTS)))
+    return replace(start, folder=folder, notes=tuple(notes), sends=sends)
 
 
 def read_starts(run: RunPaths) -> list[dict[str, object]]:
@@ -105,34 +103,8 @@ def read_starts(run: RunPaths) -> list[dict[str, object]]:
     return found
 
 
-def _damage(checkpoints: Checkpoints, mark: CheckpointMark, *, fetch: bool) -> list[str]:
-    """What is wrong with a checkpoint's files on any machine. Collective; those who `fetch` bring and check them."""
-    outcomes = all_gather_object(attempt(lambda: checkpoints.fetch(mark) if fetch else []))
-    for outcome in outcomes:
-        if isinstance(outcome, GraftworkError):
-            raise outcome
-    return [found for outcome in outcomes if isinstance(outcome, list) for found in outcome]
-
-
-def _note_start(run: RunPaths, start: ResumePoint, world: int) -> None:
-    begun = {"at": round(time.time(), 3), "step": start.step, "workers": world, "notes": list(start.notes)}
-    run.store.write_json([*read_starts(run), begun], *run.file(STARTS))
-
-
-def _notes(mark: CheckpointMark, world: int) -> list[str]:
-    if mark.world_size == world:
-        return []
-    return [
-        f"step {mark.step} was reached by {mark.world_size} workers, {world} go on: the same rows a step; "
-        "random numbers (dropout) are drawn anew"
-    ]
-
-
 def _sends_its_folder(checkpoints: Checkpoints) -> bool:
-    """Whether this rank is the first of those that share its folder: each machine's files are sent once. Collective.
-
-    Every rank leaves a mark; who sees a smaller rank's mark beside its own leaves the sending to that one.
-    """
+    """Return True on the first rank of those that share its folder: each machine's files are sent once. Collective."""
     rank, world = rank_and_world()
     if world == 1:
         return True
@@ -148,31 +120,27 @@ def _sends_its_folder(checkpoints: Checkpoints) -> bool:
     return min(seen) == rank
 
 
-# DeepSpeed 0.19 loads shards with as many workers as wrote them, and transformers 5.23 never asks for the universal
-# form:
-# the folder is made here, and `checkpoint.load_universal` in DeepSpeed's configuration makes the engine read it.
+# DeepSpeed 0.19 loads shards with as many workers as wrote them, and transformers 5.23 never requests the universal
+# form: the folder is made here, and `checkpoint.load_universal` in DeepSpeed's configuration makes the engine read it.
 
 
 def reshaped(start: ResumePoint, spec: TrainSpec, world: int) -> ResumePoint:
     """The start, its shards in a form that `world` workers load where other numbers wrote them. Collective."""
-    mark = start.mark
-    if mark is None or start.folder is None or not spec.strategy.kind.startswith("zero") or mark.world_size == world:
+    shards, step = start.folder, start.mark.step
+    if shards is None or not spec.strategy.kind.startswith("zero") or start.mark.world_size == world:
         return start
-    shards, whole = start.folder, universal_of(start.folder)
     stage = int(spec.strategy.kind[-1])
-    for outcome in all_gather_object(attempt(lambda: _convert(shards, mark.step, stage) if start.sends else None)):
-        if isinstance(outcome, GraftworkError):
-            raise outcome
-    return replace(start, folder=whole, universal=True)
+    gather_results(lambda: _convert(shards, step, stage) if start.sends else None)
+    return replace(start, folder=universal_of(shards), universal=True)
 
 
 def universal_of(folder: Path) -> Path:
-    """Where a checkpoint's universal form is made: beside it, under a name that no listing takes for a checkpoint."""
+    """Folder of a checkpoint's universal form, under a name that no listing takes for a checkpoint."""
     return folder.with_name(f".tmp-universal-{folder.name}")
 
 
-def mend(engine: Any) -> None:
-    """Part what DeepSpeed's ZeRO-3 lays together when it loads the universal form. On every rank, once it has loaded.
+def split_optimizer_groups(engine: Any) -> None:
+    """Undo what DeepSpeed's ZeRO-3 merges when it loads the universal form. On every rank, once it has loaded.
 
     DeepSpeed 0.19.8 (zero/stage3.py load_hp_checkpoint_state_from_checkpoint_dir_stage3) gives all groups of parameters
     one and the same `step` tensor, which torch's AdamW then counts up once a group, and the first group's weight decay.

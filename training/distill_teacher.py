@@ -18,28 +18,29 @@ import httpx
 import torch
 from peft import PeftModel
 
-from graftwork.artifacts import publish as artifact
+from graftwork.artifacts.publish import fetch, require_base
 from graftwork.artifacts.registry import resolve
-from graftwork.base import load as base_model
 from graftwork.base import source
+from graftwork.base.load import load
+from graftwork.base.load import resolve as resolve_base
+from graftwork.base.load import template as base_template
 from graftwork.base.source import BaseSpec
 from graftwork.config import canonical_json
-from graftwork.datasets import rows as data
-from graftwork.datasets.rows import DatasetRow
+from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows, resolve_prompt
 from graftwork.errors import ArtifactError, BaseModelError, ConfigError, DataError
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message
+from graftwork.prompts.render import Message, render
 from graftwork.prompts.template import Template
 from graftwork.quantization import QuantSpec
 from graftwork.storage.store import Store
 from graftwork.training.objectives.distill import DistillSpec, GenerateSpec, TeacherSpec
+from graftwork.training.objectives.rows import pad_left
 from graftwork.training.rewards import Reward, load_rewards
 from graftwork.training.spec import TrainSpec
 
 
 @dataclass(frozen=True)
 class TeacherAnswer:
-    """What was written; `ended` by the teacher itself and not by the limit on its length."""
+    """A generated text; `ended` by the teacher itself and not by the limit on its length."""
 
     text: str
     ended: bool
@@ -55,7 +56,16 @@ def ask(
 ) -> list[list[TeacherAnswer]]:
     """`generate.samples` answers to each question. Raises DataError naming what the endpoint said, ConfigError."""
     assert generate.url is not None, "asked where there is an endpoint"
-    bodies = [_body(generate, question, system, seed + n) for question in questions for n in range(generate.samples)]
+    bodies = []
+    for question in questions:
+        own = [] if system is None or question[0].role == "system" else [Message("system", system)]
+        body = {
+            "model": generate.model,
+            "messages": [{"role": turn.role, "content": turn.content} for turn in (*own, *question)],
+            "temperature": generate.temperature,
+            "max_tokens": generate.max_new_tokens,
+        }
+        bodies += [{**body, "seed": seed + n} for n in range(generate.samples)]
     with (
         httpx.Client(base_url=generate.url.rstrip("/") + "/", headers=_headers(generate), timeout=TIMEOUT_S) as client,
         ThreadPoolExecutor(generate.concurrency, thread_name_prefix="teacher") as pool,
@@ -84,17 +94,6 @@ def _ask_once(client: httpx.Client, generate: GenerateSpec, body: dict[str, Any]
         return TeacherAnswer(str(choice["message"]["content"] or ""), choice["finish_reason"] == "stop")
     except (ValueError, LookupError, TypeError) as error:
         raise _request_error(generate, f"its answer is no chat completion: {response.text[:500]}") from error
-
-
-def _body(generate: GenerateSpec, question: Sequence[Message], system: str | None, seed: int) -> dict[str, Any]:
-    own = [] if system is None or question[0].role == "system" else [Message("system", system)]
-    return {
-        "model": generate.model,
-        "messages": [{"role": turn.role, "content": turn.content} for turn in (*own, *question)],
-        "temperature": generate.temperature,
-        "max_tokens": generate.max_new_tokens,
-        "seed": seed,
-    }
 
 
 def _headers(generate: GenerateSpec) -> dict[str, str]:
@@ -142,11 +141,11 @@ class Teacher:
 def pinned(spec: TrainSpec, asked: TeacherSpec) -> Teacher:
     """The teacher by digest and version. Raises ArtifactError, BaseModelError: missing, or no teacher."""
     base = asked.base or spec.base
-    resolved = base_model.resolve(base)
+    resolved = resolve_base(base)
     adapter, changes = None, {"uri": source.absolute(base.uri)}
     if asked.adapter is not None:
         manifest = resolve(Store(spec.root), asked.adapter)
-        artifact.require_base(manifest, resolved.digest)
+        require_base(manifest, resolved.digest)
         if manifest.method.get("objective") == "reward":
             raise ArtifactError(
                 f"objective.teacher.adapter={asked.adapter}",
@@ -158,15 +157,15 @@ def pinned(spec: TrainSpec, asked: TeacherSpec) -> Teacher:
         if manifest.template_date is not None:
             changes["template_date"] = manifest.template_date.isoformat()
     placed = base.with_(changes)
-    day = base_model.template(base_model.resolve(placed)).date
+    day = base_template(resolve_base(placed)).date
     return Teacher(placed, resolved.digest, asked.quant or spec.quant, adapter, day)
 
 
 def require_vocabulary(spec: TrainSpec, teacher: Teacher, template: Template) -> None:
     """Raise BaseModelError unless student and teacher have one vocabulary."""
-    theirs, own = base_model.resolve(teacher.base), base_model.resolve(spec.base)
+    theirs, own = resolve_base(teacher.base), resolve_base(spec.base)
     sizes = [int(one.config.get("vocab_size", 0)) for one in (theirs, own)]
-    if base_model.template(theirs).tokenizer_digest == template.tokenizer_digest and sizes[0] == sizes[1]:
+    if base_template(theirs).tokenizer_digest == template.tokenizer_digest and sizes[0] == sizes[1]:
         return
     raise BaseModelError(
         f"objective.teacher.base={teacher.base.uri}",
@@ -179,11 +178,11 @@ def require_vocabulary(spec: TrainSpec, teacher: Teacher, template: Template) ->
 def load_teacher(teacher: Teacher, root: str, device: torch.device) -> Any:
     """The frozen teacher on a base of its own in this process."""
     place = "cpu" if device.type == "cpu" else str(device)  # ranks of gloo call it cpu:0
-    loaded = base_model.load(base_model.resolve(teacher.base), teacher.quant, device=place, purpose="train")
+    loaded = load(resolve_base(teacher.base), teacher.quant, device=place, purpose="train")
     model = loaded.model
     if teacher.adapter is not None:
         task, _, version = teacher.adapter.partition("@")
-        model = PeftModel.from_pretrained(model, artifact.fetch(Store(root), task, version))
+        model = PeftModel.from_pretrained(model, fetch(Store(root), task, version))
     return model.requires_grad_(False).eval()
 
 
@@ -192,9 +191,9 @@ def write(
     spec: TrainSpec, generate: GenerateSpec, teacher: Teacher, questions: Sequence[Sequence[Message]]
 ) -> list[list[TeacherAnswer]]:
     """`generate.samples` answers to each question, by the teacher's own template and tokenizer."""
-    template = base_model.template(base_model.resolve(teacher.base))
-    prompt = data.resolve_prompt(spec.prompt)
-    asked = [list(chat.render(q, template, prompt=prompt, generate=True).ids) for q in questions]
+    template = base_template(resolve_base(teacher.base))
+    prompt = resolve_prompt(spec.prompt)
+    asked = [render(q, template, prompt=prompt, generate=True).ids for q in questions]
     device = torch.device("cuda:0" if spec.gpus and torch.cuda.is_available() else "cpu")
     model = load_teacher(teacher, spec.root, device)
     torch.manual_seed(spec.seed)
@@ -202,9 +201,7 @@ def write(
     found: list[list[TeacherAnswer]] = [[] for _ in asked]
     for start in range(0, len(order), generate.concurrency):
         places = order[start : start + generate.concurrency]
-        width = max(len(asked[place]) for place in places)
-        ids_BT = torch.tensor([[template.pad_id] * (width - len(asked[p])) + asked[p] for p in places], device=device)
-        mask_BT = torch.tensor([[0] * (width - len(asked[p])) + [1] * len(asked[p]) for p in places], device=device)
+        ids_BT, mask_BT = pad_left([asked[place] for place in places], template.pad_id, device)
         sampling = {"temperature": generate.temperature, "top_k": 0, "top_p": 1.0} if generate.temperature else {}
         whole = model.generate(
             input_ids=ids_BT,
@@ -216,14 +213,10 @@ def write(
             pad_token_id=template.pad_id,
             eos_token_id=sorted(template.stop_ids),
         )
-        for row, ids in enumerate(whole[:, width:].tolist()):
-            found[places[row // generate.samples]].append(_answer(ids, template))
+        for row, ids in enumerate(whole[:, ids_BT.shape[1] :].tolist()):
+            end = next((place for place, token in enumerate(ids) if token in template.stop_ids), None)
+            found[places[row // generate.samples]].append(TeacherAnswer(template.decode(ids[:end]), end is not None))
     return found
-
-
-def _answer(ids: Sequence[int], template: Template) -> TeacherAnswer:
-    end = next((place for place, token in enumerate(ids) if token in template.stop_ids), None)
-    return TeacherAnswer(template.decode(ids[:end]), end is not None)
 
 
 FOLDER, ANSWERS, ABOUT = "teaching", "answers.jsonl", "about.json"
@@ -242,18 +235,24 @@ class GeneratedAnswers:
 
 
 def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswers:
-    """The training rows with the teacher's answers. In the driver; asks it where they are not there yet.
+    """The training rows with the teacher's answers. In the driver; generates them where they are not there yet.
 
     Raises DataError (no endpoint, no answer kept), ArtifactError, BaseModelError, ConfigError (an unknown reward).
     """
     assert spec.data.train is not None
-    keys = data.key_check("prompt")
-    rows = data.read_rows(spec.data.train, limit=spec.data.train_rows, need="prompt", keys=keys)
+    keys = key_check("prompt")
+    rows = read_rows(spec.data.train, limit=spec.data.train_rows, need="prompt", keys=keys)
     loaded = load_rewards([generate.keep] if generate.keep else [], spec)
     rewards = [reward for reward in loaded if isinstance(reward, Reward)]
     store, key = Store(spec.root), _key(spec, generate, rows, rewards)
     if not store.exists(FOLDER, key, ABOUT):
-        answers = _generate(spec, generate, rows)
+        questions = [row.question for row in rows]
+        if generate.url is not None:
+            answers = ask(generate, questions, spec.prompt.system, spec.seed)
+        else:
+            assert isinstance(spec.objective, DistillSpec)
+            assert spec.objective.teacher is not None, "one of the two is given"
+            answers = write(spec, generate, pinned(spec, spec.objective.teacher), questions)
         kept = [
             (row, best) for row, own in zip(rows, answers, strict=True) if (best := _best(generate, rewards, row, own))
         ]
@@ -264,24 +263,20 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
         }
         if not kept:
             raise _nothing_kept(spec, generate, about, answers)
-        lines = "".join(json.dumps(_record(row, text), ensure_ascii=False) + "\n" for row, text in kept)
-        store.write_bytes(lines.encode(), FOLDER, key, ANSWERS)
+        lines = []
+        for row, text in kept:
+            turns = [{"role": turn.role, "content": turn.content} for turn in row.question]
+            record: dict[str, Any] = {"id": row.id, "messages": [*turns, {"role": "assistant", "content": text}]}
+            if row.gold is not None:
+                record |= {"gold": row.gold, "given_fields": list(row.given_fields)}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        store.write_bytes("".join(lines).encode(), FOLDER, key, ANSWERS)
         store.write_json(about, FOLDER, key, ABOUT)
     about = store.read_json(FOLDER, key, ABOUT)
     rule = f"keep={generate.keep.name}, at_least={generate.at_least:g}" if generate.keep else "ended"
     note = f"{about['kept']} of {about['asked']} answers of the teacher kept ({rule}; {about['unended']} had not ended)"
     contents = array("q", [hash(row.messages) for row in rows])
-    return GeneratedAnswers(store.path(FOLDER, key, ANSWERS), (note,), keys.note("data.train"), contents)
-
-
-def _generate(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow]) -> list[list[TeacherAnswer]]:
-    """The answers to each row's question."""
-    if generate.url is not None:
-        return ask(generate, [row.question for row in rows], spec.prompt.system, spec.seed)
-
-    assert isinstance(spec.objective, DistillSpec)
-    assert spec.objective.teacher is not None, "one of the two is given"
-    return write(spec, generate, pinned(spec, spec.objective.teacher), [row.question for row in rows])
+    return GeneratedAnswers(store.path(FOLDER, key, ANSWERS), (note,), keys.note("train"), contents)
 
 
 def _best(
@@ -296,26 +291,18 @@ def _best(
 
 
 def _key(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow], rewards: Sequence[Reward]) -> str:
-    """32 hex digits over all that decides the answers and which of them are kept."""
+    """32 hex digits over all that decides the answers and their selection."""
     assert isinstance(spec.objective, DistillSpec)
     teacher = spec.objective.teacher
     decides = {
-        "rows": data.fingerprint(rows),
-        "prompt": asdict(data.resolve_prompt(spec.prompt)),
+        "rows": fingerprint(rows),
+        "prompt": asdict(resolve_prompt(spec.prompt)),
         "seed": spec.seed,
         "generate": generate.model_dump(mode="json", exclude={"concurrency", "api_key_env"}),
         "keep": [reward.content for reward in rewards],
         "teacher": pinned(spec, teacher).digest() if teacher else None,
     }
     return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
-
-
-def _record(row: DatasetRow, answer: str) -> dict[str, Any]:
-    turns = [{"role": m.role, "content": m.content} for m in row.question]
-    found: dict[str, Any] = {"id": row.id, "messages": [*turns, {"role": "assistant", "content": answer}]}
-    if row.gold is not None:
-        found |= {"gold": row.gold, "given_fields": list(row.given_fields)}
-    return found
 
 
 def _nothing_kept(
@@ -325,7 +312,7 @@ def _nothing_kept(
         f"keep={generate.keep.name} of at least {generate.at_least:g}" if generate.keep else "an end within the limit"
     )
     return DataError(
-        f"objective.generate for data.train={spec.data.train}",
+        f"objective.generate for train={spec.data.train}",
         f"none of the answers to {about['asked']} questions is kept ({about['unended']} had not ended); the first is "
         f"{answers[0][0].text[:200]!r}",
         f"an answer is learned that has {rule}",

@@ -23,25 +23,23 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from graftwork.cluster.private_ray import python_path, ray_is_private, ray_is_up
-from graftwork.errors import GraftworkError
+from graftwork.errors import GraftworkError, Interrupted, RunError
 from graftwork.planning.hardware import visible_gpus
+from graftwork.training.checkpoint import Checkpoints
+from graftwork.training.loop import train_as_worker
 from graftwork.training.ray_resources import never_back, resources_per_worker, workers_that_fit
 from graftwork.training.spec import TrainSpec
-from graftwork.training.worker import (
-    COLLECTIVE_TIMEOUT_S,
-    MAX_FAILURES,
-    START_TIMEOUT_S,
-    exit_reason,
-    lost_worker,
-    newest_step,
-    require_wanted,
-    train_as_worker,
-)
 from graftwork.training.worker_messages import LoopResult, TrainJob
 
+MAX_FAILURES: Final = 3
+"""Times that a lost worker is replaced without a new checkpoint in between."""
+COLLECTIVE_TIMEOUT_S: Final = 300
+"""A worker that waits longer for another gives up (torch's default is 1800)."""
+START_TIMEOUT_S: Final = 120
+"""For all workers to be placed and alive; Ray's default of 60 s is short for a busy machine of two cores."""
 OOM_SCORE = 1000
 """As Ray's workers have it: where memory runs out the kernel ends the worker, and its driver goes on."""
 LAST_OUTPUT = 500
@@ -49,6 +47,30 @@ LAST_OUTPUT = 500
 COMMAND = "import sys; from graftwork.training.local_worker import main; main(int(sys.argv[1]))"
 
 log = logging.getLogger("graftwork.training")
+
+
+def newest_step(job: TrainJob) -> int:
+    """Step of the run's newest whole checkpoint; 0 without one."""
+    assert job.run is not None, "a trial is not resumed"
+    mark = Checkpoints(job.run).newest()
+    return mark.step if mark else 0
+
+
+def require_wanted(job: TrainJob) -> None:
+    """Raise Interrupted where the workers left with a checkpoint because the job is to end, not a machine's time."""
+    reason = job.fence.stop_reason(job.spec.checkpoints.outage_s) if job.fence is not None else None
+    if reason is not None:
+        raise Interrupted(f"training {job.spec.name}", f"it was asked to end ({reason})", "", "")
+
+
+def lost_worker(job: TrainJob, where: str, why: str) -> RunError:
+    """Return the error of a run whose workers failed once too often."""
+    return RunError(
+        f"training {job.spec.name}",
+        f"{where} failed: {why}",
+        f"lost workers are replaced while checkpoints are made, {MAX_FAILURES} times without one",
+        "run the same command: it continues from the last checkpoint",
+    )
 
 
 class WorkerLost(Exception):
@@ -64,7 +86,7 @@ class WorkerLost(Exception):
 
 @dataclass(frozen=True)
 class GpuReservation:
-    """What the worker gets of this machine."""
+    """Resources of this machine that the worker gets."""
 
     gpus: str | None
     """CUDA_VISIBLE_DEVICES of the worker; None leaves the environment's."""
@@ -84,10 +106,10 @@ def fit_in_process(job: TrainJob) -> LoopResult:
     """
     workers_that_fit(job.spec)
     failures, reached = 0, newest_step(job)
-    with _reserved(job.spec) as reservation:
+    with _reserve_resources(job.spec) as reservation:
         while True:
             try:
-                result = _run(job, reservation)
+                result = _run_child(job, reservation)
             except WorkerLost as lost:
                 before, reached = reached, newest_step(job)
                 failures = failures + 1 if reached == before else 1
@@ -101,7 +123,7 @@ def fit_in_process(job: TrainJob) -> LoopResult:
 
 
 @contextlib.contextmanager
-def _reserved(spec: TrainSpec) -> Iterator[GpuReservation]:
+def _reserve_resources(spec: TrainSpec) -> Iterator[GpuReservation]:
     """Reserve a worker's resources: in a private Ray from what its other stages use, else this machine's first GPUs.
 
     Raises ClusterError where the private Ray has no room in time.
@@ -131,7 +153,7 @@ class _Holder:
         return GpuReservation(os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.nice(0))
 
 
-def _run(job: TrainJob, reservation: GpuReservation) -> LoopResult:
+def _run_child(job: TrainJob, reservation: GpuReservation) -> LoopResult:
     """One child process from its start to its end. Raises WorkerLost, and the errors that the loop ends with."""
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryDirectory(prefix="gw-train-") as folder, Connection(ours.detach()) as wire:
@@ -168,10 +190,13 @@ def _environment(spec: TrainSpec, reservation: GpuReservation) -> dict[str, str]
 
 
 def _last_words(status: int, output: Path) -> str:
-    """Why a child ended without an outcome."""
-    how = f"it ended with {exit_reason(status)}"
+    """The reason for which a child ended without an outcome, from its exit status as `subprocess` reports it."""
     if status == -signal.SIGKILL:
-        return f"{how}, as the kernel ends a process where memory runs out"
+        return "it ended with signal 9 (SIGKILL), as the kernel ends a process where memory runs out"
+    how = f"it ended with exit code {status}"
+    if status < 0:
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
+        how = f"it ended with signal {-status} ({name})"
     tail = output.read_text(encoding="utf-8", errors="replace").strip()[-LAST_OUTPUT:]
     return f"{how}; its last output: {tail}" if tail else how
 
@@ -179,7 +204,14 @@ def _last_words(status: int, output: Path) -> str:
 def main(handle: int) -> None:
     """The child: take a job from the wire, train, send what came of it. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the driver decides
-    notice = _notice_on_sigterm()
+    notice = threading.Event()
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        """Take the first SIGTERM as a notice to save and leave; the second one ends the process."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        notice.set()
+
+    signal.signal(signal.SIGTERM, note)
     wire = Connection(handle)
     try:
         job, niceness = pickle.loads(wire.recv_bytes())
@@ -193,25 +225,13 @@ def main(handle: int) -> None:
     try:
         _form_group_of_one(job.spec)
         outcome = train_as_worker(job, None, notice.is_set)
-    except Exception as error:
+    except Exception as error:  # whatever it is: the driver replaces the worker, or reports the error
         traceback.print_exc()
         cause = error if isinstance(error, GraftworkError) else None
         outcome = WorkerLost(f"{type(error).__name__}: {error}"[-2000:], cause)
     with contextlib.suppress(OSError):
         wire.send(outcome)
     os._exit(0)
-
-
-def _notice_on_sigterm() -> threading.Event:
-    """Make the first SIGTERM a notice to save and leave; the second one ends the process."""
-    notice = threading.Event()
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        notice.set()
-
-    signal.signal(signal.SIGTERM, note)
-    return notice
 
 
 def _end_with_driver(wire: Connection) -> None:

@@ -1,113 +1,168 @@
-"""Training loop: every run and every tuning trial takes its optimizer steps here."""
+"""Training loop: every run and every tuning trial takes its optimizer steps here, on the rows that `step_plan` deals.
 
+Legend: S steps, R rows a step (all workers), W workers, G forward passes a step on one worker, M rows a pass,
+N rows of the set.
+"""
+
+import contextlib
 import errno
+import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-from graftwork.base import load as base_model
+import numpy as np
+from numpy.typing import NDArray
+
+from graftwork.base.load import LoadedBase, load, resolve
+from graftwork.cluster.jobs.fencing import FenceMonitor, SupersededError
 from graftwork.environment import peak_rss_bytes
-from graftwork.errors import StorageError
+from graftwork.errors import ConfigError, GraftworkError, StorageError, StoreUnreachable
 from graftwork.quantization import import_bitsandbytes
 from graftwork.storage.store import cache_root
-from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.checkpoint_resume import ResumePoint, agree_resume_point
-from graftwork.training.distributed import rank_and_world
-from graftwork.training.evaluation.run import before_after
-from graftwork.training.spec import TrainSpec
-from graftwork.training.step_plan import StepPlan, step_plan
-from graftwork.training.warm_start import adapter_folder, folder_below
-from graftwork.training.worker_messages import LoopResult, Report, StepLog, TrainJob
+from graftwork.training import strategies
+from graftwork.training.checkpoint import CheckpointLost, Checkpoints, Saver, shapes_of
+from graftwork.training.checkpoint_resume import ResumePoint, agree_resume_point, reshaped
+from graftwork.training.rewards import BadReward
+from graftwork.training.spec import OptimSpec, TrainSpec
+from graftwork.training.worker_messages import (
+    LoopResult,
+    NonFiniteLoss,
+    Report,
+    StepLog,
+    TrainJob,
+    all_gather_object,
+    before_after,
+    rank_and_world,
+)
 
-if TYPE_CHECKING:
-    from graftwork.training.checkpoint import Saver
+ON_ALL_RANKS: Final = (NonFiniteLoss, BadReward, CheckpointLost, SupersededError, ConfigError, StoreUnreachable)
+"""Errors that every worker meets at the same step: returned, since another try would meet them again."""
+
+
+def train_as_worker(job: TrainJob, report: Report | None, leaving: Callable[[], bool]) -> LoopResult | GraftworkError:
+    """Run the loop in this process; return the errors of `ON_ALL_RANKS` and raise all others.
+
+    `report` None: a run, which writes its own records and whose peak corrects later memory plans. `leaving` returns
+    True once this process has notice to save and go; the attempt's stop requests (`job.fence`) are added on rank 0.
+    """
+    rank = rank_and_world()[0]
+    monitor = FenceMonitor(job.fence) if job.fence is not None and rank == 0 else None
+    try:
+        asked = lambda: leaving() or (monitor is not None and monitor.stop_reason is not None)  # noqa: E731
+        result = run_steps(job, report or (lambda _: True), asked)
+        if report is None and rank == 0:
+            from graftwork.training.autotune import learn_peak
+
+            learn_peak(job, result)
+        return result
+    except ON_ALL_RANKS as error:
+        return error
+    finally:
+        if monitor is not None:
+            monitor.close()
 
 
 def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambda: False) -> LoopResult:
     """Train on `job.data`, alone or as one of `torch.distributed`'s ranks if a process group is up.
 
-    Every rank of the group calls it with an equal job. `leaving` is asked at each step whether this machine is about to
-    be taken away: then all ranks save and return. Raises NonFiniteLoss, CheckpointLost, BaseModelError, ConfigError
-    (a checkpoint that the strategy can't load), StorageError (disk full).
+    Every rank of the group calls it with an equal job. `leaving` is called at each step and returns True once this
+    machine is about to be taken away: then all ranks save and return. Raises NonFiniteLoss, CheckpointLost,
+    BaseModelError, ConfigError (a checkpoint that the strategy can't load), StorageError (disk full).
     """
-    spec, (rank, world) = job.spec, rank_and_world()
+    rank, world = rank_and_world()
     plan, start = plan_of(job, world), agree_resume_point(job)
-    log = StepLog.resumed(job.run, start.step) if rank == 0 else StepLog(None)
-    folder = _work_dir(job)
-    with _disk_full_explained(folder):
-        if start.step >= plan.steps:
-            if job.parts:
-                from graftwork.training.evaluation.run import measure_finished
-
-                measure_finished(job, start.step, device_of(spec), rank, world)
-            return _result(log, plan.steps, start.elapsed_s, stopped=False, notes=start.notes)
-        start.require_loadable(spec)
-        import torch
-
-        import_bitsandbytes()
-        from graftwork.training import strategies
-        from graftwork.training.callback import StepCallback
-        from graftwork.training.checkpoint_resume import reshaped
-        from graftwork.training.evaluation.run import Measuring
-        from graftwork.training.objectives.trainer import (
-            TrainerContext,
-            build,  # the slow imports of a worker: 5 to 10 s
-        )
-        from graftwork.training.strategies import layout, sharding
-
-        torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
-        base = base_model.resolve(spec.base)
-        holding = sharding(spec, plan, world, base)
-        loaded = base_model.load(base, spec.quant, device=device_of(spec), purpose="train", shards=layout(spec))
-        outcomes = Measuring(job, base, rank, world)
-        outcomes.before(loaded.model)
-        model = _with_adapter(job, loaded)
-        start = reshaped(start, spec, world)
-        with _saver(job, model, log, start) as saver:
-            watch = StepCallback(job, plan, log, report, leaving, start, saver)
-            training = build(TrainerContext(job, plan, base, model, folder, watch, start.universal))
-            del holding  # the trainer has a configuration of its own now
-            watch.training, trainer = training, training.trainer
-            trainer.train(resume_from_checkpoint=str(start.folder) if start.folder else None)
-        batches = f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}"
-        shared = strategies.notes(spec.strategy.kind, trainer.model, world)
-        notes = (loaded.reason, batches, *training.notes, *shared, *start.notes)
-        done, wall_s = trainer.state.global_step, watch.elapsed_s()
-        if not watch.left:
-            outcomes.after(trainer.model)
-        return _result(log, done, wall_s, stopped=watch.stopped, left=watch.left, notes=notes)  # its peaks: of all that
-
-
-@contextmanager
-def _saver(job: TrainJob, model: Any, log: StepLog, start: ResumePoint) -> "Iterator[Saver | None]":
-    """What makes checkpoints whole beside the training; at the block's end all of them are, or tried. Collective."""
-    from graftwork.training.checkpoint import Saver, shapes_of
-
-    if job.run is None:
-        yield None
-        return
-    saver = Saver(Checkpoints(job.run), job.spec.checkpoints, shapes_of(model), log, job.fence, sends=start.sends)
+    log = StepLog.resumed(job.run, start.mark.step) if rank == 0 else StepLog(None)
+    folder = Checkpoints(job.run).work_dir() if job.run is not None else cache_root() / "trials"
+    folder.mkdir(parents=True, exist_ok=True)  # a trial's trainer requires one, and leaves it empty
     try:
-        yield saver
-        saver.wait()
-    finally:
-        saver.close()
+        if start.mark.step < plan.steps:
+            start.require_loadable(job.spec)
+            return _train(job, plan, start, log, report, leaving, folder)
+        if job.parts:
+            from graftwork.training.evaluation.run import measure_finished
+
+            measure_finished(job, start.mark.step, device_of(job.spec))
+        return _result(log, start, plan.steps, start.mark.elapsed_s, start.notes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"checkpoint in {folder}",
+            f"no space left ({error})",
+            "the last whole checkpoint is untouched",
+            "free disk space and run the same command: it continues from there",
+        ) from error
 
 
-def plan_of(job: TrainJob, world: int) -> StepPlan:
+def _train(
+    job: TrainJob,
+    plan: "StepPlan",
+    start: ResumePoint,
+    log: StepLog,
+    report: Report,
+    leaving: Callable[[], bool],
+    folder: Path,
+) -> LoopResult:
+    """Load the base, attach the adapter, take the steps that `start` leaves. The slow imports take 5 to 10 s."""
+    import torch
+
+    import_bitsandbytes()
+    from graftwork.training.callback import StepCallback
+    from graftwork.training.evaluation.run import Measuring
+    from graftwork.training.objectives.trainer import TrainerContext, build
+
+    spec, world = job.spec, rank_and_world()[1]
+    torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
+    base, kind = resolve(spec.base), spec.strategy.kind
+    holding = strategies.sharding(spec, plan, world, base) if kind == "zero3" else None
+    shards = kind if kind in ("zero3", "fsdp2") else "none"
+    loaded = load(base, spec.quant, device=device_of(spec), purpose="train", shards=shards)
+    outcomes = Measuring(job, base) if job.parts else None
+    if outcomes is not None:
+        outcomes.before(loaded.model)
+    model = _with_adapter(job, loaded)
+    start = reshaped(start, spec, world)
+    saver = None
+    with contextlib.ExitStack() as at_end:
+        if job.run is not None:
+            saver = Saver(Checkpoints(job.run), spec.checkpoints, shapes_of(model), log, job.fence, sends=start.sends)
+            at_end.callback(saver.close)
+        watch = StepCallback(job, plan, log, report, leaving, start, saver)
+        training = build(TrainerContext(job, plan, base, model, folder, watch, start.universal))
+        del holding  # the trainer has a configuration of its own now
+        watch.training, trainer = training, training.trainer
+        trainer.train(resume_from_checkpoint=str(start.folder) if start.folder else None)
+        if saver is not None:
+            saver.wait()
+    batches = f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}"
+    notes = (loaded.reason, batches, *training.notes, *strategies.notes(kind, trainer.model, world), *start.notes)
+    done, wall_s = trainer.state.global_step, watch.elapsed_s()
+    if outcomes is not None and not watch.left:
+        outcomes.after(trainer.model)
+    return _result(log, start, done, wall_s, notes, stopped=watch.stopped, left=watch.left)
+
+
+def plan_of(job: TrainJob, world: int) -> "StepPlan":
     """The rows of every step of a job on `world` workers."""
     repeats = job.spec.objective.traits.steps_per_batch
     return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps, repeats)
 
 
-def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
+def device_of(spec: TrainSpec) -> str:
+    """Device that this worker computes on."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.gpus > 0 else "cpu"
+
+
+def _with_adapter(job: TrainJob, loaded: LoadedBase) -> Any:
     """The base with the spec's adapter: random by the seed, or a published one's weights. A checkpoint comes later."""
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, attach_frozen_adapter, load_adapter_weights
     from graftwork.training.objectives.reward_head import add_reward_head
+    from graftwork.training.warm_start import adapter_folder, folder_below
 
     spec = job.spec
     set_seed(spec.seed)
@@ -120,51 +175,25 @@ def _with_adapter(job: TrainJob, loaded: base_model.LoadedBase) -> Any:
     return model
 
 
-def device_of(spec: TrainSpec) -> str:
-    """Where this worker computes."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.gpus > 0 else "cpu"
-
-
-def _work_dir(job: TrainJob) -> Path:
-    """Where the trainer writes: the run's checkpoint folder; for a trial one that it wants to have and leaves empty."""
-    if job.run is not None:
-        return Checkpoints(job.run).work_dir()
-    folder = cache_root() / "trials"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@contextmanager
-def _disk_full_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise StorageError(
-            f"checkpoint in {folder}",
-            f"no space left ({error})",
-            "the last whole checkpoint is untouched",
-            "free disk space and run the same command: it continues from there",
-        ) from error
-
-
 def _result(
-    log: StepLog, steps: int, wall_s: float, *, stopped: bool, left: bool = False, notes: tuple[str, ...]
+    log: StepLog,
+    start: ResumePoint,
+    steps: int,
+    wall_s: float,
+    notes: tuple[str, ...],
+    *,
+    stopped: bool = False,
+    left: bool = False,
 ) -> LoopResult:
     """Collective: every rank adds its memory peaks."""
     import torch
-    import torch.distributed as dist
 
-    peak = peak_rss_bytes()
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    peaks: list[tuple[int, int]] = [(peak, cuda)]
-    if rank_and_world()[1] > 1:
-        peaks = [(0, 0)] * dist.get_world_size()
-        dist.all_gather_object(peaks, (peak, cuda))
+    peaks = all_gather_object((peak_rss_bytes(), cuda))
     return LoopResult(
         steps=steps,
         stopped=stopped,
+        taken=steps - start.mark.step,
         left=left,
         train_loss=tuple((known.step, known.loss) for known in log.steps),
         eval_loss=tuple((known.step, known.eval_loss) for known in log.steps if known.eval_loss is not None),
@@ -174,3 +203,43 @@ def _result(
         peak_cuda_bytes_per_worker=tuple(cuda for _, cuda in peaks),
         notes=(*notes, *before_after(log.steps)),
     )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The rows of every step. A step sees the same rows whatever the number of workers."""
+
+    rows_SR: NDArray[np.int64]
+    tokens_S: NDArray[np.int64]
+    """Tokens of each step, padding left out."""
+    micro_batch: int
+    """Rows of a forward pass: the largest divisor of a worker's rows a step that `optim.micro_batch` allows."""
+    accumulation: int
+    """Forward passes of one worker a step."""
+    steps: int
+    """Optimizer steps of the run."""
+
+
+def step_plan(
+    lengths_N: NDArray[np.int64], optim: OptimSpec, seed: int, world: int, max_steps: int | None, repeats: int = 1
+) -> StepPlan:
+    """Order of the rows: one seeded permutation a pass, laid end to end, cut into steps of `rows_per_step`.
+
+    A pure function of lengths and seed, so that any step can be taken again. The last step is filled up from the next
+    pass. Within a step rows are sorted by length, so that rows of one forward pass need little padding, and dealt to
+    the workers back and forth, so that their loads are near equal.
+    repeats: steps in a row on the same rows (`objective.iterations`); a pass takes so many times the steps.
+    """
+    rows, per_worker = optim.rows_per_step, optim.rows_per_step // world
+    micro = max(d for d in range(1, min(optim.rows_per_pass, per_worker) + 1) if per_worker % d == 0)
+    steps = max_steps or max(1, math.ceil(optim.epochs * len(lengths_N) / rows - 1e-9)) * repeats
+    fresh = math.ceil(steps / repeats)
+    passes = math.ceil(fresh * rows / len(lengths_N))
+    order = np.concatenate([np.random.default_rng([seed, p]).permutation(len(lengths_N)) for p in range(passes)])
+    rows_SR = order[: fresh * rows].reshape(fresh, rows)
+    by_length = np.take_along_axis(rows_SR, np.argsort(lengths_N[rows_SR], axis=1, kind="stable"), axis=1)
+    # as the data loader deals them: pass 0 of worker 0, of worker 1, ..., pass 1 ...
+    dealt_SGWM = by_length.reshape(fresh, -1, world, micro)
+    dealt_SGWM[:, 1::2] = dealt_SGWM[:, 1::2, ::-1].copy()
+    rows_SR = dealt_SGWM.reshape(rows_SR.shape).repeat(repeats, axis=0)[:steps]
+    return StepPlan(rows_SR, lengths_N[rows_SR].sum(axis=1), micro, per_worker // micro, steps)

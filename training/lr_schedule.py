@@ -7,15 +7,6 @@ Factors = tuple[tuple[float, float], ...]
 """(share of the run's steps after which it holds, factor of the learning rate), shares rising."""
 
 
-def refusal(factors: Factors) -> str | None:
-    """Why these factors can't be followed."""
-    shares = [share for share, _ in factors]
-    if any(not 0 <= share < 1 for share in shares) or shares != sorted(set(shares)):
-        return f"optim.factors: shares must rise, from 0 to less than 1, found {shares}"
-    bad = [factor for _, factor in factors if factor <= 0]
-    return f"optim.factors: a factor must be greater than 0, found {bad[0]:g}" if bad else None
-
-
 def factor_at(factors: Sequence[tuple[float, float]], done: int, steps: int) -> float:
     """The factor of the step after `done` of `steps`; 1 before the first share."""
     return next((factor for share, factor in reversed(factors) if done >= round(share * steps)), 1.0)

@@ -15,22 +15,22 @@ POLL_INTERVAL_S = 1.0
 
 
 def resources_per_worker(spec: TrainSpec) -> dict[str, float]:
-    """What one worker reserves of the cluster."""
+    """Resources of the cluster that one worker reserves."""
     return {"CPU": spec.cpus_per_worker, **({"GPU": spec.gpus} if spec.gpus else {})}
 
 
 def workers_that_fit(spec: TrainSpec) -> int:
     """The largest allowed number of workers. Raises ClusterError when the cluster is too small for the smallest."""
-    found = _placeable(spec)
+    found = _largest_fit(spec)
     if found is None:
-        raise _too_small(spec)
+        raise _size_error(spec)
     return found
 
 
 def workers_soon(spec: TrainSpec, deadline: float) -> int:
     """`workers_that_fit`, waited for. Raises ClusterError after `deadline` (of `time.monotonic`)."""
     while True:
-        found = _placeable(spec)
+        found = _largest_fit(spec)
         if time.monotonic() > deadline:
             raise never_back(spec)
         if found is not None:
@@ -38,13 +38,13 @@ def workers_soon(spec: TrainSpec, deadline: float) -> int:
         time.sleep(POLL_INTERVAL_S)
 
 
-def _placeable(spec: TrainSpec) -> int | None:
+def _largest_fit(spec: TrainSpec) -> int | None:
     room = room_for(spec, _nodes())
     return next((size for size in world_sizes(spec) if size <= room), None)
 
 
 def room_for(spec: TrainSpec, nodes: Iterable[Mapping[str, float]]) -> int:
-    """Workers that the nodes have resources for, each on one node, whoever uses them now."""
+    """Workers that the nodes have resources for, each on one node, whether or not they are in use."""
     need = resources_per_worker(spec)
     return int(sum(min(node.get(name, 0.0) // each for name, each in need.items()) for node in nodes))
 
@@ -73,7 +73,7 @@ def never_back(spec: TrainSpec) -> ClusterError:
     )
 
 
-def _too_small(spec: TrainSpec) -> ClusterError:
+def _size_error(spec: TrainSpec) -> ClusterError:
     nodes, owner = _nodes(), "the cluster" if ray_is_up() else "this machine"
     for name, each in resources_per_worker(spec).items():
         need, there = each * spec.num_workers, sum(node.get(name, 0.0) for node in nodes)

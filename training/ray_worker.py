@@ -19,18 +19,18 @@ from typing import Any
 import psutil
 
 from graftwork.errors import GraftworkError
-from graftwork.training.local_worker import fit_in_process, needs_ray_train
-from graftwork.training.ray_resources import resources_per_worker, workers_soon, workers_that_fit
-from graftwork.training.spec import TrainSpec
-from graftwork.training.worker import (
+from graftwork.training.local_worker import (
     COLLECTIVE_TIMEOUT_S,
     MAX_FAILURES,
     START_TIMEOUT_S,
+    fit_in_process,
     lost_worker,
+    needs_ray_train,
     newest_step,
     require_wanted,
-    train_as_worker,
 )
+from graftwork.training.loop import train_as_worker
+from graftwork.training.ray_resources import resources_per_worker, workers_soon, workers_that_fit
 from graftwork.training.worker_messages import LoopResult, Report, TrainJob
 
 NOTICE_S = 2
@@ -57,7 +57,7 @@ def fit(job: TrainJob, *, ray_train: bool | None = None) -> LoopResult:
     while True:
         lost: Exception | None = None
         try:
-            result = _attempt(job, workers)
+            result = _run_attempt(job, workers)
             if not result.left:
                 return result
             require_wanted(job)
@@ -80,22 +80,22 @@ def fit_trial(job: TrainJob, report: Report, worker: Mapping[str, float]) -> Loo
 
     with tempfile.TemporaryDirectory(prefix="gw-trial-") as notes:
         try:
-            return _on_workers(job, job.spec.num_workers, dict(worker), Path(notes), failures=0, report=report)
+            return _run_workers(job, job.spec.num_workers, dict(worker), Path(notes), failures=0, report=report)
         except train.TrainingFailedError as error:
             raise _worker_error(job, error) from error
 
 
-def _attempt(job: TrainJob, workers: int) -> LoopResult:
+def _run_attempt(job: TrainJob, workers: int) -> LoopResult:
     """Ray Train once. Raises what `fit` raises, and Ray Train's errors for what it gave up."""
     assert job.run is not None, "a trial is not gone on with"
     notes = job.run.store.local_dir(*job.run.file("ray"))  # Ray's own, of no use afterwards
     try:
-        return _on_workers(job, workers, resources_per_worker(job.spec), notes, failures=MAX_FAILURES, report=None)
+        return _run_workers(job, workers, resources_per_worker(job.spec), notes, failures=MAX_FAILURES, report=None)
     finally:
         shutil.rmtree(notes, ignore_errors=True)
 
 
-def _on_workers(
+def _run_workers(
     job: TrainJob, workers: int, each: dict[str, float], notes: Path, *, failures: int, report: Report | None
 ) -> LoopResult:
     """`report` None: the run's own, which writes its records."""
@@ -106,7 +106,9 @@ def _on_workers(
     from graftwork.compat.ray_train import AtWorkerStart, without_idle_helpers
 
     spec = job.spec
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_start_timeout_s(spec))
+    # Ray Train waits for room until fewer workers may go on, or until it makes no difference who waits
+    elastic, least_s = spec.recovery.min_workers is not None, min(START_TIMEOUT_S, spec.recovery.deadline_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.recovery.wait_s if elastic else least_s)
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(NOTICE_S))
     trainer = TorchTrainer(
         _work,
@@ -121,7 +123,7 @@ def _on_workers(
         ),
     )
     without_idle_helpers(trainer)
-    with _left_on_ctrl_c(trainer):
+    with _abort_on_ctrl_c(trainer):
         outcome = trainer.fit().return_value
     if isinstance(outcome, GraftworkError):
         raise outcome
@@ -130,7 +132,7 @@ def _on_workers(
 
 
 @contextlib.contextmanager
-def _left_on_ctrl_c(trainer: Any) -> Iterator[None]:
+def _abort_on_ctrl_c(trainer: Any) -> Iterator[None]:
     """Let Ctrl-C raise, in the main thread; Ray Train's own handler would end the process with exit code 0 (Ray 2.60).
 
     Its controller is told to give the workers up, for a Ray that outlives the run. It is not waited for: a private Ray
@@ -148,18 +150,11 @@ def _left_on_ctrl_c(trainer: Any) -> Iterator[None]:
         raise
 
 
-def _start_timeout_s(spec: TrainSpec) -> float:
-    """How long Ray Train waits for room: until fewer workers may go on, or it makes no difference who waits."""
-    elastic = spec.recovery.min_workers is not None
-    return spec.recovery.wait_s if elastic else min(START_TIMEOUT_S, spec.recovery.deadline_s)
-
-
 def _work(config: dict[str, Any]) -> LoopResult | GraftworkError:
     """One worker."""
     import ray
 
-    job: TrainJob = ray.get(config["job"])
-    return train_as_worker(job, config["report"], preemption_requested)
+    return train_as_worker(ray.get(config["job"]), config["report"], preemption_requested)
 
 
 def _worker_error(job: TrainJob, error: Exception) -> GraftworkError:
@@ -177,7 +172,7 @@ def _worker_error(job: TrainJob, error: Exception) -> GraftworkError:
 # Gloo meets over the address that the machine's own name resolves to. Debian and Ubuntu write 127.0.1.1 for it into
 # /etc/hosts, so that workers of two machines wait for each other on loopback; NCCL takes the first interface it finds.
 VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
-"""How each names an interface; NCCL takes a plain word for the beginning of a name."""
+"""Form of an interface's name in each; NCCL takes a plain word for the beginning of a name."""
 
 
 def meet_by_node_address() -> None:
@@ -203,7 +198,7 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-_noticed = threading.Event()
+_notice = threading.Event()
 """Set when this worker's machine is about to be taken away: the worker got SIGTERM."""
 
 
@@ -216,15 +211,13 @@ def take_notice() -> None:
 
     def note(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, before)
-        _noticed.set()
+        _notice.set()
 
     signal.signal(signal.SIGTERM, note)
 
 
 def preemption_requested() -> bool:
     """Return whether this worker's machine is about to be taken away. Called in the training thread."""
-    if _noticed.is_set():
-        return True
     from graftwork.compat.ray_train import node_is_draining
 
-    return node_is_draining()
+    return _notice.is_set() or node_is_draining()

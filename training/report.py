@@ -14,9 +14,9 @@ from graftwork.base.model_shape import ModelShape
 from graftwork.errors import BaseModelError, ConfigError, StoreUnreachable
 from graftwork.planning.hardware import GIB
 from graftwork.report import BuiltReport, build
-from graftwork.report import format as words
 from graftwork.report.evaluation_schema import Change, OutcomesReport
 from graftwork.report.evaluation_views import PARTS
+from graftwork.report.format import interval, number, score
 from graftwork.report.render import ReportInput
 from graftwork.report.schema import PlanRow, StepSeries, TrainRun
 from graftwork.storage.store import RunPaths
@@ -30,12 +30,12 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport, read_steps
 
 _HEADLINES = ("accuracy", "reward", "exact_match")
-"""What is looked for in held-out rows, of pairs, of sampled answers, of generated ones; else their loss."""
+"""Headline figures of held-out rows: of pairs, of sampled answers, of generated ones; else their loss."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. Called back in the driver, at most a few times a second."""
+    """Position of a run. Passed to a callback in the driver, at most a few times a second."""
 
     step: int
     total_steps: int
@@ -76,9 +76,9 @@ class TrainReport:
     peak_rss_bytes_per_worker: tuple[int, ...]
     peak_cuda_bytes_per_worker: tuple[int, ...]
     notes: tuple[str, ...] = ()
-    """What was resolved or left out, with the reason."""
+    """Values that were resolved, rows that were left out, with the reason."""
     base: str | None = None
-    """Where the new base lies, as `base:` takes it, where all weights were trained."""
+    """Place of the new base, as `base:` takes it, where all weights were trained."""
     eval_rows: int = 0
     """Held-out rows, after dropping."""
     dropped_eval_rows: int = 0
@@ -129,12 +129,9 @@ class TrainReport:
 
 def _headline(name: str, value: float, rows: int) -> str:
     if name != "accuracy" or not rows:
-        return f"held-out {name.replace('_', ' ')} {words.number(value)}"
+        return f"held-out {name.replace('_', ' ')} {number(value)}"
     found = stats.wilson(round(value * rows), rows)
-    return (
-        f"held-out accuracy {words.score(value)} {words.interval(found.low, found.high)} of {rows} pairs, where "
-        "chance is 0.50"
-    )
+    return f"held-out accuracy {score(value)} {interval(found.low, found.high)} of {rows} pairs, where chance is 0.50"
 
 
 COMMON = frozenset({"mean_token_accuracy", "entropy"})
@@ -148,14 +145,20 @@ def write_page(
 
     In the driver, once a run is finished. Raises StorageError.
     """
-    planned, notes = _planned(run, report)
-    shown = train_run(report, spec, steps, notes)
+    known, planned, notes = _recorded_plan(run), tuple[PlanRow, ...](), tuple[str, ...]()
+    if "plan" in known:  # time is left out: the plan's holds the start, the run's does not
+        plan, workers = known["plan"], known["plan"]["processes"]
+        actual = max(report.peak_cuda_bytes_per_worker) or max(report.peak_rss_bytes_per_worker)
+        stage = "1 worker" if workers == 1 else f"{workers} workers, each"
+        planned = (PlanRow(stage=stage, predicted_bytes=plan["peak_bytes_per_process"], actual_bytes=actual),)
+    else:
+        notes = (f"no prediction of memory to compare with: {known['reason']}",)
     page = ReportInput(
         title=spec.name,
         subtitle=report.run_id,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         verdict=sentence(report, outcomes),
-        train=(shown,),
+        train=(train_run(report, spec, steps, notes),),
         outcomes=outcomes,
         plan=planned,
         provenance={**run.store.read_json(*run.provenance()), "spec": spec.model_dump(mode="json")},
@@ -169,6 +172,11 @@ def train_run(
     """One training run, with its method in a few words."""
     context = f", {spec.data.context.k} passages a row" if spec.data.context else ""
     kind = "" if spec.objective.kind == "sft" else f"{spec.objective.kind}, "
+    series = []
+    for name in sorted({name for step in steps for name in step.metrics} - COMMON):
+        points = tuple((step.step, step.metrics[name]) for step in steps if name in step.metrics)
+        if len({y for _, y in points}) > 1:  # those that changed over the run
+            series.append(StepSeries(name=name, points=points))
     base = spec.quant.kind if spec.quant.is_packed else "an unquantised base"
     return TrainRun(
         name=spec.name,
@@ -186,7 +194,7 @@ def train_run(
         workers=spec.num_workers,
         reused=found.reused,
         method=f"{kind}{spec.adapter.describe()} on {base}, lr {spec.optim.lr:g}{context}",
-        series=_series(steps),
+        series=tuple(series),
         notes=(*found.notes, *notes),
     )
 
@@ -202,7 +210,7 @@ def sentence(report: TrainReport, outcomes: OutcomesReport | None) -> str:
         done = f"{held_out} {size}." if held_out else f"{size}, training loss {report.train_loss[-1][1]:.3f}."
         return f"{done} What the base forgot was not measured: --set outcomes.retention={{}}"
     named = {
-        verdict: [_named(change) for change in outcomes.changes if change.verdict == verdict]
+        verdict: [_change_name(change) for change in outcomes.changes if change.verdict == verdict]
         for verdict in ("better", "worse", "undecided")
     }
     parts = [
@@ -214,39 +222,27 @@ def sentence(report: TrainReport, outcomes: OutcomesReport | None) -> str:
         rest = f"in {len(named['undecided'])} of {outcomes.family}" if parts else f"in {', '.join(named['undecided'])}"
         parts.append(f"no change shown {rest}")
     moved = [
-        f"{_named(change)} {words.number(change.before.value)} -> {words.number(change.after.value)}"
+        f"{_change_name(change)} {number(change.before.value)} -> {number(change.after.value)}"
         for change in outcomes.changes
-        if change.verdict is None and _moved(change)
+        if change.verdict is None and (change.test.low > 0 or change.test.high < 0)  # the interval excludes 0
     ]
     parts += [f"changed, not tested: {', '.join(moved)}"] if moved else []
     said = "; ".join(parts)
     return f"{said[:1].upper()}{said[1:]}. {held_out}".strip()
 
 
-def _moved(change: Change) -> bool:
-    """The interval of the difference excludes 0."""
-    return change.test.low > 0 or change.test.high < 0
-
-
-def _named(change: Change) -> str:
+def _change_name(change: Change) -> str:
     """`General text (nats)`, as in the page's headings."""
     group = f", {change.group}" if change.group else ""
     return f"{PARTS[change.part].lower()}{group} ({change.metric.replace('_', ' ')})"
 
 
-def _series(steps: Sequence[StepReport]) -> tuple[StepSeries, ...]:
-    """The kind's own figures, those that changed over the run."""
-    names = sorted({name for step in steps for name in step.metrics} - COMMON)
-    found = [(name, tuple((step.step, step.metrics[name]) for step in steps if name in step.metrics)) for name in names]
-    return tuple(StepSeries(name=name, points=points) for name, points in found if len({y for _, y in points}) > 1)
-
-
 def plan_of_run(spec: TrainSpec, base: ResolvedBase, data: PreparedData, probes: Sequence[Probe]) -> dict[str, Any]:
-    """What is predicted of a run before it starts, as `plan` shows it: {"plan": ...}, or {"reason": why not}."""
+    """Prediction of a run before it starts, as `plan` shows it: {"plan": ...}, or {"reason": why there is none}."""
     held_out = sizes_of(data.eval) if data.eval is not None else None
     try:
         shape, machine = ModelShape.from_config(base.config), machine_of(spec)
-        work = work_of([probe.part for probe in probes])
+        work = work_of([probe.part for probe in probes]) if probes else None
         on_cluster, rows = needs_ray_train(spec), sizes_of(data.train)
         return {"plan": plan_training(spec, shape, rows, held_out, machine, work, on_cluster=on_cluster).as_dict()}
     except (BaseModelError, ConfigError) as error:
@@ -255,27 +251,14 @@ def plan_of_run(spec: TrainSpec, base: ResolvedBase, data: PreparedData, probes:
 
 def memory_notes(run: RunPaths, peaks: Sequence[int]) -> tuple[str, ...]:
     """Predicted and largest measured bytes of a worker, in words; nothing where nothing was predicted."""
-    known = _recorded(run)
+    known = _recorded_plan(run)
     if "plan" not in known or not any(peaks):
         return ()
     predicted, most = known["plan"]["peak_bytes_per_process"] / GIB, max(peaks) / GIB
     return (f"memory of a worker: {predicted:.2f} GiB predicted, {most:.2f} GiB at the peak",)
 
 
-def _planned(run: RunPaths, report: TrainReport) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
-    """Predicted and actual of the run. Time is left out: the plan's holds the start, the run's does not."""
-    known = _recorded(run)
-    if "plan" not in known:
-        return (), (f"no prediction of memory to compare with: {known['reason']}",)
-    plan = known["plan"]
-    actual = max(report.peak_cuda_bytes_per_worker) or max(report.peak_rss_bytes_per_worker)
-    workers = plan["processes"]
-    stage = "1 worker" if workers == 1 else f"{workers} workers, each"
-    row = PlanRow(stage=stage, predicted_bytes=plan["peak_bytes_per_process"], actual_bytes=actual)
-    return (row,), ()
-
-
-def _recorded(run: RunPaths) -> dict[str, Any]:
+def _recorded_plan(run: RunPaths) -> dict[str, Any]:
     """Return the prediction that `plan_of_run` made when the run first started."""
     if not run.store.exists(*run.plan()):
         return {"reason": "the run was started by a version that recorded no plan"}
@@ -287,55 +270,48 @@ PROGRESS_S = 0.3
 PACE_STEPS = 20
 """Steps that the shown pace is measured over."""
 LEAVE_S = 1.0
-"""How long a block that failed waits for the telling, which may hang in an outage of the store."""
+"""Seconds that a failed block waits for the thread, which may hang in an outage of the store."""
 OnProgress = Callable[[Progress], None]
 
 
 @contextlib.contextmanager
-def progress_told(run: RunPaths, on_progress: OnProgress) -> Iterator[None]:
-    """Tell a run's progress for the time of the block, its last steps included where the block ends well.
+def follow_progress(run: RunPaths, on_progress: OnProgress) -> Iterator[None]:
+    """Report a run's progress for the time of the block, its last steps included where the block ends well.
 
     `on_progress` is called in a thread and the block, which waits for Ray, is the caller's, so that Ctrl-C takes it out
-    of its wait. A thread left in a call of Ray's while Ray is shut down either waits for ever, and the process at its
-    exit for the thread, or has Ray end the process on the spot (ray issue 48018, ray pull request 19115; Ray 2.60).
-    The telling is a daemon, which no exit waits for. Raises what it raised, once the block has ended well.
+    of its wait. A thread left in a call of Ray's while Ray is shut down either waits permanently, and the process at
+    its exit for the thread, or has Ray end the process on the spot (ray issue 48018, ray pull request 19115; Ray 2.60).
+    The thread is a daemon, which no exit waits for. Raises what it raised, once the block has ended well.
     """
-    ended, telling, look = threading.Event(), futures.Future[None](), _Looks(run, on_progress)
+    ended, reporting, patient, shown = threading.Event(), futures.Future[None](), run.patiently(0), 0
 
-    def tell() -> None:
+    def look() -> None:
+        nonlocal shown
+        try:
+            steps = read_steps(patient)
+        except StoreUnreachable:
+            return  # an outage: the workers wait it out
+        if steps and steps[-1].step != shown:
+            on_progress(progress_of(steps))
+            shown = steps[-1].step
+
+    def report() -> None:
         try:
             while not ended.wait(PROGRESS_S):
                 look()
-        except Exception as error:
-            telling.set_exception(error)
+        except Exception as error:  # whatever the callback raises is raised again at the block's end
+            reporting.set_exception(error)
         else:
-            telling.set_result(None)
+            reporting.set_result(None)
 
-    threading.Thread(target=tell, name="progress", daemon=True).start()
+    threading.Thread(target=report, name="progress", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        futures.wait([telling], timeout=LEAVE_S)
-    telling.result()
+        futures.wait([reporting], timeout=LEAVE_S)
+    reporting.result()
     look()
-
-
-class _Looks:
-    """Looks at the noted steps and tells what is new."""
-
-    def __init__(self, run: RunPaths, on_progress: OnProgress) -> None:
-        self._run, self._on_progress = run.patiently(0), on_progress
-        self._shown = 0
-
-    def __call__(self) -> None:
-        try:
-            steps = read_steps(self._run)
-        except StoreUnreachable:
-            return  # an outage: the workers wait it out
-        if steps and steps[-1].step != self._shown:
-            self._on_progress(progress_of(steps))
-            self._shown = steps[-1].step
 
 
 def progress_of(steps: list[StepReport]) -> Progress:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
 
 from graftwork import plugins
-from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import AdapterManifest
+from graftwork.artifacts.publish import require_base
 from graftwork.artifacts.registry import resolve
-from graftwork.base import load as base_model
 from graftwork.base.load import ResolvedBase
+from graftwork.base.load import resolve as resolve_base
 from graftwork.config import Spec
 from graftwork.datasets.rows import DatasetRow, read_text
 from graftwork.errors import ArtifactError, DataError, GraftworkError, RunError
@@ -44,7 +44,7 @@ class LoadedReward:
 
 
 class WeightedReward(Spec):
-    """How much one reward counts."""
+    """Weight and name of one reward. `load` of its kinds returns the function of an answer and its row."""
 
     weight: float = 1.0
     """The rewards of an answer are added up, each times its weight. Below 0 it punishes."""
@@ -66,7 +66,6 @@ class JsonReward(WeightedReward):
     name: Literal["json"]
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         return LoadedReward(json_object)
 
 
@@ -78,7 +77,6 @@ class JsonSchemaReward(WeightedReward):
     """A path, `file://`, `s3://` or `recipe://NAME/FILE`."""
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         schema = _answer_schema(self.json_schema)
         return LoadedReward(functools.partial(json_schema, schema=schema), schema)
 
@@ -89,7 +87,6 @@ class FormatReward(WeightedReward):
     name: Literal["format"]
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         return LoadedReward(form)
 
 
@@ -101,7 +98,6 @@ class FieldAccuracyReward(WeightedReward):
     """An answer that does not validate gets 0; null asks for one JSON object alone."""
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         schema = _answer_schema(self.json_schema) if self.json_schema else None
         return LoadedReward(functools.partial(field_accuracy, schema=schema), schema or "")
 
@@ -112,7 +108,6 @@ class FieldF1Reward(WeightedReward):
     name: Literal["field_f1"]
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         return LoadedReward(field_f1)
 
 
@@ -126,7 +121,6 @@ class ExactReward(WeightedReward):
     """Compare words alone: case, accents and punctuation do not count."""
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         return LoadedReward(functools.partial(exact, field=self.field, ignore_case=self.ignore_case))
 
 
@@ -140,7 +134,6 @@ class RegexReward(WeightedReward):
     """It matches the whole answer, not only somewhere in it."""
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         return LoadedReward(functools.partial(regex, pattern=self.pattern, whole=self.whole))
 
 
@@ -151,7 +144,6 @@ class LengthReward(WeightedReward):
     max_chars: int = Field(ge=1)
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         return LoadedReward(functools.partial(length, max_chars=self.max_chars))
 
 
@@ -171,7 +163,6 @@ class OwnReward(WeightedReward):
     """Passed on by name."""
 
     def load(self) -> LoadedReward:
-        """Return the function of an answer and its row."""
         function = plugins.load(GROUP, self.name, f"objective.rewards: name={self.name}", own=BUILT_IN)
         return LoadedReward(functools.partial(function, **self.params))
 
@@ -191,7 +182,7 @@ BUILT_IN = tuple(kind.model_fields["name"].annotation.__args__[0] for kind in _B
 """Names that need no package."""
 
 
-def _which(value: Any) -> str:
+def _tag_of(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
     return str(name) if name in BUILT_IN else "own"
 
@@ -211,7 +202,7 @@ RewardFunctionSpec = Annotated[
     | Annotated[LengthReward, Tag("length")]
     | Annotated[RewardModelReward, Tag("reward_model")]
     | Annotated[OwnReward, Tag("own")],
-    Discriminator(_which),
+    Discriminator(_tag_of),
     BeforeValidator(_short_form),
 ]
 
@@ -229,7 +220,7 @@ class Reward:
     clip: tuple[float, float] | None
     score: Score
     content: str = ""
-    """What decides it beside the spec's own words: the text of its schema."""
+    """Text that decides the reward in addition to the spec's keys: its schema."""
 
     def compute(self, answer: str, row: DatasetRow) -> float:
         """The clipped reward. Raises BadReward naming the row."""
@@ -238,7 +229,7 @@ class Reward:
         except GraftworkError:
             raise
         except Exception as error:  # a function of another package: whatever it raises ends the run with the row named
-            raise _bad(self, row, f"it raised {type(error).__name__}: {error}", answer) from error
+            raise _bad_reward(self, row, f"it raised {type(error).__name__}: {error}", answer) from error
         return checked(self, row, value, answer)
 
 
@@ -259,7 +250,7 @@ AnyReward = Reward | ModelReward
 def checked(reward: AnyReward, row: DatasetRow, value: float, answer: str) -> float:
     """The value, clipped. Raises BadReward where it is no number."""
     if not math.isfinite(value):
-        raise _bad(reward, row, f"it returned {value}", answer)
+        raise _bad_reward(reward, row, f"it returned {value}", answer)
     return value if reward.clip is None else min(max(value, reward.clip[0]), reward.clip[1])
 
 
@@ -268,7 +259,7 @@ def total(rewards: Sequence[AnyReward], values: Sequence[float]) -> float:
     return math.fsum(reward.weight * value for reward, value in zip(rewards, values, strict=True))
 
 
-def _bad(reward: AnyReward, row: DatasetRow, found: str, answer: str) -> BadReward:
+def _bad_reward(reward: AnyReward, row: DatasetRow, found: str, answer: str) -> BadReward:
     return BadReward(
         f"reward {reward.label!r} of row {row.id!r}",
         f"{found}; the answer was {answer[:200]!r}",
@@ -279,7 +270,16 @@ def _bad(reward: AnyReward, row: DatasetRow, found: str, answer: str) -> BadRewa
 
 def load_rewards(specs: Sequence[RewardFunctionSpec], spec: "TrainSpec") -> tuple[AnyReward, ...]:
     """The rewards in order. Raises ConfigError (an unknown name, a broken schema), ArtifactError, StorageError."""
-    return tuple(_load(one, spec) for one in specs)
+    rewards: list[AnyReward] = []
+    for one in specs:
+        label = one.label or one.name
+        if isinstance(one, RewardModelReward):
+            manifest = scoring_adapter(Store(spec.root), one.model, resolve_base(spec.base))
+            rewards.append(ModelReward(label, one.weight, one.clip, manifest.ref))
+        else:
+            loaded = one.load()
+            rewards.append(Reward(label, one.weight, one.clip, loaded.score, loaded.content))
+    return tuple(rewards)
 
 
 def check_rows(rewards: Sequence[AnyReward], specs: Sequence[RewardFunctionSpec], rows: Sequence[DatasetRow]) -> None:
@@ -288,15 +288,6 @@ def check_rows(rewards: Sequence[AnyReward], specs: Sequence[RewardFunctionSpec]
         if isinstance(reward, Reward) and spec.name in BUILT_IN:
             for row in rows:
                 reward.score("", row)
-
-
-def _load(one: RewardFunctionSpec, spec: "TrainSpec") -> AnyReward:
-    label = one.label or one.name
-    if isinstance(one, RewardModelReward):
-        manifest = scoring_adapter(Store(spec.root), one.model, base_model.resolve(spec.base))
-        return ModelReward(label, one.weight, one.clip, manifest.ref)
-    loaded = one.load()
-    return Reward(label, one.weight, one.clip, loaded.score, loaded.content)
 
 
 def scoring_adapter(store: Store, ref: str, base: ResolvedBase) -> AdapterManifest:
@@ -309,23 +300,23 @@ def scoring_adapter(store: Store, ref: str, base: ResolvedBase) -> AdapterManife
             "a reward model is trained with objective.kind=reward",
             "name one, or train one on pairs first (examples/train-reward.yaml)",
         )
-    artifact.require_base(manifest, base.digest)
+    require_base(manifest, base.digest)
     return manifest
 
 
+# The functions of the rewards, which their classes describe.
+
+
 def json_object(answer: str, row: DatasetRow) -> float:
-    """1 where the answer is exactly one JSON object."""
     return float(parse_object(answer) is not None)
 
 
 def json_schema(answer: str, row: DatasetRow, *, schema: str) -> float:
-    """1 where the answer is one JSON object that validates. schema: the JSON text."""
     found = parse_object(answer)
     return float(found is not None and _schema(schema).holds(found))
 
 
 def form(answer: str, row: DatasetRow) -> float:
-    """Share of gold's fields that the answer has with a value of gold's JSON type; 0 where it has other fields."""
     gold, found = _gold(row), parse_object(answer)
     if found is None or not found.keys() <= gold.keys():
         return 0.0
@@ -333,7 +324,6 @@ def form(answer: str, row: DatasetRow) -> float:
 
 
 def field_accuracy(answer: str, row: DatasetRow, *, schema: str | None = None) -> float:
-    """Share of gold's fields that the answer has with exactly gold's value; 0 where it does not validate."""
     gold, found = _gold(row), parse_object(answer)
     if found is None or (schema is not None and not _schema(schema).holds(found)):
         return 0.0
@@ -341,23 +331,19 @@ def field_accuracy(answer: str, row: DatasetRow, *, schema: str | None = None) -
 
 
 def field_f1(answer: str, row: DatasetRow) -> float:
-    """F1 of the answer's fields against gold's."""
     return f1_of_fields(parse_object(answer) or {}, _gold(row))
 
 
 def exact(answer: str, row: DatasetRow, *, field: str | None = None, ignore_case: bool = False) -> float:
-    """1 where the answer is one of the right texts."""
     right = GoldText(field).find_texts(row.gold, row.answer, row.id)
     return float(any(same_text(answer, text, ignore_case=ignore_case) for text in right))
 
 
 def regex(answer: str, row: DatasetRow, *, pattern: str, whole: bool = True) -> float:
-    """1 where the answer, or a part of it, matches."""
     return float(matches(answer, pattern, whole=whole))
 
 
 def length(answer: str, row: DatasetRow, *, max_chars: int) -> float:
-    """0 up to `max_chars`, then falling evenly to -1 at twice as many."""
     return -min(1.0, max(0, len(answer) - max_chars) / max_chars)
 
 

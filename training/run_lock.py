@@ -26,7 +26,7 @@ LOCK = "lock"
 RENEW_S = 5.0
 DEAD_AFTER_S = 30.0
 OVERTAKES_S = 60.0
-"""How long the next attempt of a job waits for the one before, which is fenced off, to let go of the run."""
+"""Seconds that the next attempt of a job waits for the fenced one before it to release the run."""
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def _object_lock(run: RunPaths) -> Iterator[None]:
     key, owner, done = run.file(LOCK), secrets.token_hex(8), threading.Event()
     if not run.store.create_bytes(_lease(owner), *key):
         held = run.store.read_json(*key)
-        if time.time() - held["renewed_at"] < DEAD_AFTER_S and not _died_here(held):
+        if time.time() - held["renewed_at"] < DEAD_AFTER_S and not _is_dead_here(held):
             raise _lock_error(run, f"renewed {time.time() - held['renewed_at']:.0f} s ago")
         run.store.delete(*key)
         if not run.store.create_bytes(_lease(owner), *key):
@@ -75,7 +75,7 @@ def _object_lock(run: RunPaths) -> Iterator[None]:
 
     def renew() -> None:
         while not done.wait(RENEW_S):
-            with contextlib.suppress(StoreUnreachable):  # an outage: whoever else comes can't take it over either
+            with contextlib.suppress(StoreUnreachable):  # an outage: no other process can take it over either
                 if run.store.read_json(*key)["owner"] == owner:
                     run.store.write_bytes(_lease(owner), *key)
 
@@ -95,7 +95,7 @@ def _lease(owner: str) -> bytes:
     return json.dumps({"owner": owner, "renewed_at": time.time(), **process}).encode()
 
 
-def _died_here(held: Mapping[str, Any]) -> bool:
+def _is_dead_here(held: Mapping[str, Any]) -> bool:
     """The owner was a process of this machine and is no more. A process id is used again, its start is another then."""
     if held.get("machine") != _machine():
         return False

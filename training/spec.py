@@ -15,7 +15,6 @@ from graftwork.quantization import QuantSpec
 from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
 from graftwork.training.evaluation.spec import OutcomesSpec
 from graftwork.training.lr_schedule import Factors
-from graftwork.training.lr_schedule import refusal as refusal_of_factors
 from graftwork.training.objectives.sft import SftSpec
 from graftwork.training.objectives.spec import ObjectiveSpec
 from graftwork.training.strategies import StrategySpec
@@ -49,7 +48,7 @@ class CheckpointSpec(Spec):
 
 
 class RecoverySpec(Spec):
-    """What happens when a machine is lost."""
+    """Recovery from a lost machine."""
 
     min_workers: int | None = Field(default=None, ge=1)
     """Go on with as few as these; null always waits for `num_workers`."""
@@ -57,11 +56,6 @@ class RecoverySpec(Spec):
     """Seconds that a lost machine has to come back before the run goes on with fewer workers."""
     deadline_s: float = Field(default=600.0, gt=0)
     """Seconds without enough machines after which the run ends."""
-
-    def check(self, run: "TrainSpec") -> None:
-        """Raise ValueError where more workers are required than the run has."""
-        if self.min_workers is not None and self.min_workers > run.num_workers:
-            raise ValueError(f"recovery.min_workers={self.min_workers} is more than num_workers={run.num_workers}")
 
 
 def world_sizes(spec: "TrainSpec") -> list[int]:
@@ -96,9 +90,12 @@ class OptimSpec(Spec):
     auto: where the plan says that it would not fit without."""
 
     @model_validator(mode="after")
-    def _factors_rise(self) -> Self:
-        if reason := refusal_of_factors(self.factors):
-            raise ValueError(reason)
+    def _check_factors(self) -> Self:
+        shares = [share for share, _ in self.factors]
+        if any(not 0 <= share < 1 for share in shares) or shares != sorted(set(shares)):
+            raise ValueError(f"optim.factors: shares must rise, from 0 to less than 1, found {shares}")
+        if bad := [factor for _, factor in self.factors if factor <= 0]:
+            raise ValueError(f"optim.factors: a factor must be greater than 0, found {bad[0]:g}")
         return self
 
     def check(self, run: "TrainSpec") -> None:
@@ -167,7 +164,7 @@ class TrainSpec(Spec):
         return resolved_count(self.gpus_per_worker)
 
     def recipe(self) -> dict[str, Any]:
-        """The fields that decide the run's result, besides the contents of base and data: not where it lies or runs.
+        """The fields that decide the run's result, besides the contents of base and data: not its place.
 
         The number of workers is left out: a step sees the same rows on any number, so a run can go on with fewer.
         """
@@ -176,20 +173,19 @@ class TrainSpec(Spec):
         del fields["optim"]["micro_batch"], fields["optim"]["gradient_checkpointing"], fields["quant"]["resident"]
         if not self.optim.factors:
             del fields["optim"]["factors"]
-        fields["objective"].pop("teacher", None)  # pinned with the rows, wherever it lies
+        fields["objective"].pop("teacher", None)  # pinned with the rows, by content
         return {**fields, "device": "cuda" if self.gpus else "cpu"}
 
     @model_validator(mode="before")
     @classmethod
-    def _usual_kinds(cls, tree: Any) -> Any:
+    def _fill_kinds(cls, tree: Any) -> Any:
         return with_kind(with_kind(tree, "adapter", "lora"), "objective", "sft")
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
-        per_step = self.num_workers
-        if self.optim.rows_per_step % per_step:
+        if self.optim.rows_per_step % self.num_workers:
             raise ValueError(
-                f"optim.rows_per_step={self.optim.rows_per_step} must be a multiple of num_workers={per_step}, "
+                f"optim.rows_per_step={self.optim.rows_per_step} must be a multiple of num_workers={self.num_workers}, "
                 "so that each worker gets the same number of rows a step"
             )
         if self.data.eval is None and "eval_every" in self.model_fields_set:
@@ -199,7 +195,10 @@ class TrainSpec(Spec):
         self._check_base_adapter()
         self.optim.check(self)
         self.checkpoints.check(self)
-        self.recovery.check(self)
+        if self.recovery.min_workers is not None and self.recovery.min_workers > self.num_workers:
+            raise ValueError(
+                f"recovery.min_workers={self.recovery.min_workers} is more than num_workers={self.num_workers}"
+            )
         self.strategy.check(self)
         return self
 

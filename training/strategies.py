@@ -18,8 +18,8 @@ from graftwork.quantization import compute_dtype
 
 if TYPE_CHECKING:
     from graftwork.base.load import ResolvedBase
+    from graftwork.training.loop import StepPlan
     from graftwork.training.spec import TrainSpec
-    from graftwork.training.step_plan import StepPlan
 
 ZERO = ("zero1", "zero2", "zero3")
 WEIGHTS_SHARDED = ("zero3", "fsdp2")
@@ -107,46 +107,33 @@ class StrategySpec(Spec):
 
 
 def check_here(spec: TrainSpec) -> None:
-    """Raises ConfigError for what the strategy needs of a machine and this one lacks or has otherwise."""
-    _check_disks(spec)
-    if spec.strategy.kind != "zero3" or spec.gpus:
-        return
-    dtype, reason = compute_dtype(spec.quant, "cpu")
-    if str(dtype) != "torch.float32":
-        raise ConfigError(
-            f"quant.dtype={spec.quant.dtype} with strategy.kind=zero3 and gpus_per_worker=0",
-            f"weights would be in bfloat16 ({reason})",
-            "on a CPU DeepSpeed 0.19 reads weights in parts in float32 alone",
-            "--set quant.dtype=float32, or --set strategy.kind=zero2",
-        )
-
-
-def _check_disks(spec: TrainSpec) -> None:
+    """Raise ConfigError for what the strategy needs of a machine and this one lacks or has otherwise."""
     strategy = spec.strategy
     key = next((key for key in ("offload_optimizer", "offload_weights") if getattr(strategy, key) == "nvme"), None)
-    if key is None:
-        return
-    missing = [
-        name
-        for name, there in (
-            ("libaio (apt-get install libaio-dev)", ctypes.util.find_library("aio")),
-            ("a C++ compiler", shutil.which("c++")),
-        )
-        if not there
-    ]
-    if missing:
-        raise ConfigError(
-            "strategy.offload_optimizer=nvme"
-            if strategy.offload_optimizer == "nvme"
-            else "strategy.offload_weights=nvme",
-            f"this machine has no {' and no '.join(missing)}",
-            "DeepSpeed builds its reader of disks (async_io) on each machine, once",
-            "install it on all machines of the cluster and on this one, or offload to cpu",
-        )
+    if key is not None:
+        libaio, compiler = ctypes.util.find_library("aio"), shutil.which("c++")
+        missing = [] if libaio else ["libaio (apt-get install libaio-dev)"]
+        missing += [] if compiler else ["a C++ compiler"]
+        if missing:
+            raise ConfigError(
+                f"strategy.{key}=nvme",
+                f"this machine has no {' and no '.join(missing)}",
+                "DeepSpeed builds its reader of disks (async_io) on each machine, once",
+                "install it on all machines of the cluster and on this one, or offload to cpu",
+            )
+    if strategy.kind == "zero3" and not spec.gpus:
+        dtype, reason = compute_dtype(spec.quant, "cpu")
+        if str(dtype) != "torch.float32":
+            raise ConfigError(
+                f"quant.dtype={spec.quant.dtype} with strategy.kind=zero3 and gpus_per_worker=0",
+                f"weights would be in bfloat16 ({reason})",
+                "on a CPU DeepSpeed 0.19 reads weights in parts in float32 alone",
+                "--set quant.dtype=float32, or --set strategy.kind=zero2",
+            )
 
 
 def check_rows(spec: TrainSpec, held_out: int) -> None:
-    """Raises DataError for fewer held-out rows than workers, where every forward pass is one of all workers."""
+    """Raise DataError for fewer held-out rows than workers, where every forward pass is one of all workers."""
     if spec.strategy.kind in WEIGHTS_SHARDED and 0 < held_out < spec.num_workers:
         raise DataError(
             f"data.eval with strategy.kind={spec.strategy.kind}",
@@ -165,34 +152,29 @@ def strategy_arguments(
     """
     if spec.strategy.kind in STAGES:
         prepare_process(spec)
-        settings = deepspeed_settings(spec, plan, world, width(base))
+        settings = deepspeed_settings(spec, plan, world, base)
         return {"deepspeed": {**settings, "checkpoint": {"load_universal": True}} if universal else settings}
     return fsdp2_settings(spec) if spec.strategy.kind == "fsdp2" else {}
-
-
-def layout(spec: TrainSpec) -> Literal["none", "zero3", "fsdp2"]:
-    """How the base is to lie in memory when it is loaded."""
-    kind = spec.strategy.kind
-    return kind if kind in ("zero3", "fsdp2") else "none"
 
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 LEAST_BUCKET_VALUES = 500_000
 """Values of one reduction or gathering are hidden_size squared, as accelerate has it, but never fewer: a copy of them
-lives beside gradients and weights."""
+lives next to gradients and weights."""
 PERSISTENT_ROWS = 10
 """Under ZeRO-3 tensors of at most so many times hidden_size (norms, biases, small adapters) stay whole everywhere."""
 
 
-def deepspeed_settings(spec: TrainSpec, plan: StepPlan, world: int, hidden_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run of `world` workers on a base of that width."""
+def deepspeed_settings(spec: TrainSpec, plan: StepPlan, world: int, base: ResolvedBase) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run of `world` workers on a base."""
+    sizes = (base.config.get(key) for key in ("hidden_size", "n_embd", "d_model"))
     return {
         "train_batch_size": plan.micro_batch * plan.accumulation * world,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": spec.optim.max_grad_norm,
         "bf16": {"enabled": spec.gpus > 0},
-        "zero_optimization": _zero(spec, hidden_size),
+        "zero_optimization": _zero(spec, int(next((size for size in sizes if size), 1024))),
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -214,16 +196,12 @@ def _zero(spec: TrainSpec, hidden_size: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": PERSISTENT_ROWS * hidden_size,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-    if strategy.offload_optimizer != "none":
-        zero["offload_optimizer"] = _offload(spec, strategy.offload_optimizer)
-    if strategy.offload_weights != "none":
-        zero["offload_param"] = _offload(spec, strategy.offload_weights)
+    offloads = {"offload_optimizer": strategy.offload_optimizer, "offload_param": strategy.offload_weights}
+    for key, device in offloads.items():
+        if device != "none":
+            where = {"nvme_path": strategy.nvme_path} if device == "nvme" else {}
+            zero[key] = {"device": device, "pin_memory": spec.gpus > 0, **where}
     return zero
-
-
-def _offload(spec: TrainSpec, device: str) -> dict[str, Any]:
-    where = {"nvme_path": spec.strategy.nvme_path} if device == "nvme" else {}
-    return {"device": device, "pin_memory": spec.gpus > 0, **where}
 
 
 def prepare_process(spec: TrainSpec) -> None:
@@ -246,26 +224,18 @@ def prepare_process(spec: TrainSpec) -> None:
 
 
 def sharding(spec: TrainSpec, plan: StepPlan, world: int, base: ResolvedBase) -> Any:
-    """Under ZeRO-3 what makes transformers load a base in shards for as long as it lives, else None.
+    """Under ZeRO-3: the object that makes transformers load a base in shards for as long as the object exists.
 
     A base that each worker first loaded whole would have to fit each worker, which is what ZeRO-3 is to avoid.
     """
-    if spec.strategy.kind != "zero3":
-        return None
     from transformers.integrations import HfDeepSpeedConfig
 
     prepare_process(spec)
-    return HfDeepSpeedConfig(deepspeed_settings(spec, plan, world, width(base)))
-
-
-def width(base: ResolvedBase) -> int:
-    """The base's hidden size, by the names that configurations have for it."""
-    sizes = (base.config.get(key) for key in ("hidden_size", "n_embd", "d_model"))
-    return int(next((size for size in sizes if size), 1024))
+    return HfDeepSpeedConfig(deepspeed_settings(spec, plan, world, base))
 
 
 def fsdp2_settings(spec: TrainSpec) -> dict[str, Any]:
-    """What TrainingArguments take for it."""
+    """TrainingArguments of FSDP2."""
     if not spec.gpus:
         from graftwork.compat.hf import shard_on_cpu
 
@@ -286,28 +256,22 @@ def fsdp2_settings(spec: TrainSpec) -> dict[str, Any]:
     }
 
 
-def held_bytes(model: Any) -> tuple[int, int]:
-    """(bytes of the weights on this worker between passes, bytes of all weights). A tied weight counts once."""
+def notes(kind: str, model: Any, world: int) -> tuple[str, ...]:
+    """The share of the weights that each worker holds; nothing where each has all of them. After training began."""
+    if kind not in WEIGHTS_SHARDED:
+        return () if kind == "ddp" else (f"strategy={kind} on {world} workers",)
     from torch.distributed.tensor import DTensor
 
     for module in model.modules():
         if hasattr(module, "reshard"):
-            module.reshard()  # FSDP2 keeps the head's weights whole after a pass forward
+            module.reshard()  # FSDP2 leaves the head's weights whole after a pass forward
     here = whole = 0
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # a tied weight counts once
         part = getattr(parameter, "ds_tensor", None)  # ZeRO-3
         if part is None:
             part = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # FSDP2
         here += part.numel() * part.element_size()
         whole += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-    return here, whole
-
-
-def notes(kind: str, model: Any, world: int) -> tuple[str, ...]:
-    """What sharding came to; nothing where each worker holds all weights. After training began."""
-    if kind not in WEIGHTS_SHARDED:
-        return () if kind == "ddp" else (f"strategy={kind} on {world} workers",)
-    here, whole = held_bytes(model)
     assert world == 1 or here < whole, f"{kind} sharded nothing"  # accelerate 1.15 does so on a CPU, silently
     return (
         f"strategy={kind}: each of {world} workers holds {here / whole:.0%} of the weights' {whole / 2**20:.1f} MiB",

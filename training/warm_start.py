@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from graftwork.artifacts import publish as artifact
 from graftwork.artifacts import registry
 from graftwork.artifacts.manifest import AdapterManifest
+from graftwork.artifacts.publish import fetch, require_base
 from graftwork.artifacts.registry import open_adapter, resolve
 from graftwork.artifacts.verify import CONFIG_FILE
 from graftwork.base.load import ResolvedBase
@@ -19,18 +19,17 @@ FREE = ("dropout",)
 
 
 def pin_init(spec: TrainSpec, base: ResolvedBase, run_id: Callable[[str], str]) -> TrainSpec:
-    """`spec` with `init_from` naming a version. Raises ArtifactError, ConfigError (another kind of adapter).
+    """`spec` with its `init_from` naming a version. Raises ArtifactError, ConfigError (another kind of adapter).
 
     `run_id(version)` is the run that going on from a version would be. An alias may have moved to what this very run
     published; then the version before it is meant, or each rerun would train on from its own result.
     """
-    if spec.init_from is None:
-        return spec
+    assert spec.init_from is not None
     store = Store(spec.root)
     found = resolve(store, spec.init_from)
     while found.parent is not None and found.run == run_id(found.parent):
         found = resolve(store, registry.parents(found)[0])
-    artifact.require_base(found, base.digest)
+    require_base(found, base.digest)
     _require_equal_method(spec, found)
     return spec.with_({"init_from": found.ref})
 
@@ -40,7 +39,7 @@ def adapter_folder(spec: TrainSpec) -> Path:
     assert spec.init_from is not None
     task, _, version = spec.init_from.partition("@")
     store = Store(spec.root)
-    return artifact.fetch(store, task, open_adapter(store, task, version).version)
+    return fetch(store, task, open_adapter(store, task, version).version)
 
 
 def parent_of(spec: TrainSpec) -> str | None:
@@ -58,10 +57,7 @@ def _require_equal_method(spec: TrainSpec, found: AdapterManifest) -> None:
             "start from another adapter, or leave init_from out",
         )
     ours = spec.adapter.model_dump(mode="json")
-    theirs = {
-        **type(spec.adapter)().model_dump(mode="json"),
-        **found.method,
-    }  # what is younger than it stood at default
+    theirs = {**type(spec.adapter)().model_dump(mode="json"), **found.method}  # keys younger than it had defaults
     for key in (key for key in ours if key not in FREE):
         if theirs[key] != ours[key]:
             raise ConfigError(
@@ -77,14 +73,13 @@ def pin_stack(spec: TrainSpec, base: ResolvedBase) -> TrainSpec:
 
     Raises ArtifactError (another base, an adapter that nothing can be added to).
     """
-    if spec.base_adapter is None:
-        return spec
     from graftwork.training.adapters.merge import require_deltas  # torch and PEFT: 4 s that most runs save
 
+    assert spec.base_adapter is not None
     store = Store(spec.root)
     found = resolve(store, spec.base_adapter)
-    artifact.require_base(found, base.digest)
-    folder = artifact.fetch(store, found.task, found.version)
+    require_base(found, base.digest)
+    folder = fetch(store, found.task, found.version)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     require_deltas(f"base_adapter={spec.base_adapter}", config)
     return spec.with_({"base_adapter": found.ref})
@@ -94,4 +89,4 @@ def folder_below(spec: TrainSpec) -> Path:
     """Folder on this machine with the verified adapter that a pinned spec stands on."""
     assert spec.base_adapter is not None
     task, _, version = spec.base_adapter.partition("@")
-    return artifact.fetch(Store(spec.root), task, version)
+    return fetch(Store(spec.root), task, version)

@@ -1,12 +1,14 @@
-"""Messages between driver and workers: the job, its result, and the steps in metrics.jsonl. Loads no torch."""
+"""Messages of a run: job, result, steps in metrics.jsonl; and the collective calls of its workers. Loads no torch."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from graftwork.cluster.jobs.fencing import Fence
-from graftwork.errors import RunError
+from graftwork.errors import GraftworkError, RunError, StorageError
 from graftwork.storage.store import RunPaths
 from graftwork.training.evaluation.spec import ItemGroup
 from graftwork.training.objectives.rows import PreparedData
@@ -68,19 +70,52 @@ class StepLog:
 def read_steps(run: RunPaths) -> list[StepReport]:
     """Steps noted so far. A last line that a killed writer left half is skipped."""
     text = run.store.read_text(*run.metrics()) if run.store.exists(*run.metrics()) else ""
-    return [StepReport(**record) for line in text.splitlines() if (record := _parsed(line)) is not None]
+    steps = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            steps.append(StepReport(**json.loads(line)))
+    return steps
 
 
 def _line(report: StepReport) -> Mapping[str, object]:
     return {key: value for key, value in asdict(report).items() if value is not None and value != {}}
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record
+_GROUP = re.compile(r"(?P<name>\w+)\[(?P<row>[^,]*)(, (?P<cell>.*))?\]")
+"""A figure of a group of rows: `exact_match[length=512, depth=50]`."""
+
+
+def before_after(steps: Sequence[StepReport]) -> tuple[str, ...]:
+    """A line for each figure that the first step notes as `before_NAME` and the last as `eval_NAME`.
+
+    Groups of rows make a table: a line for each value of their first field.
+    """
+    if not steps:
+        return ()
+    before = {
+        key.removeprefix("before_"): value for key, value in steps[0].metrics.items() if key.startswith("before_")
+    }
+    after = {key.removeprefix("eval_"): value for key, value in steps[-1].metrics.items() if key.startswith("eval_")}
+    if steps[-1].eval_loss is not None:
+        after["loss"] = steps[-1].eval_loss
+    lines: list[str] = []
+    rows: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for key in (key for key in before if key in after):
+        if found := _GROUP.fullmatch(key):
+            change = f"{before[key]:.2g} to {after[key]:.2g}"
+            rows.setdefault((found["name"], found["row"]), []).append((found["cell"] or "", change))
+        else:
+            lines.append(f"held-out {key.replace('_', ' ')}: {before[key]:.4g} before, {after[key]:.4g} after")
+    for name, row in sorted(rows, key=lambda key: _natural(" ".join(key))):
+        cells = sorted(rows[name, row], key=lambda pair: _natural(pair[0]))
+        table = ", ".join(f"{cell} {change}".strip() for cell, change in cells)
+        lines.append(f"held-out {name.replace('_', ' ')}, {row}: {table}")
+    return tuple(lines)
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorts 512 before 1024."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
 Report = Callable[[StepReport], bool]
@@ -93,7 +128,7 @@ class NonFiniteLoss(RunError):
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What one worker is to do. Picklable; equal on all workers of a run."""
+    """Work of one worker. Picklable; equal on all workers of a run."""
 
     spec: TrainSpec
     data: PreparedData
@@ -117,7 +152,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class LoopResult:
-    """How the loop ended on this worker."""
+    """Outcome of the loop on this worker."""
 
     steps: int
     stopped: bool
@@ -131,7 +166,54 @@ class LoopResult:
     """Largest resident set of each rank's process."""
     peak_cuda_bytes_per_worker: tuple[int, ...]
     """Most memory that torch held on each rank's GPU; zeros on a CPU."""
+    taken: int = 0
+    """Optimizer steps of this attempt."""
     left: bool = False
     """A machine was about to be taken away: this is the checkpoint before it, not the end."""
     notes: tuple[str, ...] = ()
-    """What the loop resolved, with the reason."""
+    """Values that the loop resolved, with the reason."""
+
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process' number and how many there are; (0, 1) without a process group."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def all_gather_object(value: T, group: Any = None) -> list[T]:
+    """The value of every rank, in order. Collective."""
+    import torch.distributed as dist
+
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_results(call: Callable[[], T], group: Any = None) -> list[T]:
+    """The result of `call` on every rank, in order. Collective; the first rank's error is raised on all ranks."""
+    outcome: T | GraftworkError
+    try:
+        outcome = call()
+    except GraftworkError as error:
+        outcome = error
+    except OSError as error:
+        outcome = StorageError("the local copy", str(error))
+    outcomes = all_gather_object(outcome, group)
+    for found in outcomes:
+        if isinstance(found, GraftworkError):
+            raise found
+    return [found for found in outcomes if not isinstance(found, GraftworkError)]
+
+
+def from_rank_0(call: Callable[[], T]) -> T:
+    """The result of `call` on rank 0, on every rank; its error is raised on every rank. Collective."""
+    is_first = rank_and_world()[0] == 0
+    found: T = gather_results(lambda: call() if is_first else None)[0]  # type: ignore[assignment]  # rank 0 has called it
+    return found

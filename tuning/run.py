@@ -28,7 +28,7 @@ from graftwork.storage.store import RunPaths, Store
 from graftwork.training.autotune import sizes_of
 from graftwork.training.objectives.rows import PreparedData, prepare
 from graftwork.training.report import Progress
-from graftwork.training.run_diff import changed_keys, namesakes, unfinished_since
+from graftwork.training.run import changed_keys, namesakes, unfinished_since
 from graftwork.training.run_lock import OVERTAKES_S, run_lock
 from graftwork.tuning.finals import choose, repeated_rows, with_finals
 from graftwork.tuning.plan import points_to_plan, search_of

@@ -21,11 +21,10 @@ from graftwork.errors import ClusterError, Interrupted
 from graftwork.storage.store import RunPaths
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.checkpoint_resume import read_starts
-from graftwork.training.local_worker import COMMAND, needs_ray_train
+from graftwork.training.local_worker import COMMAND, MAX_FAILURES, needs_ray_train
 from graftwork.training.ray_worker import fit
 from graftwork.training.run import ResolvedRun, run_paths, train
 from graftwork.training.spec import TrainSpec
-from graftwork.training.worker import MAX_FAILURES
 from graftwork.training.worker_messages import LoopResult, TrainJob, read_steps
 from tests.process_races import ROOT
 from tests.training import task

@@ -23,10 +23,18 @@ def attach(model: Any, adapter: AdapterKind, trained_tokens: Sequence[int] = (),
     the kind adapts. A kind that trains the base returns the model itself, all of it trained, in fp32.
     """
     full = adapter.trains_base
-    attached = model if full else get_peft_model(model, _config_for_model(adapter, model, trained_tokens))
-    if trained_tokens and not full:
-        # PEFT 0.21 saves the whole embedding next to the rows where it has more than this folder's config.json says
-        attached.active_peft_config.base_model_name_or_path = ""
+    attached = model
+    if not full:
+        config = adapter.peft_config(model)
+        if isinstance(getattr(model, "score", None), ScoreHead):
+            config.task_type = "SEQ_CLS"  # PEFT trains the score head and saves it whole
+        if trained_tokens:
+            assert adapter.trains_tokens, "other adapters are refused where rows are to be trained"
+            config.trainable_token_indices = list(trained_tokens)
+        attached = get_peft_model(model, config)
+        if trained_tokens:
+            # PEFT 0.21 saves the whole embedding next to the rows where it has more than this folder's config.json says
+            attached.active_peft_config.base_model_name_or_path = ""
     if begin:
         adapter.begin(attached)
     for parameter in attached.parameters():
@@ -49,17 +57,6 @@ def load_adapter_weights(model: Any, adapter: Path) -> None:
     assert not unused, f"weights of another shape of adapter: {unused[:3]}"  # method and base were compared before
 
 
-def _config_for_model(adapter: AdapterKind, model: Any, trained_tokens: Sequence[int]) -> Any:
-    """Return the adapter's PEFT config; a score head is trained and saved whole with it (PEFT's SEQ_CLS)."""
-    config = adapter.peft_config(model)
-    if trained_tokens:
-        assert adapter.trains_tokens, "other adapters are refused where rows are to be trained"
-        config.trainable_token_indices = list(trained_tokens)
-    if isinstance(getattr(model, "score", None), ScoreHead):
-        config.task_type = "SEQ_CLS"
-    return config
-
-
 def attach_frozen_adapter(model: Any, folder: Path) -> None:
     """Let each linear of a loaded base add the published LoRA's delta, in fp32, before any adapter is attached.
 
@@ -71,7 +68,7 @@ def attach_frozen_adapter(model: Any, folder: Path) -> None:
         sides = lora.sides(name)
         if sides is not None:
             device = next(module.parameters()).device
-            module.register_forward_hook(_adds(sides[1].to(device), sides[0].to(device) * lora.scale))
+            module.register_forward_hook(_delta_hook(sides[1].to(device), sides[0].to(device) * lora.scale))
 
 
 def sum_of(trained: Path, below: Path, out: Path) -> int:
@@ -81,7 +78,7 @@ def sum_of(trained: Path, below: Path, out: Path) -> int:
     return rank
 
 
-def _adds(a_RI: torch.Tensor, b_OR: torch.Tensor) -> Any:
+def _delta_hook(a_RI: torch.Tensor, b_OR: torch.Tensor) -> Any:
     def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
         delta = torch.nn.functional.linear(torch.nn.functional.linear(inputs[0].float(), a_RI), b_OR)
         return result + delta.to(result.dtype)

@@ -9,7 +9,6 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file, save_file
 
 from graftwork import environment
-from graftwork.artifacts import publish as artifact
 from graftwork.artifacts.manifest import AdapterManifest
+from graftwork.artifacts.publish import fetch, publish
 from graftwork.artifacts.registry import resolve
 from graftwork.artifacts.verify import CONFIG_FILE, WEIGHTS_FILE
 from graftwork.config import canonical_json
@@ -130,7 +129,7 @@ class MergeSource:
 
     @property
     def scale(self) -> float:
-        """What B·A is multiplied by."""
+        """Factor of B·A."""
         return float(self.config.lora_alpha / self.config.r)
 
     def sides(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -141,13 +140,13 @@ class MergeSource:
 
 
 def merge(adapters: Sequence[MergeSource], spec: MergeSpec, out: Path) -> tuple[int, float]:
-    """Write the merged adapter to folder `out`; its rank, and how far its delta lies from the weighted sum of theirs.
+    """Write the merged adapter to folder `out`; its rank, and its delta's distance from the weighted sum of theirs.
 
     The distance is relative, in the Frobenius norm over all modules: 0 is the sum itself. Raises ArtifactError for
     ranks that the method can't add.
     """
     _require_ranks(adapters, spec)
-    model = _without_base(adapters)
+    model = _load_skeleton(adapters)
     torch.manual_seed(spec.seed)
     model.add_weighted_adapter(
         [f"a{number}" for number in range(len(adapters))],
@@ -162,7 +161,7 @@ def merge(adapters: Sequence[MergeSource], spec: MergeSpec, out: Path) -> tuple[
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
     config = model.peft_config[MERGED]
     if spec.method == "svd":
-        config, tensors = _compressed(config, tensors, spec.rank or max(one.config.r for one in adapters))
+        config, tensors = _compress_adapter(config, tensors, spec.rank or max(one.config.r for one in adapters))
     config.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(out))
@@ -170,7 +169,7 @@ def merge(adapters: Sequence[MergeSource], spec: MergeSpec, out: Path) -> tuple[
     return config.r, _distance(MergeSource(MERGED, config, tensors), adapters, spec.weights)
 
 
-def _compressed(
+def _compress_adapter(
     config: LoraConfig, tensors: dict[str, torch.Tensor], rank: int
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The nearest adapter of a lower rank, by the singular values of its factors.
@@ -204,7 +203,7 @@ def _require_ranks(adapters: Sequence[MergeSource], spec: MergeSpec) -> None:
         )
 
 
-def _without_base(adapters: Sequence[MergeSource]) -> PeftModel:
+def _load_skeleton(adapters: Sequence[MergeSource]) -> PeftModel:
     """A model of nothing but empty linears in the places that the adapters change, with all of them loaded."""
     shapes: dict[str, tuple[int, int]] = {}
     for one in adapters:
@@ -279,21 +278,30 @@ def merge_published(
     found = [resolve(store, ref) for ref in refs]
     first = found[0]
     for other in found[1:]:
-        _require_same_base(first, other)
+        if other.base_digest != first.base_digest:
+            raise ArtifactError(
+                f"merge {first.ref} and {other.ref}",
+                f"trained on base {first.base_digest[:12]} and on {other.base_digest[:12]}",
+                "deltas of different bases have no sum",
+                f"train {other.task} again on the base of run {first.run}",
+            )
     with tempfile.TemporaryDirectory(prefix="gw-merge-") as name:
         folder = Path(name)
-        adapters = [MergeSource.read(one.ref, artifact.fetch(store, one.task, one.version)) for one in found]
+        adapters = [MergeSource.read(one.ref, fetch(store, one.task, one.version)) for one in found]
         rank, distance = merge(adapters, spec, folder)
         prompt, notes = _prompt(found)
-        day, notes_on_day = _template_date(found)
-        manifest = artifact.publish(
+        days = {one.template_date for one in found}
+        if len(days) > 1:
+            differ = "the adapters' template dates differ, so the merged adapter records none and uses the base's"
+            notes = (*notes, differ)
+        manifest = publish(
             store,
             task,
             folder,
             base_digest=first.base_digest,
             quant=first.quant,
             template_digest=first.template_digest,
-            template_date=day,
+            template_date=days.pop() if len(days) == 1 else None,
             tokenizer_digest=first.tokenizer_digest,
             method={**_method(found, rank), "merge": spec.record()},
             prompt=prompt,
@@ -304,17 +312,7 @@ def merge_published(
             merged_from=[one.ref for one in found],
             alias=alias,
         )
-    return Merged(manifest, rank, distance, (*notes, *notes_on_day))
-
-
-def _require_same_base(first: AdapterManifest, other: AdapterManifest) -> None:
-    if other.base_digest != first.base_digest:
-        raise ArtifactError(
-            f"merge {first.ref} and {other.ref}",
-            f"trained on base {first.base_digest[:12]} and on {other.base_digest[:12]}",
-            "deltas of different bases have no sum",
-            f"train {other.task} again on the base of run {first.run}",
-        )
+    return Merged(manifest, rank, distance, notes)
 
 
 def _method(found: Sequence[AdapterManifest], rank: int) -> dict[str, object]:
@@ -338,13 +336,6 @@ def _prompt(found: Sequence[AdapterManifest]) -> tuple[dict[str, object], tuple[
         return dict(found[0].prompt), ()
     none = PromptSpec().model_dump(mode="json")
     return none, ("the prompts differ, so the merged one is recorded without: an arm sets its own",)
-
-
-def _template_date(found: Sequence[AdapterManifest]) -> tuple[date | None, tuple[str, ...]]:
-    days = {one.template_date for one in found}
-    if len(days) == 1:
-        return days.pop(), ()
-    return None, ("the adapters' template dates differ, so the merged adapter records none and uses the base's",)
 
 
 def _digest(value: object) -> str:

@@ -23,7 +23,7 @@ class Instruction:
     holds: Check
 
     def follows(self, answer: str) -> bool:
-        """Whether the answer keeps the rule."""
+        """Return whether the answer follows the rule."""
         return bool(answer) and self.holds(answer)
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graftwork import metrics, retrieval
-from graftwork.base import load as base_model
-from graftwork.datasets import rows as data
-from graftwork.datasets.rows import DatasetRow
+from graftwork.base.load import resolve
+from graftwork.base.load import template as base_template
+from graftwork.datasets.rows import DatasetRow, key_check, read_fields, read_rows, resolve_prompt
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import Metric
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message
+from graftwork.prompts.render import Message, Passage, Prompt, fit_passages, render
 from graftwork.prompts.template import Template
 from graftwork.scoring import AnswerSchema, Choices, GoldAnswer
 from graftwork.scoring import score as score_fields
@@ -40,11 +39,11 @@ class Probe:
     groups: tuple[str, ...]
     """Of each question: the group that is looked at alone; empty where there are none."""
     about: str
-    """What was asked, in words that a number can carry."""
+    """The questions in a few words, for a figure's signature."""
     main: int = 1
     """So many of the first metrics are tested; the others are shown beside them."""
     prompts: tuple[str, ...] = ()
-    """What is asked, for people; of parts that write."""
+    """The questions as text; of parts that write."""
     warnings: tuple[str, ...] = ()
     """Keys of the part's own rows that are ignored."""
 
@@ -65,7 +64,7 @@ def probes_of(spec: TrainSpec) -> list[Probe]:
             "outcomes are measured of language models",
             "leave out `outcomes`",
         )
-    template = base_model.template(base_model.resolve(spec.base))
+    template = base_template(resolve(spec.base))
     found = [_task(spec, asked.task, template)] if asked.task else []
     found += _retention(asked.retention, template) if asked.retention else []
     return found + (_fairness(asked.fairness, template) if asked.fairness else [])
@@ -73,14 +72,14 @@ def probes_of(spec: TrainSpec) -> list[Probe]:
 
 def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
     if spec.data.eval is None or not spec.objective.traits.conversations:
-        missing, kind = "data.eval is not given", f"objective.kind={spec.objective.kind}"
+        missing, kind = "eval is not given", f"objective.kind={spec.objective.kind}"
         raise ConfigError(
             "outcomes.task",
             missing if spec.data.eval is None else kind,
             "held-out conversations are answered: those of sft, distill, grpo and rloo",
-            "give data.eval" if spec.data.eval is None else "leave out outcomes.task",
+            "give eval" if spec.data.eval is None else "leave out outcomes.task",
         )
-    rows = data.read_rows(spec.data.eval, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
+    rows = read_rows(spec.data.eval, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
     schema = AnswerSchema.load(asked.answer_schema) if asked.answer_schema else None
     keys = [GoldAnswer.from_row(row) for row in rows] if all(row.gold for row in rows) else []
     if asked.metric not in ("auto", "exact") and not keys:
@@ -100,41 +99,25 @@ def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
         nats = [-one.logprobs[0] / tokens for one, tokens in zip(said, lengths, strict=True)]
         return {**fields, metrics.EXACT.name: exact, metrics.NATS.name: nats}
 
-    items = [
-        _answered(row, context, spec, template, asked.max_new_tokens)
-        for row, context in zip(rows, _contexts(spec, rows), strict=True)
-    ]
+    # the passages that held-out rows are trained with, as `SftSpec.read` draws them
+    context = retrieval.training_context(spec.data.context, spec.seed + 1) if spec.data.context else None
+    items = [_task_item(row, context(row) if context else (), spec, template, asked.max_new_tokens) for row in rows]
     lengths = [len(item.continuations[0]) for item in items]
     known = (metrics.BOTH, metrics.FACTS, metrics.FORM, metrics.FIELD_ACCURACY) if keys else ()
-    own = (metrics.BOTH if keys else metrics.EXACT) if asked.metric == "auto" else _named(asked.metric)
+    by_name = {one.name: one for one in (*metrics.SCORES, metrics.EXACT)}
+    own = (metrics.BOTH if keys else metrics.EXACT) if asked.metric == "auto" else by_name[asked.metric]
     others = [one for one in (*known, metrics.EXACT, metrics.NATS) if one != own]
     about = f"{spec.data.eval}, greedy, at most {asked.max_new_tokens} tokens"
     found = _probe("task", items, (own, *others), score, template, about, units=[row.id for row in rows])
     return replace(found, prompts=tuple(row.question[-1].content for row in rows))
 
 
-def _named(name: str) -> Metric:
-    return {one.name: one for one in (*metrics.SCORES, metrics.EXACT)}[name]
-
-
-def _contexts(spec: TrainSpec, rows: Sequence[DatasetRow]) -> list[tuple[chat.Passage, ...]]:
-    """The passages that held-out rows are trained with, as `training.rows.sft` draws them."""
-    if spec.data.context is None:
-        return [()] * len(rows)
-    context = retrieval.training_context(spec.data.context, spec.seed + 1)
-    return [context(row) for row in rows]
-
-
-def _answered(
-    row: DatasetRow, context: Sequence[chat.Passage], spec: TrainSpec, template: Template, write: int
-) -> Item:
+def _task_item(row: DatasetRow, context: Sequence[Passage], spec: TrainSpec, template: Template, write: int) -> Item:
     """The row's question as the run's prompt puts it, and its right answer with the token that ends it."""
-    prompt = data.resolve_prompt(spec.prompt)
-    kept, _ = chat.fit_passages(
-        context, template, prompt, spec.data.context.context_tokens if spec.data.context else None
-    )
-    asked = chat.render(row.question, template, prompt=prompt, context=kept, generate=True).ids
-    whole = chat.render(row.messages, template, prompt=prompt, context=kept, generate=False)
+    prompt = resolve_prompt(spec.prompt)
+    kept, _ = fit_passages(context, template, prompt, spec.data.context.context_tokens if spec.data.context else None)
+    asked = render(row.question, template, prompt=prompt, context=kept, generate=True).ids
+    whole = render(row.messages, template, prompt=prompt, context=kept, generate=False)
     last = len(whole.ids) - next(n for n, trained in enumerate(reversed(whole.loss_mask)) if trained)
     return Item(row.id, tuple(asked), (tuple(whole.ids[len(asked) : last]),), write)
 
@@ -142,19 +125,19 @@ def _answered(
 def _retention(asked: RetentionSpec, template: Template) -> list[Probe]:
     found = [_text(asked.text, asked.text_rows, template)] if asked.text else []
     if asked.choices:
-        keys = data.key_check("eval")
-        rows = data.read_rows(asked.choices, limit=asked.choice_rows, need="eval", keys=keys)
+        keys = key_check("eval")
+        rows = read_rows(asked.choices, limit=asked.choice_rows, need="eval", keys=keys)
         about = f"{asked.choices}, likeliest choice"
-        chosen = [(row, _read(asked.choices, row)) for row in rows]
+        chosen = [(row, _read_choices(asked.choices, row)) for row in rows]
         made = _choices("choices", chosen, [""] * len(rows), None, template, about, fair=False)
         found.append(replace(made, warnings=keys.note("outcomes.retention.choices")))
     return [*found, _instructions(asked.max_new_tokens, template)] if asked.instructions else found
 
 
 def _text(uri: str, limit: int, template: Template) -> Probe:
-    keys = data.key_check("eval")
-    rows = data.read_rows(uri, limit=limit, need="eval", keys=keys)
-    texts = [(row.id, template.encode(_read(uri, row).texts[0])) for row in rows]
+    keys = key_check("eval")
+    rows = read_rows(uri, limit=limit, need="eval", keys=keys)
+    texts = [(row.id, template.encode(_read_choices(uri, row).texts[0])) for row in rows]
     items = [Item(name, (ids[0],), (tuple(ids[1:TEXT_TOKENS]),)) for name, ids in texts if len(ids) > 1]
     cut = sum(len(ids) > TEXT_TOKENS for _, ids in texts)
 
@@ -182,7 +165,7 @@ def _choices(
     items = [
         Item(
             row.id,
-            _asked(row.question, system, template),
+            _prompt_ids(row.question, system, template),
             tuple(tuple(template.continuation_ids(text)) for text in choice.texts),
         )
         for row, choice in zip(rows, choices, strict=True)
@@ -208,7 +191,9 @@ def _choices(
 
 
 def _instructions(write: int, template: Template) -> Probe:
-    items = [Item(one.id, _asked((Message("user", one.prompt),), None, template), (), write) for one in INSTRUCTIONS]
+    items = [
+        Item(one.id, _prompt_ids((Message("user", one.prompt),), None, template), (), write) for one in INSTRUCTIONS
+    ]
 
     def score(said: Sequence[ItemOutput]) -> dict[str, list[float]]:
         return {"follows": [float(rule.follows(one.text)) for rule, one in zip(INSTRUCTIONS, said, strict=True)]}
@@ -219,12 +204,12 @@ def _instructions(write: int, template: Template) -> Probe:
 
 
 def _fairness(asked: FairnessSpec, template: Template) -> list[Probe]:
-    keys = data.key_check("eval", [asked.by] if asked.by else ())
-    rows = data.read_rows(asked.eval, need="eval", keys=keys)
-    groups = data.read_fields(asked.eval, [asked.by])[asked.by] if asked.by else ("",) * len(rows)
+    keys = key_check("eval", [asked.by] if asked.by else ())
+    rows = read_rows(asked.eval, need="eval", keys=keys)
+    groups = read_fields(asked.eval, [asked.by])[asked.by] if asked.by else ("",) * len(rows)
     kept = [at for at in range(len(rows)) if groups[:at].count(groups[at]) < asked.rows]
     about = f"{asked.eval}, likeliest choice by mean log-probability a token, clustered by doc_id"
-    chosen = [(rows[at], _read(asked.eval, rows[at])) for at in kept]
+    chosen = [(rows[at], _read_choices(asked.eval, rows[at])) for at in kept]
     found = _choices("fairness", chosen, [groups[at] for at in kept], asked.system, template, about, fair=True)
     found = replace(found, warnings=keys.note("outcomes.fairness.eval"))
     return [found, _pairs(template)] if asked.pairs else [found]
@@ -267,7 +252,7 @@ def _pairs(template: Template) -> Probe:
     )
 
 
-def _read(uri: str, row: DatasetRow) -> Choices:
+def _read_choices(uri: str, row: DatasetRow) -> Choices:
     """The row's choices; its file is named where it has none."""
     try:
         return Choices.from_row(row)
@@ -275,8 +260,8 @@ def _read(uri: str, row: DatasetRow) -> Choices:
         raise DataError(f"outcomes, {uri}, {error.subject}", error.problem, error.rule, error.hint) from None
 
 
-def _asked(question: Sequence[Message], system: str | None, template: Template) -> tuple[int, ...]:
-    return tuple(chat.render(question, template, prompt=chat.Prompt(system), generate=True).ids)
+def _prompt_ids(question: Sequence[Message], system: str | None, template: Template) -> tuple[int, ...]:
+    return tuple(render(question, template, prompt=Prompt(system), generate=True).ids)
 
 
 def _probe(

@@ -10,7 +10,7 @@ import yaml
 from graftwork import stats
 from graftwork.artifacts.manifest import AdapterManifest
 from graftwork.artifacts.registry import resolve
-from graftwork.base import load as base_model
+from graftwork.base.load import resolve as resolve_base
 from graftwork.base.source import BaseSpec
 from graftwork.config import validate
 from graftwork.datasets.rows import read_rows
@@ -43,7 +43,7 @@ OnProgress = Callable[[str, Progress], None]
 
 @dataclass(frozen=True)
 class RebaseAsk:
-    """What is to be set side by side."""
+    """Request of a rebase: a new base and the tasks' aliases."""
 
     root: str
     base: str
@@ -67,7 +67,7 @@ def pairs_of(ask: RebaseAsk) -> list[RebasedTask]:
     """Each alias' recorded spec, on both bases. Raises UserErrors of all kinds, before anything starts."""
     if len(set(ask.aliases)) != len(ask.aliases):
         raise ConfigError(f"rebase {' '.join(ask.aliases)}", "an alias stands twice", "each task once")
-    new_base = base_model.resolve(BaseSpec.model_validate(ask.base))
+    new_base = resolve_base(BaseSpec.model_validate(ask.base))
     found = [_pair(ask, alias) for alias in ask.aliases]
     for pair in found:
         if pair.manifest.base_digest == new_base.digest:
@@ -85,7 +85,8 @@ def _pair(ask: RebaseAsk, alias: str) -> RebasedTask:
     store = Store(ask.root)
     manifest = resolve(store, alias)
     asked = f"rebase {alias}"
-    path = RunPaths(store, *_name_and_digest(manifest.run)).spec() if "-" in manifest.run else ()
+    name, dash, digest = manifest.run.rpartition("-")
+    path = RunPaths(store, name, digest).spec() if dash else ()
     if not path or not store.exists(*path):
         raise ArtifactError(
             asked,
@@ -125,11 +126,6 @@ def recorded_spec(asked: str, store: Store, path: Sequence[str]) -> TrainSpec:
     if not tree["data"].get("eval"):
         tree.pop("eval_every", None)  # recorded with its default, which without data.eval can't take effect
     return validate(TrainSpec, {**tree, "root": store.uri}, where=f"{asked}: {store.path(*path)}")
-
-
-def _name_and_digest(run_id: str) -> tuple[str, str]:
-    name, _, digest = run_id.rpartition("-")
-    return name, digest
 
 
 def rebase(ask: RebaseAsk, *, on_progress: OnProgress | None = None) -> RebaseReport:
@@ -175,9 +171,9 @@ class Compared:
 
 
 def rebase_report(ask: RebaseAsk, compared: Sequence[Compared]) -> RebaseReport:
-    """Which tasks gain, lose or are undecided: Benjamini-Hochberg over the tasks."""
+    """Tasks that gain, lose or are undecided, by Benjamini-Hochberg over the tasks."""
     adjusted = stats.benjamini_hochberg([one.test.p_value for one in compared])
-    tasks = tuple(_rebased(ask, one, p) for one, p in zip(compared, adjusted, strict=True))
+    tasks = tuple(_task_record(ask, one, p) for one, p in zip(compared, adjusted, strict=True))
     known = {one.metric.name: one.metric for one in compared}
     infos = tuple(
         MetricInfo(name=one.name, unit=one.unit, better=one.better, kind=one.kind, meaning=one.meaning)
@@ -195,7 +191,7 @@ def rebase_report(ask: RebaseAsk, compared: Sequence[Compared]) -> RebaseReport:
     )
 
 
-def _rebased(ask: RebaseAsk, one: Compared, p: float) -> Rebased:
+def _task_record(ask: RebaseAsk, one: Compared, p: float) -> Rebased:
     task, _, name = one.pair.alias.partition("@")
     verdict = stats.decide(one.test.value, p, False, ask.alpha, higher=one.metric.better == "higher")
     recipe = {
@@ -374,7 +370,7 @@ def curve_report(
 
 
 def sentence(steps: Sequence[CurveStep]) -> str:
-    """Whether more examples would help, as far as these sizes tell."""
+    """The verdict on more examples, as far as these sizes show."""
     last = steps[-1]
     fell = f"from {last.before} to {last.rows} examples the held-out loss"
     change = f"{last.loss.value:+.3f} [{last.loss.low:+.3f}, {last.loss.high:+.3f}] nats a token"
@@ -382,16 +378,14 @@ def sentence(steps: Sequence[CurveStep]) -> str:
         return f"More examples would still help: {fell} changed by {change}."
     if last.verdict == "worse":
         return f"More examples of this kind hurt: {fell} rose by {change}."
-    flat = next((step.before for step in _flat_end(steps)), last.before)
+    flat = last.before  # of the steps behind the last one whose change a test shows
+    for step in reversed(steps):
+        if step.verdict in ("better", "worse"):
+            break
+        flat = step.before
     return (
         f"Flat from {flat} examples on: {fell} changed by {change}, and {last.loss.detects:.3f} would have been seen."
     )
-
-
-def _flat_end(steps: Sequence[CurveStep]) -> Sequence[CurveStep]:
-    """The steps behind the last one that a test tells from none."""
-    told = [at for at, step in enumerate(steps) if step.verdict in ("better", "worse")]
-    return steps[told[-1] + 1 if told else 0 :]
 
 
 def write_curve(spec: TrainSpec, report: CurveReport) -> BuiltReport:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from graftwork.metrics import FAIR_AT_ZERO, Metric, signature
 from graftwork.report.evaluation_schema import Change, GeneratedText, Level, OutcomesReport, PairedTest
 from graftwork.report.schema import MetricInfo
 from graftwork.stats import Floats, Interval
-from graftwork.storage.store import RunPaths, Store
+from graftwork.storage.store import RunPaths
 from graftwork.training.evaluation.questions import Probe
 from graftwork.training.evaluation.spec import ItemGroup, ItemOutput
 from graftwork.training.spec import TrainSpec
@@ -20,10 +19,10 @@ from graftwork.training.spec import TrainSpec
 def level(values: Floats, metric: Metric, units: Sequence[str], alpha: float, seed: int) -> Level:
     """The mean over questions and its interval: Wilson for shares, BCa else, over clusters where units repeat."""
     mean = float(np.mean(values))
-    if metric.kind == "binary" and not _clustered(units):
+    if metric.kind == "binary" and not _has_clusters(units):
         found = stats.wilson(int(np.sum(values)), len(values), alpha)
     else:
-        found = _bootstrap(values, units, alpha, _lowest(metric), seed)
+        found = _bootstrap(values, units, alpha, _lowest_value(metric), seed)
     return Level(value=mean, low=found.low, high=found.high)
 
 
@@ -31,7 +30,7 @@ def paired(a: Floats, b: Floats, metric: Metric, units: Sequence[str], alpha: fl
     """a minus b. The mean over questions; its uncertainty that of the units."""
     gap, count = a - b, len(set(units))
     sd = float(np.std(gap, ddof=1)) if len(gap) > 1 else 0.0
-    if _clustered(units):
+    if _has_clusters(units):
         interval, p_value = _bootstrap(gap, units, alpha, -1.0, seed), stats.cluster_sign_flip(gap, units, seed=seed)
         sums, sizes = stats.cluster_sums(gap, units)
         sd = float(np.std(sums / sizes, ddof=1)) if count > 1 else 0.0
@@ -58,19 +57,19 @@ def paired(a: Floats, b: Floats, metric: Metric, units: Sequence[str], alpha: fl
     )
 
 
-def _lowest(metric: Metric) -> float:
+def _lowest_value(metric: Metric) -> float:
     """Of its values; of a measure in units of the largest."""
     return 0.0 if metric.kind == "binary" or (metric.kind == "graded" and metric.unit != metrics.BIAS.unit) else -1.0
 
 
-def _clustered(units: Sequence[str]) -> bool:
+def _has_clusters(units: Sequence[str]) -> bool:
     return len(set(units)) < len(units)
 
 
 def _bootstrap(values: Floats, units: Sequence[str], alpha: float, lowest: float, seed: int) -> Interval:
     """Measures may pass 1, which the intervals of scores are cut at: they are taken in units of the largest."""
     scale = max(1.0, float(np.max(np.abs(values))))
-    if _clustered(units):
+    if _has_clusters(units):
         found = stats.cluster_bootstrap(values / scale, units, alpha, lowest=lowest, seed=seed)
     else:
         found = stats.bca_mean(values / scale, alpha, lowest=lowest, seed=seed)
@@ -82,33 +81,22 @@ FILE = "outcomes.json"
 
 @dataclass(frozen=True)
 class PartOutcome:
-    """What was said to a part's items, in their order."""
+    """Outputs for a part's items, in their order."""
 
     digest: str
     before: tuple[ItemOutput, ...]
     after: tuple[ItemOutput, ...]
 
 
-def knows_before(store: Store, key: str) -> bool:
-    """Whether some run has asked the bare base."""
-    return store.exists(*_before(key))
-
-
-def read_before(store: Store, key: str) -> list[ItemOutput]:
-    """What the bare base said."""
-    return [ItemOutput.from_dict(one) for one in store.read_json(*_before(key))]
-
-
-def write_before(store: Store, key: str, said: Sequence[ItemOutput]) -> None:
-    """Keep what the bare base said, for all runs."""
-    store.write_json([one.as_dict() for one in said], *_before(key))
-
-
 def read_parts(run: RunPaths) -> dict[str, PartOutcome]:
     """The parts of a run that were measured."""
     if not run.store.exists(*run.file(FILE)):
         return {}
-    return {name: _part(found) for name, found in run.store.read_json(*run.file(FILE)).items()}
+    outcomes = {}
+    for name, found in run.store.read_json(*run.file(FILE)).items():
+        before, after = (tuple(ItemOutput.from_dict(one) for one in found[key]) for key in ("before", "after"))
+        outcomes[name] = PartOutcome(found["digest"], before, after)
+    return outcomes
 
 
 def write_part(run: RunPaths, part: ItemGroup, before: Sequence[ItemOutput], after: Sequence[ItemOutput]) -> None:
@@ -123,15 +111,6 @@ def missing(run: RunPaths, parts: Sequence[ItemGroup]) -> tuple[ItemGroup, ...]:
     """The parts that are still to be measured, or were with other questions."""
     known = read_parts(run)
     return tuple(part for part in parts if part.name not in known or known[part.name].digest != part.digest())
-
-
-def _part(found: Mapping[str, Any]) -> PartOutcome:
-    before, after = (tuple(ItemOutput.from_dict(one) for one in found[key]) for key in ("before", "after"))
-    return PartOutcome(found["digest"], before, after)
-
-
-def _before(key: str) -> tuple[str, str]:
-    return "outcomes", f"{key}.json"
 
 
 SHOWN = 3
@@ -154,7 +133,7 @@ class _Found:
 def outcomes_report(spec: TrainSpec, probes: Sequence[Probe], parts: Mapping[str, PartOutcome]) -> OutcomesReport:
     """The record of a run whose parts were all measured."""
     alpha = spec.outcomes.alpha
-    found = [one for probe in probes for one in _measured(probe, parts[probe.part.name], alpha, spec.seed)]
+    found = [one for probe in probes for one in _compare_part(probe, parts[probe.part.name], alpha, spec.seed)]
     adjusted = iter(stats.holm([one.test.p_value for one in found if one.main]))
     changes = tuple(_change(spec, one, next(adjusted) if one.main else None) for one in found)
     known = {metric.name: metric for probe in probes for metric in probe.metrics}
@@ -173,27 +152,26 @@ def outcomes_report(spec: TrainSpec, probes: Sequence[Probe], parts: Mapping[str
     )
 
 
-def _measured(probe: Probe, outcome: PartOutcome, alpha: float, seed: int) -> list[_Found]:
-    before, after = probe.scores(outcome.before), probe.scores(outcome.after)
-    return [
-        _compared(probe, metric, group, place < probe.main, before[metric.name], after[metric.name], alpha, seed)
-        for group in dict.fromkeys(probe.groups)
-        for place, metric in enumerate(probe.metrics)
-    ]
-
-
-def _compared(
-    probe: Probe, metric: Metric, group: str, main: bool, before: Floats, after: Floats, alpha: float, seed: int
-) -> _Found:
-    kept = np.array([one == group for one in probe.groups])
-    units = [unit for unit, keep in zip(probe.units, kept, strict=True) if keep]
-    was, became = (level(side[kept], metric, units, alpha, seed) for side in (before, after))
-    test = paired(after[kept], before[kept], metric, units, alpha, seed)
-    return _Found(probe, metric, group, main, was, became, test)
+def _compare_part(probe: Probe, outcome: PartOutcome, alpha: float, seed: int) -> list[_Found]:
+    """The change of each metric in each group."""
+    before, after, found = probe.scores(outcome.before), probe.scores(outcome.after), []
+    for group in dict.fromkeys(probe.groups):
+        inside = np.array([one == group for one in probe.groups])
+        units = [unit for unit, keep in zip(probe.units, inside, strict=True) if keep]
+        for place, metric in enumerate(probe.metrics):
+            sides = before[metric.name][inside], after[metric.name][inside]
+            was, became = (level(side, metric, units, alpha, seed) for side in sides)
+            test = paired(sides[1], sides[0], metric, units, alpha, seed)
+            found.append(_Found(probe, metric, group, place < probe.main, was, became, test))
+    return found
 
 
 def _change(spec: TrainSpec, one: _Found, p_adjusted: float | None) -> Change:
     alpha = spec.outcomes.alpha
+    # above 0 where the change is one to the better; of a bias, where it came nearer to 0
+    gain = one.test.value if one.metric.better == "higher" else -one.test.value
+    if one.metric.name in FAIR_AT_ZERO:
+        gain = abs(one.before.value) - abs(one.after.value)
     recipe = {
         "asked": one.probe.about,
         **({"group": one.group} if one.group else {}),
@@ -212,16 +190,9 @@ def _change(spec: TrainSpec, one: _Found, p_adjusted: float | None) -> Change:
         after=one.after,
         test=one.test,
         p_adjusted=p_adjusted,
-        verdict=None if p_adjusted is None else stats.decide(_gain(one), p_adjusted, False, alpha),
+        verdict=None if p_adjusted is None else stats.decide(gain, p_adjusted, False, alpha),
         signature=signature(one.metric.name, one.test.n, recipe),
     )
-
-
-def _gain(one: _Found) -> float:
-    """Above 0 where the change is one to the better; of a bias, where it came nearer to 0."""
-    if one.metric.name in FAIR_AT_ZERO:
-        return abs(one.before.value) - abs(one.after.value)
-    return one.test.value if one.metric.better == "higher" else -one.test.value
 
 
 def _sample_texts(probe: Probe, outcome: PartOutcome) -> list[GeneratedText]:

@@ -24,7 +24,7 @@ class Item:
 
     @property
     def tokens(self) -> int:
-        """What it costs, roughly: tokens that are computed."""
+        """Cost, roughly: tokens that are computed."""
         return sum(len(self.prompt) + len(one) for one in self.continuations) + 8 * self.write
 
 
@@ -45,7 +45,7 @@ class ItemGroup:
 
 @dataclass(frozen=True)
 class ItemOutput:
-    """What a model made of one item."""
+    """A model's output for one item."""
 
     logprobs: tuple[float, ...] = ()
     """Of each continuation: summed over its tokens, in nats."""

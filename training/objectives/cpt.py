@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import math
 from array import array
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,11 @@ import numpy as np
 from pydantic import Field
 
 from graftwork.config import Spec, canonical_json
-from graftwork.datasets import readers as records
 from graftwork.datasets import rows as data
-from graftwork.datasets.readers import DOCUMENT, KeyCheck
+from graftwork.datasets.readers import DOCUMENT, READERS, KeyCheck, no_rows, read_records, require_new, require_whole
 from graftwork.errors import ConfigError, DataError
-from graftwork.training.objectives.protocol import Packing, Part, Traits, check_packing
-from graftwork.training.objectives.row_cache import TokenRows
-from graftwork.training.objectives.rows import ReadPart, format_row_count, pack_rows
+from graftwork.training.objectives.protocol import Packing, Part, Traits
+from graftwork.training.objectives.rows import ReadPart, TokenRows, check_packing, data_of, format_row_count, pack_rows
 from graftwork.training.objectives.sft import sft_trainer
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")  # noqa: RUF001
-"""What pretraining puts behind a document, by family; an instruct model's `eos_token` ends a turn instead."""
+"""End tokens of a document in pretraining, by family; an instruct model's `eos_token` ends a turn instead."""
 
 
 class ReplaySpec(Spec):
@@ -55,11 +54,9 @@ class CptSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        """Facts that the loop and the plan read."""
         return Traits(packing=self.packing, conversations=False)
 
     def check(self, run: TrainSpec) -> None:
-        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         check_packing(run, self.packing)
         check_plain_text(run, self.kind)
         if "on_overlong" in run.model_fields_set:
@@ -69,10 +66,7 @@ class CptSpec(Spec):
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """All tokens of all documents. Raises DataError, ConfigError (no such end token), StorageError."""
-        uri, limit = (
-            (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-        )
-        assert uri is not None, "asked for a part that the spec has"
+        uri, limit = data_of(spec, part)
         end_name, end = end_token(template, self.end_token)
         keys = document_keys()
         documents, blank = read_documents(uri, limit=limit, keys=keys)
@@ -82,7 +76,7 @@ class CptSpec(Spec):
         notes += [f"{format_row_count(range(blank), 'blank file')} left out"] if blank else []
         if self.replay is not None and part == "train":
             replayed = document_keys()
-            again = _replayed(self.replay, template, end, sum(map(len, ids)), spec.seed, replayed)
+            again = _draw_replay(self.replay, template, end, sum(map(len, ids)), spec.seed, replayed)
             warnings += replayed.note("objective.replay.data")
             documents, ids = documents + [document for document, _ in again], ids + [tokens for _, tokens in again]
             notes.append(
@@ -136,9 +130,9 @@ def read_documents(uri: str, *, limit: int | None = None, keys: KeyCheck | None 
     path = Path(uri.removeprefix("file://")).expanduser()
     local = "://" not in uri.removeprefix("file://")
     if _holds_records(uri, path):
-        return _from_records(uri, limit, keys or document_keys()), 0
+        return _read_records(uri, limit, keys or document_keys()), 0
     if local and (glob.has_magic(str(path)) or path.is_dir()):
-        return _from_files(uri, path, limit)
+        return _read_files(uri, path, limit)
     text = data.read_text(uri)
     if not text.strip():
         raise DataError(uri, "it is blank", "a document holds text", "check the path")
@@ -158,19 +152,25 @@ def _holds_records(uri: str, path: Path) -> bool:
     if uri.startswith("hf://"):
         return True
     files = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
-    return bool(files) and all(name.lower().endswith(tuple(records.READERS)) for name in files)
+    return bool(files) and all(name.lower().endswith(tuple(READERS)) for name in files)
 
 
-def _from_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document], int]:
+def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document], int]:
     """Files below a folder, or those that a glob names; hidden ones and byte code are nobody's text."""
-    root = path if path.is_dir() else Path(*_before_magic(path))
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    root = path if path.is_dir() else Path(*fixed)
     found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     documents, blank = [], 0
     for file in sorted(file for file in found if file.is_file()):
         name = file.relative_to(root)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
             continue
-        text = _text_of(file)
+        try:
+            text = data.read_text(str(file))
+        except DataError as error:
+            rule = "every file of a folder or glob is UTF-8 text"
+            hint = "name the files by a glob, such as FOLDER/**/*.txt"
+            raise DataError(error.subject, error.problem, rule, hint) from error
         blank += not text.strip()
         documents += [Document(name.as_posix(), text)] if text.strip() else []
         if len(documents) == limit:
@@ -185,43 +185,25 @@ def _from_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document]
     return documents, blank
 
 
-def _text_of(file: Path) -> str:
-    try:
-        return data.read_text(str(file))
-    except DataError as error:
-        raise DataError(
-            error.subject,
-            error.problem,
-            "every file of a folder or glob is UTF-8 text",
-            "name the files by a glob, such as FOLDER/**/*.txt",
-        ) from error
-
-
-def _before_magic(path: Path) -> list[str]:
-    parts = list(path.parts)
-    magic = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    return parts[:magic] or ["."]
-
-
-def _from_records(uri: str, limit: int | None, keys: KeyCheck) -> list[Document]:
+def _read_records(uri: str, limit: int | None, keys: KeyCheck) -> list[Document]:
     documents: list[Document] = []
     seen: dict[str, int] = {}
-    for number, record in records.read_records(uri):
+    for number, record in read_records(uri):
         keys.check(record, f"{uri} row {number}")
         document = Document(str(record.get("id", number)), _text(record, f"{uri} row {number}: text"))
-        records.require_new(document.id, number, seen, uri)
+        require_new(document.id, number, seen, uri)
         documents.append(document)
         if len(documents) == limit:
             break
     if not documents:
-        raise records.no_rows(uri)
+        raise no_rows(uri)
     return documents
 
 
 def _text(record: dict[str, Any], where: str) -> str:
     text = record.get("text")
     if isinstance(text, str) and text.strip():
-        records.require_whole(text, where)
+        require_whole(text, where)
         return text
     fields = ", ".join(record) or "no fields"
     found = f"the field is missing (found {fields})" if "text" not in record else f"found {text!r}"
@@ -265,7 +247,7 @@ def end_token(template: Template, asked: str | None) -> tuple[str, int]:
     return names[0], template.specials[names[0]]
 
 
-def _replayed(
+def _draw_replay(
     replay: ReplaySpec, template: Template, end: int, new_tokens: int, seed: int, keys: KeyCheck
 ) -> list[tuple[Document, list[int]]]:
     """Documents drawn until their tokens are the asked share of all."""
@@ -274,7 +256,7 @@ def _replayed(
     drawn: list[tuple[Document, list[int]]] = []
     for index in np.random.default_rng([seed, 1]).permutation(len(documents)):
         if wanted <= 0:
-            return drawn
+            break
         document = documents[index]
         drawn.append((Document(f"replay/{document.id}", document.text), document_ids(document, template, end)))
         wanted -= len(drawn[-1][1])

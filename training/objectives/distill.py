@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from graftwork.base import load as base_model
+from graftwork.base.load import template as base_template
 from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
 from graftwork.quantization import QuantSpec
 from graftwork.storage.store import ALIAS_PATTERN
-from graftwork.training.objectives.protocol import Part, SecondModel, Traits, check_no_zero3
-from graftwork.training.objectives.row_cache import IGNORED, Rows, TokenRows
+from graftwork.training.objectives.protocol import Part, Rows, SecondModel, Traits, WrappedRows, check_no_zero3
+from graftwork.training.objectives.rows import IGNORED, TokenRows, pad_left
 from graftwork.training.objectives.sft import SftSpec, sft_trainer, trainer_on
 from graftwork.training.rewards import RewardFunctionSpec, RewardModelReward
 
@@ -59,7 +57,7 @@ class TeacherSpec(Spec):
         return {"adapter": value} if re.fullmatch(ALIAS_PATTERN, value) else {"base": value}
 
     @model_validator(mode="after")
-    def _named(self) -> Self:
+    def _check_named(self) -> Self:
         if self.base is None and self.adapter is None:
             raise ValueError("a teacher is a base, an adapter, or both: name one")
         return self
@@ -130,13 +128,11 @@ class DistillSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        """Facts that the loop and the plan read."""
         if self.teacher is None or self.generate is not None:
             return Traits()
         return Traits(head="fused_trained", second_model=SecondModel(self.teacher.base, self.teacher.quant))
 
     def check(self, run: TrainSpec) -> None:
-        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         if self.generate is None:
             check_no_zero3(run, self.kind)
         elif run.data.context is not None:
@@ -181,63 +177,38 @@ class DistillSpec(Spec):
         What a teacher wrote beforehand is learned as any conversation is.
         """
         from graftwork.training.distill_teacher import load_teacher
-        from graftwork.training.objectives.trainer import BuiltTrainer, strip_callbacks
+        from graftwork.training.objectives.trainer import BuiltTrainer
 
         spec, data = setting.job.spec, setting.job.data
         if self.generate is not None:
             return sft_trainer(setting)
         assert isinstance(data.train, TaughtRows), "rows of this kind"
-        trainer = trainer_on(setting, taught_trainer(), setting.tokenizer())
+        trainer = trainer_on(setting, taught_trainer())
         trainer.teacher = load_teacher(data.train.teacher, spec.root, trainer.accelerator.device)
         trainer.objective, trainer.run_seed, trainer.pad_id = self, spec.seed, data.pad_id
-        trainer.stop_ids = base_model.template(setting.base).stop_ids
+        trainer.stop_ids = base_template(setting.base).stop_ids
 
         def evaluate() -> Mapping[str, float]:
             assert data.eval is not None, "asked where the spec has data.eval"
             return held_out(trainer, data.eval, data.pad_id, spec.optim.rows_per_pass)
 
-        return BuiltTrainer(strip_callbacks(trainer), evaluate, evaluate_first=data.eval is not None)
+        return BuiltTrainer(trainer, evaluate, evaluate_first=data.eval is not None)
 
 
 @dataclass(frozen=True)
-class TaughtRows:
-    """Rows of SFT's form, and who teaches on them."""
+class TaughtRows(WrappedRows):
+    """Rows of SFT's form, and their teacher."""
 
-    rows: Rows
     teacher: Teacher
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths_N(self) -> NDArray[np.int64]:
-        """Tokens of each row."""
-        return self.rows.lengths_N
-
-    @property
-    def scored_N(self) -> NDArray[np.int64]:
-        """Trained tokens of each row."""
-        return self.rows.scored_N
-
-    @property
-    def widths_N(self) -> NDArray[np.int64]:
-        """A row is one sequence."""
-        return self.rows.widths_N
 
     def digest(self) -> str:
         """sha256 hex over rows and teacher."""
         return hashlib.sha256((self.rows.digest() + self.teacher.digest()).encode()).hexdigest()
 
-    def collate(self, indices: Sequence[int], pad_id: int) -> dict[str, torch.Tensor]:
-        """As SFT's rows."""
-        return self.rows.collate(indices, pad_id)
-
 
 def taught_trainer() -> type[Any]:
     """TRL's SFTTrainer as a class whose loss is the divergence from a teacher."""
-    import torch
     from trl import SFTTrainer
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     from graftwork.compat.hf import step_figures
     from graftwork.training.objectives.trainer import without_history
@@ -257,12 +228,11 @@ def taught_trainer() -> type[Any]:
             """Mean divergence in nats over the step's trained tokens; over a pass's, where the student sampled them.
 
             The first is multiplied by the number of processes, the second divided by the passes of a step, because DDP
-            averages gradients and the trainer adds the passes up.
+            averages gradients and the trainer adds the passes up. Every rank, and a resumed run, draws the same steps.
             """
-            samples = self.samples()
-            if samples:
-                inputs = self.sampled(inputs)
-            divergence_N, entropy_N = self.divergences(model, inputs)
+            chance = np.random.default_rng([self.run_seed, self.state.global_step])
+            samples = bool(chance.random() < self.objective.on_policy)
+            divergence_N, entropy_N = divergences(self, model, sampled(self, inputs) if samples else inputs)
             figures = step_figures(self)
             figures["entropy"].append(self.accelerator.reduce(entropy_N.mean(), reduction="mean").item())
             figures["on_policy"].append(float(samples))
@@ -270,70 +240,62 @@ def taught_trainer() -> type[Any]:
                 return divergence_N.mean() / self.current_gradient_accumulation_steps
             return divergence_N.sum() / num_items_in_batch * self.accelerator.num_processes
 
-        def samples(self) -> bool:
-            """Whether the student writes the answers of this step; every rank, and a resumed run, finds the same."""
-            chance = np.random.default_rng([self.run_seed, self.state.global_step])
-            return bool(chance.random() < self.objective.on_policy)
-
-        def divergences(self, model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            """Divergence and student's entropy (N) at each trained position."""
-            student_NH = trained_hidden(model, self.model.get_output_embeddings(), inputs)
-            head, theirs = self.model.get_output_embeddings(), self.teacher.get_output_embeddings()
-            with torch.no_grad():
-                teacher_NH = trained_hidden(self.teacher, theirs, inputs)
-            (scale, cap), (their_scale, their_cap) = (_logit_form(one.config) for one in (self.model, self.teacher))
-            objective = self.objective
-            found: tuple[torch.Tensor, torch.Tensor] = ChunkedDivergenceFunction.apply(
-                student_NH,
-                head.weight,
-                head.bias,
-                teacher_NH,
-                theirs.weight,
-                theirs.bias,
-                objective.beta,
-                objective.temperature,
-                scale,
-                cap,
-                their_scale,
-                their_cap,
-            )
-            return found
-
-        @torch.no_grad()
-        def sampled(self, inputs: Batch) -> Batch:
-            """The same prompts with answers that the student samples now, up to a stop token."""
-            prompts = [list(_prompt(*row)) for row in zip(inputs["input_ids"], inputs["labels"], strict=True)]
-            width = max(len(prompt) for prompt in prompts)
-            ids_BT = torch.tensor([[self.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
-            mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-            device = inputs["input_ids"].device
-            with writing(self.model), self.accelerator.autocast():
-                whole_BT = self.model.generate(
-                    input_ids=ids_BT.to(device),
-                    attention_mask=mask_BT.to(device),
-                    do_sample=True,
-                    top_k=0,
-                    top_p=1.0,
-                    temperature=1.0,
-                    max_new_tokens=self.objective.max_new_tokens,
-                    pad_token_id=self.pad_id,
-                    eos_token_id=sorted(self.stop_ids),
-                )
-            answers = [_up_to_stop(row[width:].tolist(), self.stop_ids) for row in whole_BT]
-            rows = [
-                (prompt + answer, [False] * len(prompt) + [True] * len(answer))
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ]
-            batch = TokenRows.from_pairs(rows).collate(range(len(rows)), self.pad_id)
-            return {key: value.to(device) for key, value in batch.items()}
-
     return TaughtTrainer
 
 
-def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What goes into the output head (N, H) at the positions whose next token is trained, by the model's own forward.
+def divergences(trainer: Any, model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence from the teacher and the student's entropy (N) at each trained position."""
+    import torch
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    A hook takes it and lets one position through to the head, whose logits nobody needs.
+    head, theirs = trainer.model.get_output_embeddings(), trainer.teacher.get_output_embeddings()
+    student_NH = trained_hidden(model, head, inputs)
+    with torch.no_grad():
+        teacher_NH = trained_hidden(trainer.teacher, theirs, inputs)
+    student, teacher = ((student_NH, head.weight, head.bias), (teacher_NH, theirs.weight, theirs.bias))
+    forms = (*_logit_form(trainer.model.config), *_logit_form(trainer.teacher.config))
+    found: tuple[torch.Tensor, torch.Tensor] = ChunkedDivergenceFunction.apply(
+        *student, *teacher, trainer.objective.beta, trainer.objective.temperature, *forms
+    )
+    return found
+
+
+def sampled(trainer: Any, inputs: Batch) -> Batch:
+    """The same prompts with answers that the student samples now, up to a stop token."""
+    import torch
+    from trl.models.utils import disable_gradient_checkpointing
+
+    model, pad_id = trainer.model, trainer.pad_id
+    prompts = [list(_prompt(*row)) for row in zip(inputs["input_ids"], inputs["labels"], strict=True)]
+    device = inputs["input_ids"].device
+    ids_BT, mask_BT = pad_left(prompts, pad_id, device)
+    model.eval()  # without dropout and without recomputed blocks, which keep no cache
+    no_checkpoints = disable_gradient_checkpointing(model, {"use_reentrant": False})
+    with torch.no_grad(), no_checkpoints, trainer.accelerator.autocast():
+        whole_BT = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            max_new_tokens=trainer.objective.max_new_tokens,
+            pad_token_id=pad_id,
+            eos_token_id=sorted(trainer.stop_ids),
+        )
+    model.train()
+    rows = []
+    for prompt, answer in zip(prompts, whole_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
+        end = next((place for place, token in enumerate(answer, start=1) if token in trainer.stop_ids), len(answer))
+        rows.append((prompt + answer[:end], [False] * len(prompt) + [True] * end))
+    batch = TokenRows.from_pairs(rows).collate(range(len(rows)), pad_id)
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Inputs of the output head (N, H) at the positions whose next token is trained, by the model's own forward.
+
+    A hook takes them and lets one position through to the head, whose logits nothing needs.
     """
     import torch
 
@@ -368,7 +330,7 @@ def held_out(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> Mapping
         for batch in share(rows.lengths_N, micro_batch, accelerator.process_index, accelerator.num_processes):
             inputs = {key: value.to(accelerator.device) for key, value in rows.collate(batch, pad_id).items()}
             with accelerator.autocast():
-                divergence_N, _ = trainer.divergences(trainer.model, inputs)
+                divergence_N, _ = divergences(trainer, trainer.model, inputs)
                 logits_NV = head(trained_hidden(trainer.model, head, inputs))
             targets_N = inputs["labels"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
             sums[0] += divergence_N.double().sum()
@@ -377,17 +339,6 @@ def held_out(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> Mapping
     trainer.model.train()
     divergence, nll, tokens = accelerator.reduce(sums, reduction="sum").tolist()
     return {"loss": divergence / tokens, "nll": nll / tokens}
-
-
-@contextmanager
-def writing(model: Any) -> Iterator[None]:
-    """The model ready to generate: without dropout and without recomputed blocks, which keep no cache."""
-    from trl.models.utils import disable_gradient_checkpointing
-
-    model.eval()
-    with disable_gradient_checkpointing(model, {"use_reentrant": False}):
-        yield
-    model.train()
 
 
 def _prompt(ids_T: torch.Tensor, labels_T: torch.Tensor) -> list[int]:
@@ -406,9 +357,3 @@ def _logit_form(config: Any) -> tuple[float, float | None]:
     if scale is None and divisor is not None:
         scale = 1 / divisor
     return 1.0 if scale is None else scale, getattr(text, "final_logit_softcapping", None)
-
-
-def _up_to_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
-    """Ids up to the first stop token, that one included."""
-    end = next((place for place, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
-    return ids[:end]

@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from graftwork.config import Spec, canonical_json
-from graftwork.datasets import readers as records
 from graftwork.datasets import rows as data
-from graftwork.datasets.readers import PAIR, PREFERENCE_LOSS, KeyCheck
+from graftwork.datasets.readers import PAIR, PREFERENCE_LOSS, KeyCheck, read_records
 from graftwork.errors import DataError
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message, Prompt
-from graftwork.training.objectives.protocol import Part, Traits, check_pairs
-from graftwork.training.objectives.row_cache import IGNORED, Rows, TokenRows
-from graftwork.training.objectives.rows import ReadPart, nothing_left, read_prompt, too_long
+from graftwork.prompts.render import Message, Prompt, render
+from graftwork.training.objectives.protocol import Part, Rows, Traits, check_pairs, nothing_left, too_long
+from graftwork.training.objectives.rows import IGNORED, ReadPart, TokenRows, data_of, read_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +62,9 @@ class DpoSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        """Facts that the loop and the plan read."""
         return Traits(sequences=2, head="fused", conversations=False)
 
     def check(self, run: TrainSpec) -> None:
-        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         check_pairs(run, self.kind)
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
@@ -78,7 +73,9 @@ class DpoSpec(Spec):
 
     def build(self, setting: TrainerContext) -> BuiltTrainer:
         """Preference learning on the setting's pairs; the reference is the model as it is now."""
-        from graftwork.training.objectives.trainer import BuiltTrainer, strip_callbacks
+        import torch
+
+        from graftwork.training.objectives.trainer import BuiltTrainer
 
         spec, data, plan = setting.job.spec, setting.job.data, setting.plan
         micro_batch = spec.optim.rows_per_pass
@@ -86,7 +83,9 @@ class DpoSpec(Spec):
 
         def collate(batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
             rows = [item["row"] for item in batch]
-            return {**setting.collate(batch), **_reference_of(references["train"], rows)}
+            reference_N2 = references["train"]
+            sides = {key: torch.from_numpy(reference_N2[rows, side]) for side, key in enumerate(SIDES)}
+            return {**setting.collate(batch), **sides}
 
         trainer = _trainer(setting, self, collate)
         fresh = spec.init_from is None
@@ -98,7 +97,12 @@ class DpoSpec(Spec):
             assert data.eval is not None, "asked where the spec has data.eval"
             return held_out(trainer, self, data.eval, references["eval"], data.pad_id, micro_batch)
 
-        return BuiltTrainer(strip_callbacks(trainer), evaluate, (_saved(setting),))
+        held = 0 if data.eval is None else len(data.eval)
+        every = setting.job.eval_every or spec.eval_every
+        evaluations = plan.steps // every + (plan.steps % every > 0)
+        once, again = len(np.unique(plan.rows_SR)) + held, plan.rows_SR.size + held * evaluations
+        note = f"reference: {once} pairs scored once, {again} would be beside the policy"
+        return BuiltTrainer(trainer, evaluate, (note,))
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,7 @@ class PairRows:
 
 def read_pairs(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     """The pairs of which both conversations fit. Raises DataError, StorageError."""
-    uri, limit = (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-    assert uri is not None, "asked for a part that the spec has"
+    uri, limit = data_of(spec, part)
     prompt, shots = read_prompt(spec, part)
     keys, contents = KeyCheck(PAIR, more=PREFERENCE_LOSS), array("q")
     chosen: list[Scored] = []
@@ -177,10 +180,10 @@ def read_pairs(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
 
 def answered(messages: Sequence[Message], answer: str, template: Template, prompt: Prompt) -> Scored:
     """A conversation up to the token that ends the answer, and which of its ids are the answer's."""
-    asked = chat.render(messages, template, prompt=prompt, generate=True)
-    whole = chat.render([*messages, Message("assistant", answer)], template, prompt=prompt, generate=False)
+    asked = render(messages, template, prompt=prompt, generate=True)
+    whole = render([*messages, Message("assistant", answer)], template, prompt=prompt, generate=False)
     start = len(asked.ids)
-    assert whole.ids[:start] == asked.ids, "a prompt is a prefix of what it grows into (chat.render)"
+    assert whole.ids[:start] == asked.ids, "a prompt is a prefix of what it grows into (render)"
     end = start + whole.loss_mask[start:].index(False) if False in whole.loss_mask[start:] else len(whole.ids)
     return whole.ids[:end], (False,) * start + (True,) * (end - start)
 
@@ -190,7 +193,7 @@ def _pairs(
 ) -> Iterator[tuple[int, str, tuple[Message, ...], tuple[str, str]]]:
     """(row number, id, conversation, (chosen, rejected)), each checked."""
     count = 0
-    for number, record in records.read_records(uri):
+    for number, record in read_records(uri):
         if count == limit:
             return
         where = f"{uri} row {number}"
@@ -199,7 +202,7 @@ def _pairs(
         if answers[0] == answers[1]:
             raise DataError(
                 f"{where}: chosen",
-                f"it is the same text as rejected ({_short(answers[0])})",
+                f"it is the same text as rejected ({_shorten(answers[0])})",
                 "a preference is between two answers",
                 "take the row out, or mend one of them",
             )
@@ -209,7 +212,7 @@ def _pairs(
         raise DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
 
 
-def _short(text: Any) -> str:
+def _shorten(text: Any) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -223,7 +226,6 @@ def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:
     peft = isinstance(setting.model, PeftModel)
     trainer_class = without_history(without_reference_pass(takes_token_rows(DPOTrainer)))
     trainer = trainer_class(
-        model=setting.model,
         args=DPOConfig(
             **arguments(setting),
             beta=objective.beta,
@@ -232,21 +234,12 @@ def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:
             max_length=None,
             precompute_ref_log_probs=not peft,  # else TRL 1.16 loads the base a second time, by its name
         ),
-        train_dataset=setting.dataset(),
-        data_collator=collate,
-        processing_class=setting.tokenizer(),
-        callbacks=[setting.callback],
+        **{**setting.trainer_arguments(), "data_collator": collate},
     )
     if peft:
         trainer.model.delete_adapter("ref")  # TRL's copy of what training begins from
     trainer.precompute_ref_logps = True
     return trainer
-
-
-def _reference_of(reference_N2: NDArray[np.float32], rows: Sequence[int]) -> dict[str, torch.Tensor]:
-    import torch
-
-    return {key: torch.from_numpy(reference_N2[rows, side]) for side, key in enumerate(SIDES)}
 
 
 def _reference_logps(
@@ -256,7 +249,7 @@ def _reference_logps(
     from peft import PeftModel
 
     run, key = setting.job.run, f"{name}-{REFERENCE_FILE}"
-    known = _read(run, key, trainer)
+    known = _read_reference(run, key, trainer)
     if known is not None:
         return known
     off = trainer.model.disable_adapter() if base_alone and isinstance(trainer.model, PeftModel) else None
@@ -267,8 +260,8 @@ def _reference_logps(
     return found
 
 
-def _read(run: RunPaths | None, key: str, trainer: Any) -> NDArray[np.float32] | None:
-    """What an earlier attempt of this run computed; rank 0 looks, so that all ranks do alike."""
+def _read_reference(run: RunPaths | None, key: str, trainer: Any) -> NDArray[np.float32] | None:
+    """Likelihoods of an earlier attempt of this run; rank 0 looks, so that all ranks do alike."""
     import torch
 
     there = run is not None and trainer.accelerator.process_index == 0 and run.store.exists(*run.file(key))
@@ -336,13 +329,3 @@ def pair_losses(objective: DpoSpec, ratios_N2: torch.Tensor, lengths_N2: torch.T
         return (means_N2[:, 0] - means_N2[:, 1] - 1 / (2 * beta)) ** 2
     swapped_N = -smoothing * logsigmoid(-beta * delta_N)
     return (-(1 - smoothing) * logsigmoid(beta * delta_N) - swapped_N) / (1 - 2 * smoothing)
-
-
-def _saved(setting: TrainerContext) -> str:
-    """How many forward passes the reference took, in pairs."""
-    spec, data, plan = setting.job.spec, setting.job.data, setting.plan
-    held = 0 if data.eval is None else len(data.eval)
-    every = setting.job.eval_every or spec.eval_every
-    evaluations = plan.steps // every + (plan.steps % every > 0)
-    once, beside = len(np.unique(plan.rows_SR)) + held, plan.rows_SR.size + held * evaluations
-    return f"reference: {once} pairs scored once, {beside} would be beside the policy"

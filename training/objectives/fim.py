@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from graftwork.base import load as base_model
+from graftwork.base.load import resolve
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.training.objectives.cpt import (
@@ -22,15 +22,15 @@ from graftwork.training.objectives.cpt import (
     fingerprint,
     read_documents,
 )
-from graftwork.training.objectives.protocol import Packing, Part, Traits, check_generates, check_packing
-from graftwork.training.objectives.row_cache import TokenRows
+from graftwork.training.objectives.protocol import Packing, Part, Traits, check_generates, nothing_left, too_long
 from graftwork.training.objectives.rows import (
     AnsweredRows,
     ReadPart,
+    TokenRows,
+    check_packing,
+    data_of,
     format_row_count,
-    nothing_left,
     pack_rows,
-    too_long,
 )
 from graftwork.training.objectives.sft import sft_trainer
 
@@ -58,7 +58,7 @@ class SentinelSpec(Spec):
         return (given[0], given[1], given[2]) if given[0] and given[1] and given[2] else None
 
     @model_validator(mode="after")
-    def _three(self) -> Self:
+    def _check_names(self) -> Self:
         given = [name for name in (self.prefix, self.suffix, self.middle) if name is not None]
         if given and len(set(given)) < 3:
             raise ValueError("sentinels: name three different tokens (prefix, suffix, middle), or none")
@@ -88,11 +88,9 @@ class FimSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        """Facts that the loop and the plan read."""
         return Traits(packing=self.packing, conversations=False, adds_up=False)
 
     def check(self, run: TrainSpec) -> None:
-        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         check_packing(run, self.packing)
         if run.data.eval is not None:
             check_generates(run, "data.eval with objective.kind=fim")
@@ -100,14 +98,16 @@ class FimSpec(Spec):
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """The documents that fit. Raises DataError, ConfigError (no sentinels, an adapter that can't train them)."""
-        uri, limit = (
-            (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-        )
-        assert uri is not None, "asked for a part that the spec has"
-        rows = int(base_model.resolve(spec.base).config["vocab_size"])
+        uri, limit = data_of(spec, part)
+        rows = int(resolve(spec.base).config["vocab_size"])
         sentinels = sentinels_of(self.sentinels, template, rows)
-        if sentinels.train:
-            _require_trainable(spec, sentinels)
+        if sentinels.train and not spec.adapter.trains_tokens:
+            raise ConfigError(
+                f"objective.kind=fim with adapter.kind={spec.adapter.kind}",
+                f"the base has not learned its sentinels ({sentinels.names})",
+                "their rows are trained with a lora, or with all weights",
+                "set adapter.kind=lora",
+            )
         layout = Layout(template, sentinels, end_token(template, self.end_token)[1], self.loss_on == "all")
         keys = document_keys()
         documents, _ = read_documents(uri, limit=limit, keys=keys)
@@ -159,7 +159,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Sentinels:
-    """Ids of the three tokens. `train` where the base has not learned them: their rows are trained with the adapter."""
+    """Ids of the three tokens. `train`: the base has not learned them, so their rows are trained with the adapter."""
 
     prefix: int
     suffix: int
@@ -177,10 +177,10 @@ class Sentinels:
 def sentinels_of(spec: SentinelSpec, template: Template, rows: int) -> Sentinels:
     """The tokens that the spec means, on a base whose embedding has `rows` rows. Raises ConfigError."""
     if spec.names is not None:
-        return _named(spec.names, template)
+        return _named_sentinels(spec.names, template)
     own = next((family for family in FAMILIES if all(name in template.specials for name in family)), None)
     if own is not None and spec.tokens != "add":
-        return _known(own, template, train=False)
+        return _known_sentinels(own, template, train=False)
     spare = rows - template.vocab_size
     if spec.tokens != "existing" and spare >= 3:
         first = template.vocab_size
@@ -194,7 +194,7 @@ def sentinels_of(spec: SentinelSpec, template: Template, rows: int) -> Sentinels
     )
 
 
-def _named(names: tuple[str, str, str], template: Template) -> Sentinels:
+def _named_sentinels(names: tuple[str, str, str], template: Template) -> Sentinels:
     unknown = [name for name in names if name not in template.specials]
     if unknown:
         raise ConfigError(
@@ -211,17 +211,17 @@ def _named(names: tuple[str, str, str], template: Template) -> Sentinels:
             "a sentinel means nothing else yet",
             "name a reserved token",
         )
-    return _known(names, template, train=names not in FAMILIES)
+    return _known_sentinels(names, template, train=names not in FAMILIES)
 
 
-def _known(names: tuple[str, str, str], template: Template, *, train: bool) -> Sentinels:
+def _known_sentinels(names: tuple[str, str, str], template: Template, *, train: bool) -> Sentinels:
     prefix, suffix, middle = (template.specials[name] for name in names)
     return Sentinels(prefix, suffix, middle, train, " ".join(names))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a cut document is laid out in tokens."""
+    """Token layout of a cut document."""
 
     template: Template
     sentinels: Sentinels
@@ -269,7 +269,7 @@ def cut_line(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
 def _row(
     document: Document, layout: Layout, objective: FimSpec, seed: int, part: Part
 ) -> tuple[list[int], list[bool], int]:
-    """Drawn by seed and id, so that a row is cut alike whatever rows stand beside it. Held-out rows lose one line."""
+    """Drawn by seed and id, so that a row is cut alike whatever other rows there are. Held-out rows lose one line."""
     drawn = hashlib.sha256(f"{seed} {document.id}".encode()).digest()
     rng = np.random.default_rng(np.frombuffer(drawn, dtype=np.uint32))
     if part == "eval":
@@ -278,13 +278,3 @@ def _row(
         return layout.encode_whole(document.text)
     cut = cut_line if objective.cut == "line" else cut_anywhere
     return layout.infill(cut(document.text, rng), spm=bool(rng.random() < objective.spm_share))
-
-
-def _require_trainable(spec: TrainSpec, sentinels: Sentinels) -> None:
-    if not spec.adapter.trains_tokens:
-        raise ConfigError(
-            f"objective.kind=fim with adapter.kind={spec.adapter.kind}",
-            f"the base has not learned its sentinels ({sentinels.names})",
-            "their rows are trained with a lora, or with all weights",
-            "set adapter.kind=lora",
-        )

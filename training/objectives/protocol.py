@@ -1,14 +1,22 @@
-"""Contract of an objective: the methods of its spec class, and the facts of it that the loop and the plan read.
+"""Contract of an objective: the methods of its spec class, the facts that loop and plan read, shared checks and errors.
 
 An objective is one file with such a class, and one entry in the union of `objectives/spec.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from graftwork.errors import DataError
+
 if TYPE_CHECKING:
+    import torch
+
     from graftwork.base.source import BaseSpec
     from graftwork.prompts.template import Template
     from graftwork.quantization import QuantSpec
@@ -53,43 +61,86 @@ class Traits:
     """Nothing but the adapter's weights is trained, so that the sum with another adapter is the whole result."""
 
 
+class Rows(Protocol):
+    """Interface of a set of rows, where a row is a conversation, a pack, a pair or a prompt. Picklable."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Tokens that the model computes for each row: what steps are balanced by."""
+
+    @property
+    def scored_N(self) -> NDArray[np.int64]:
+        """Positions of each row whose logits are computed."""
+
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """Tokens of each row's longest sequence, which the others of a batch are padded to."""
+
+    def digest(self) -> str:
+        """sha256 hex over what the model sees."""
+
+    def collate(self, indices: Sequence[int], pad_id: int) -> dict[str, torch.Tensor]:
+        """A batch of these rows, in the form that the kind's trainer takes. In a worker."""
+
+
+@dataclass(frozen=True)
+class WrappedRows:
+    """Rows that add something to others, as which they are batched."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return self.rows.lengths_N
+
+    @property
+    def scored_N(self) -> NDArray[np.int64]:
+        """Trained tokens of each row."""
+        return self.rows.scored_N
+
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """Tokens of each row's longest sequence."""
+        return self.rows.widths_N
+
+    def digest(self) -> str:
+        """sha256 hex over the rows."""
+        return self.rows.digest()
+
+    def collate(self, indices: Sequence[int], pad_id: int) -> dict[str, torch.Tensor]:
+        """A batch of the rows."""
+        return self.rows.collate(indices, pad_id)
+
+
 class Objective(Protocol):
     """Methods of an objective's spec class. Importing its file loads neither torch nor TRL: the methods do."""
 
     @property
     def kind(self) -> str:
         """Name of the objective in a spec."""
-        ...
 
     @property
     def traits(self) -> Traits:
         """Facts that the loop and the plan read."""
-        ...
 
     def check(self, run: TrainSpec) -> None:
         """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
-        ...
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """Render one dataset of the run. Runs in the driver. Raises DataError, StorageError."""
-        ...
 
     def build(self, setting: TrainerContext) -> BuiltTrainer:
         """Build a trainer that takes the plan's steps in order. Runs in a worker."""
-        ...
-
-
-def check_packing(run: TrainSpec, packing: Packing) -> None:
-    """Raise ValueError where rows of several documents cannot be trained."""
-    if packing != "none" and run.adapter.virtual_tokens:
-        raise ValueError(
-            f"objective.packing={packing} can't go with adapter.kind={run.adapter.kind}: it would come before the "
-            "first document of a row alone. Set objective.packing=none"
-        )
 
 
 def check_generates(run: TrainSpec, key: str) -> None:
-    """Raise ValueError where a worker that generates answers does not have all weights. key: what asks for answers."""
+    """Raise ValueError where a worker that generates answers lacks weights. key: the key that requires answers."""
     if run.strategy.kind in ("zero3", "fsdp2"):
         raise ValueError(
             f"{key} can't go with strategy.kind={run.strategy.kind}: each worker generates answers by itself, which "
@@ -118,3 +169,29 @@ def check_pairs(run: TrainSpec, kind: str) -> None:
             f"adapter.dropout={run.adapter.input_dropout:g} can't take effect with objective.kind={kind}: two answers "
             "are compared by the same weights, so TRL switches dropout off"
         )
+
+
+def too_long(spec: TrainSpec, part: Part, number: int, row_id: str, tokens: int) -> DataError:
+    """The error of a row that `on_overlong: refuse` does not let in."""
+    return DataError(
+        f"data.{part}={getattr(spec.data, part)}, row {number} (id {row_id})",
+        f"{tokens} tokens",
+        f"on_overlong=refuse allows at most max_length={spec.max_length}",
+        f"set max_length={tokens}, shorten the row, or set on_overlong=drop",
+    )
+
+
+def nothing_left(spec: TrainSpec, part: Part, dropped: int) -> DataError:
+    """The error of a set whose rows are all too long."""
+    return DataError(
+        f"data.{part}={getattr(spec.data, part)}",
+        f"all {dropped} rows are longer than max_length={spec.max_length} tokens",
+        "at least one row must fit",
+        "raise max_length or shorten the rows",
+    )
+
+
+def passages_left_out(spec: TrainSpec, count: int) -> tuple[str, ...]:
+    """The note on retrieved passages that had no room."""
+    assert spec.data.context is not None, "passages are of a context"
+    return (f"{count} passages left out (no room in data.context.context_tokens={spec.data.context.context_tokens})",)

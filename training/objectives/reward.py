@@ -30,11 +30,9 @@ class RewardSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        """Facts that the loop and the plan read."""
         return Traits(sequences=2, head="reward", conversations=False, reward_head=True, adds_up=False)
 
     def check(self, run: TrainSpec) -> None:
-        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         check_pairs(run, self.kind)
         if not run.adapter.trains_score_head:
             raise ValueError(
@@ -51,7 +49,7 @@ class RewardSpec(Spec):
         from trl import RewardConfig, RewardTrainer
 
         from graftwork.compat.hf import takes_token_rows
-        from graftwork.training.objectives.trainer import BuiltTrainer, arguments, strip_callbacks, without_history
+        from graftwork.training.objectives.trainer import BuiltTrainer, arguments, without_history
 
         spec, data = setting.job.spec, setting.job.data
         micro_batch = spec.optim.rows_per_pass
@@ -61,19 +59,15 @@ class RewardSpec(Spec):
             return {key: rows[key] for key in ("input_ids", "attention_mask")}
 
         trainer = without_history(takes_token_rows(RewardTrainer))(
-            model=setting.model,
             args=RewardConfig(**arguments(setting), max_length=None, center_rewards_coefficient=self.centre or None),
-            train_dataset=setting.dataset(),
-            data_collator=collate,
-            processing_class=setting.tokenizer(),
-            callbacks=[setting.callback],
+            **{**setting.trainer_arguments(), "data_collator": collate},
         )
 
         def evaluate() -> Mapping[str, float]:
             assert data.eval is not None, "asked where the spec has data.eval"
             return held_out(trainer, self, data.eval, data.pad_id, micro_batch)
 
-        return BuiltTrainer(strip_callbacks(trainer), evaluate)
+        return BuiltTrainer(trainer, evaluate)
 
 
 def held_out(trainer: Any, objective: RewardSpec, rows: Any, pad_id: int, micro: int) -> Mapping[str, float]:

@@ -10,13 +10,12 @@ from peft import PeftModel
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from graftwork.artifacts import publish as artifact
-from graftwork.base import load as base_model
-from graftwork.base.load import ResolvedBase
+from graftwork.artifacts.publish import fetch
+from graftwork.base.load import ResolvedBase, load, template
 from graftwork.errors import BaseModelError
 from graftwork.quantization import QuantSpec
 from graftwork.storage.store import Store
-from graftwork.training.objectives.row_cache import TokenRows
+from graftwork.training.objectives.rows import TokenRows
 from graftwork.training.objectives.trainer import share
 from graftwork.training.rewards import scoring_adapter
 
@@ -55,7 +54,7 @@ def add_reward_head(model: Any) -> Any:
             "take another base, or a reward function (objective.kind=grpo)",
         )
     with torch.device("meta"):  # its layers are those of `model`
-        scorer = _pooled_by_mask(classifier)(config)
+        scorer = _reward_head_class(classifier)(config)
     setattr(scorer, classifier.base_model_prefix, getattr(model, model.base_model_prefix))
     embedding = model.get_input_embeddings().weight
     scorer.score = ScoreHead(config.get_text_config().hidden_size, 1, bias=False, device=embedding.device)
@@ -66,7 +65,7 @@ def add_reward_head(model: Any) -> Any:
     return scorer
 
 
-def _pooled_by_mask(classifier: Any) -> Any:
+def _reward_head_class(classifier: Any) -> Any:
     class RewardHeadModel(classifier):  # type: ignore[misc]  # transformers is untyped here
         """The classifier, its score taken where the attention mask ends."""
 
@@ -81,7 +80,7 @@ def _pooled_by_mask(classifier: Any) -> Any:
             return_dict: None = None,
             use_cache: bool = False,
         ) -> Any:
-            """Rewards as `logits` (B, 1) of rows padded on the right. What PEFT hands on beside the rows is None."""
+            """Rewards as `logits` (B, 1) of rows padded on the right. PEFT's other arguments are None."""
             hidden_BTH = self.base_model(input_ids, attention_mask=attention_mask, use_cache=use_cache)[0]
             last_B = attention_mask.sum(dim=1) - 1
             rows_B = torch.arange(len(last_B), device=last_B.device)
@@ -106,12 +105,10 @@ def load_scorer(root: str, ref: str, base: ResolvedBase, quant: QuantSpec, devic
     """
     store = Store(root)
     manifest = scoring_adapter(store, ref, base)
-    loaded = base_model.load(base, quant, device=device, purpose="train")
-    model = PeftModel.from_pretrained(
-        add_reward_head(loaded.model), artifact.fetch(store, manifest.task, manifest.version)
-    )
+    loaded = load(base, quant, device=device, purpose="train")
+    model = PeftModel.from_pretrained(add_reward_head(loaded.model), fetch(store, manifest.task, manifest.version))
     model.eval()
-    pad_id = base_model.template(base).pad_id
+    pad_id = template(base).pad_id
 
     def score(conversations: list[list[int]]) -> list[float]:
         rows = TokenRows.from_pairs([(ids, [False] * len(ids)) for ids in conversations])

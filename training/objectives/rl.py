@@ -1,6 +1,6 @@
 """Reinforcement learning by GRPO or RLOO: prompts with their rewards, and TRL's trainers on them.
 
-Not taken from TRL: tokenising (prompts come as ids from `chat.render`), generating (`rl_rollout.py` has the reason),
+Not taken from TRL: tokenising (prompts come as ids from `render`), generating (`rl_rollout.py` has the reason),
 and, on a CPU, its fused head, which scores the prompts' positions too (see objectives/sft.py).
 """
 
@@ -19,12 +19,10 @@ from pydantic import Field, model_validator
 
 from graftwork import retrieval
 from graftwork.config import Spec
-from graftwork.datasets import rows as data
-from graftwork.datasets.rows import DatasetRow
-from graftwork.prompts import render as chat
-from graftwork.training.objectives.protocol import Part, Traits
-from graftwork.training.objectives.row_cache import IGNORED, TokenRows
-from graftwork.training.objectives.rows import ReadPart, nothing_left, read_prompt, too_long
+from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows
+from graftwork.prompts.render import Prompt, fit_passages, render
+from graftwork.training.objectives.protocol import Part, Traits, nothing_left, passages_left_out, too_long
+from graftwork.training.objectives.rows import IGNORED, ReadPart, TokenRows, data_of, pad_left, read_prompt
 from graftwork.training.rewards import AnyReward, RewardFunctionSpec, check_rows, load_rewards
 
 if TYPE_CHECKING:
@@ -32,10 +30,10 @@ if TYPE_CHECKING:
     from trl import GRPOConfig, RLOOConfig
 
     from graftwork.prompts.template import Template
+    from graftwork.training.loop import StepPlan
     from graftwork.training.objectives.rl_rollout import RolloutSampling
     from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
     from graftwork.training.spec import TrainSpec
-    from graftwork.training.step_plan import StepPlan
 
 REFERENCE = "ref"
 """TRL's name of the adapter that the reference answers with; without one the reference is the base."""
@@ -51,7 +49,7 @@ FIGURES = frozenset(
         "clip_ratio/region_mean",
     }
 )
-"""TRL's figures of a step that are kept, those of each reward beside them."""
+"""TRL's figures of a step that are reported, besides those of each reward."""
 
 
 class RlSpec(Spec):
@@ -98,11 +96,9 @@ class RlSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        """Facts that the loop and the plan read."""
         return Traits(sequences=self.generations, samples_answers=True, steps_per_batch=self.iterations)
 
     def check(self, run: TrainSpec) -> None:
-        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         adapter, where = run.adapter, f"objective.kind={self.kind}"
         if adapter.virtual_tokens or adapter.trains_base:
             sampled = "its answers are sampled from a cache"
@@ -131,16 +127,15 @@ class RlSpec(Spec):
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """The prompts that leave room for an answer. Raises DataError, StorageError, ConfigError (rewards)."""
-        uri, limit = (
-            (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-        )
-        assert uri is not None, "asked for a part that the spec has"
+        uri, limit = data_of(spec, part)
         rewards = load_rewards(self.rewards, spec)
-        keys = data.key_check("prompt")
-        raw = data.read_rows(uri, limit=limit, need="prompt", keys=keys)
+        keys = key_check("prompt")
+        raw = read_rows(uri, limit=limit, need="prompt", keys=keys)
         contents, (prompt, shots) = array("q", [hash(row.question) for row in raw]), read_prompt(spec, part)
         check_rows(rewards, self.rewards, raw)
-        rendered, left_out = _rendered(spec, template, prompt, raw, spec.seed if part == "train" else spec.seed + 1)
+        rendered, left_out = _render_prompts(
+            spec, template, prompt, raw, spec.seed if part == "train" else spec.seed + 1
+        )
         room = spec.max_length - self.max_new_tokens
         fitting = [place for place, ids in enumerate(rendered) if len(ids) <= room]
         for place, ids in enumerate(rendered):
@@ -156,11 +151,11 @@ class RlSpec(Spec):
                 rewards,
                 self.generations,
                 self.max_new_tokens,
-                data.fingerprint(raw),
+                fingerprint(raw),
             ),
             len(raw) - len(fitting),
-            data.fingerprint(raw),
-            _notes(spec, left_out),
+            fingerprint(raw),
+            passages_left_out(spec, left_out) if left_out else (),
             warnings=(*keys.note(f"data.{part}"), *shots),
             contents=contents,
         )
@@ -168,7 +163,6 @@ class RlSpec(Spec):
     def build(self, setting: TrainerContext) -> BuiltTrainer:
         """GRPO or RLOO on the setting's prompts, and what greedy answers to the held-out ones are worth."""
         from datasets import Dataset
-        from transformers import PrinterCallback
         from trl import GRPOTrainer, RLOOTrainer
 
         from graftwork.training.objectives.rl_rollout import RewardScorer, RolloutSampling, evaluated, trl_reward
@@ -177,16 +171,14 @@ class RlSpec(Spec):
         rows = setting.job.data.train
         assert isinstance(rows, PromptRows)
         scorer = RewardScorer.load(rows.rewards, setting)
-        grpo = self.kind == "grpo"
-        trainer = on_rows(GRPOTrainer if grpo else RLOOTrainer)(
+        trainer = on_rows(GRPOTrainer if self.kind == "grpo" else RLOOTrainer)(
             model=setting.model,
-            args=_grpo_config(setting, self) if grpo else _rloo_config(setting, self),
+            args=_config(setting, self),
             reward_funcs=[trl_reward(scorer, place, rows) for place in range(len(rows.rewards))],
             train_dataset=Dataset.from_list([{"prompt": one} for one in prompts_of(setting.plan, self.iterations)]),
             processing_class=setting.tokenizer(),
             callbacks=[setting.callback],
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.rows, trainer.eos_token_ids = rows, sorted(scorer.template.stop_ids)
         trainer.sampling = RolloutSampling(
             self.max_new_tokens,
@@ -196,7 +188,7 @@ class RlSpec(Spec):
             self.top_p,
         )
         _set_reference(setting)
-        return BuiltTrainer(trainer, lambda: evaluated(trainer, scorer, setting))
+        return BuiltTrainer(trainer, lambda: evaluated(trainer, scorer, setting), decodes=True)
 
 
 @dataclass(frozen=True)
@@ -205,7 +197,7 @@ class PromptRows:
 
     prompts: TokenRows
     rows: tuple[DatasetRow, ...]
-    """What each prompt came from, in the same order."""
+    """The row of each prompt, in the same order."""
     rewards: tuple[AnyReward, ...]
     generations: int
     max_new_tokens: int
@@ -242,40 +234,24 @@ class PromptRows:
 
     def collate(self, indices: Sequence[int], pad_id: int) -> dict[str, torch.Tensor]:
         """Input ids and attention mask (B, T), padded on the left, so that answers begin in one column."""
-        import torch
-
-        width = int(max(self.prompts.lengths_N[i] for i in indices))
-        ids_BT = torch.full((len(indices), width), pad_id, dtype=torch.long)
-        mask_BT = torch.zeros((len(indices), width), dtype=torch.long)
-        for place, index in enumerate(indices):
-            ids = torch.tensor(self.ids(int(index)))
-            ids_BT[place, width - len(ids) :] = ids
-            mask_BT[place, width - len(ids) :] = 1
+        ids_BT, mask_BT = pad_left([self.ids(int(index)) for index in indices], pad_id)
         return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
 
-def _rendered(
-    spec: TrainSpec, template: Template, prompt: chat.Prompt, rows: Sequence[DatasetRow], seed: int
+def _render_prompts(
+    spec: TrainSpec, template: Template, prompt: Prompt, rows: Sequence[DatasetRow], seed: int
 ) -> tuple[list[tuple[int, ...]], int]:
     """Ids of each prompt, and how many passages had no room."""
     context, left_out = spec.data.context, 0
     passages = retrieval.training_context(context, seed) if context else None
     rendered = []
     for row in rows:
-        found, without = chat.fit_passages(
+        found, without = fit_passages(
             passages(row) if passages else (), template, prompt, context.context_tokens if context else None
         )
         left_out += len(without)
-        rendered.append(chat.render(row.question, template, prompt=prompt, context=found, generate=True).ids)
+        rendered.append(render(row.question, template, prompt=prompt, context=found, generate=True).ids)
     return rendered, left_out
-
-
-def _notes(spec: TrainSpec, left_out: int) -> tuple[str, ...]:
-    if not left_out or spec.data.context is None:
-        return ()
-    return (
-        f"{left_out} passages left out (no room in data.context.context_tokens={spec.data.context.context_tokens})",
-    )
 
 
 def on_rows(trainer_class: type[Any]) -> type[Any]:
@@ -324,7 +300,7 @@ def on_rows(trainer_class: type[Any]) -> type[Any]:
             self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=["default"])
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            """As the plain trainer, with the figures that are told, and all tokens of prompts and answers."""
+            """As the plain trainer, with the reported figures, and all tokens of prompts and answers."""
             found = step_figures(self)
             told = {key: values for key, values in found.items() if key in FIGURES or key.startswith("rewards/")}
             found.clear()
@@ -357,14 +333,15 @@ def answer_logps(
     return logps_BA, entropies_BA
 
 
-def _shared_config(setting: TrainerContext, objective: RlSpec) -> dict[str, Any]:
-    """What both configs have. A pass takes whole prompts: their answers stay together, on one worker."""
+def _config(setting: TrainerContext, objective: RlSpec) -> GRPOConfig | RLOOConfig:
+    """TRL's configuration. A pass takes whole prompts: their answers stay together, on one worker."""
+    from trl import GRPOConfig, RLOOConfig
+
     from graftwork.training.objectives.trainer import arguments
 
     shared = arguments(setting)
     shared["per_device_train_batch_size"] *= objective.generations
-    return {
-        **shared,
+    shared |= {
         "num_generations": objective.generations,
         "max_completion_length": objective.max_new_tokens,
         "temperature": objective.temperature,
@@ -375,22 +352,10 @@ def _shared_config(setting: TrainerContext, objective: RlSpec) -> dict[str, Any]
         "reward_weights": [reward.weight for reward in objective.rewards],
         "shuffle_dataset": False,  # the plan is the order
     }
-
-
-def _grpo_config(setting: TrainerContext, objective: RlSpec) -> GRPOConfig:
-    from trl import GRPOConfig
-
-    return GRPOConfig(
-        **_shared_config(setting, objective),
-        scale_rewards=objective.scale_rewards or "group",
-        loss_type=objective.loss_type or "dapo",
-    )
-
-
-def _rloo_config(setting: TrainerContext, objective: RlSpec) -> RLOOConfig:
-    from trl import RLOOConfig
-
-    return RLOOConfig(**_shared_config(setting, objective), normalize_advantages=objective.scale_rewards == "batch")
+    scale = objective.scale_rewards
+    if objective.kind == "rloo":
+        return RLOOConfig(**shared, normalize_advantages=scale == "batch")
+    return GRPOConfig(**shared, scale_rewards=scale or "group", loss_type=objective.loss_type or "dapo")
 
 
 def prompts_of(plan: StepPlan, iterations: int) -> list[dict[str, int]]:
@@ -409,7 +374,7 @@ def prompts_of(plan: StepPlan, iterations: int) -> list[dict[str, int]]:
 
 
 def _set_reference(setting: TrainerContext) -> None:
-    """What beta pulls to: the base or, as a second and frozen adapter, the published one that training began from.
+    """Set the reference of beta: the base, or the published adapter that training began from, as a frozen second one.
 
     TRL copies the adapter as it is now, which after a resume is not what training began from.
     """

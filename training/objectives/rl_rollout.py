@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import DynamicCache
 
-from graftwork.base import load as base_model
+from graftwork.base.load import template as base_template
 from graftwork.errors import GraftworkError
 from graftwork.prompts.template import Template
 from graftwork.training.objectives.reward_head import load_scorer
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RolloutSampling:
-    """How tokens are chosen."""
+    """Settings of sampling."""
 
     max_new_tokens: int
     stop_ids: frozenset[int]
@@ -59,12 +59,12 @@ def sample(
     model.eval()  # no dropout, no checkpointing
     try:
         with autocast or nullcontext():
-            return _decoded(model, rows.collate(indices, sampling.pad_id), copies, seeds, sampling)
+            return _decode_batch(model, rows.collate(indices, sampling.pad_id), copies, seeds, sampling)
     finally:
         model.train(was_training)
 
 
-def _decoded(
+def _decode_batch(
     model: Any, prompts: dict[str, torch.Tensor], copies: int, seeds: Sequence[Sequence[int]], sampling: RolloutSampling
 ) -> list[list[int]]:
     device = model.device
@@ -136,14 +136,14 @@ class RewardScorer:
 
     @classmethod
     def load(cls, rewards: tuple[AnyReward, ...], setting: TrainerContext) -> "RewardScorer":
-        """With its reward models loaded, each on a base of its own beside the one that is trained."""
+        """With its reward models loaded, each on a base of its own."""
         spec = setting.job.spec
         models = {
             reward.label: load_scorer(spec.root, reward.content, setting.base, spec.quant, str(setting.model.device))
             for reward in rewards
             if isinstance(reward, ModelReward)
         }
-        return cls(rewards, base_model.template(setting.base), models)
+        return cls(rewards, base_template(setting.base), models)
 
     def values(
         self, place: int, rows: PromptRows, indices: Sequence[int], answers: Sequence[Sequence[int]]
@@ -205,7 +205,7 @@ def evaluated(trainer: Any, scorer: RewardScorer, setting: TrainerContext) -> Ma
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:
-    """What this rank's work gives. An error of one rank is raised on all: none waits for another that has ended."""
+    """The result of this rank's work. An error of one rank is raised on all: none waits for another that has ended."""
     result: T | None = None
     error: GraftworkError | None = None
     try:

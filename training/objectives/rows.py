@@ -1,32 +1,113 @@
-"""Datasets of a run as token rows: reading, packing by best fit decreasing, answered held-out rows.
+"""Rows of a run: kinds of token rows, packing by best fit decreasing, the cache of rendered rows, reading.
 
-The model is given positions that begin anew at each document and no attention mask: transformers (5.23,
+    <cache>/tokens/<key>/{ids.bin, trained.bin, offsets.bin, about.json}
+
+Small sets travel with the job. Of a set past `INLINE_BYTES` only its place does: a worker maps the files of its
+machine, copied from `<root>/tokens/<key>` where they are not there.
+
+The model is given positions that begin again at each document and no attention mask: transformers (5.23,
 masking_utils.find_packed_sequence_indices) then keeps documents apart. With a mask of ones it does not.
 """
 
 import bisect
 import hashlib
+import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.base import load as base_model
-from graftwork.datasets import rows as data
-from graftwork.datasets.rows import DatasetRow
+from graftwork.base.load import resolve
+from graftwork.base.load import template as base_template
+from graftwork.datasets.rows import DatasetRow, key_check, resolve_prompt
 from graftwork.errors import DataError
 from graftwork.prompts.render import Prompt
-from graftwork.storage.store import Store
-from graftwork.training.objectives.protocol import Packing, Part
-from graftwork.training.objectives.row_cache import IGNORED, KeptRows, Rows, TokenRows
+from graftwork.storage.local import build_once
+from graftwork.storage.store import Store, cache_root
+from graftwork.training.objectives.protocol import Packing, Part, Rows
 
 if TYPE_CHECKING:
     import torch
 
     from graftwork.training.spec import TrainSpec
+
+IGNORED = -100  # torch's cross-entropy leaves these targets out
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows laid end to end. N rows, T tokens over all; row i is `[offsets_N1[i], offsets_N1[i + 1])`."""
+
+    ids_T: NDArray[np.int32]
+    trained_T: NDArray[np.bool_]
+    """True where the token is a target of the loss."""
+    offsets_N1: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets_N1) - 1
+
+    @property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.diff(self.offsets_N1)
+
+    @property
+    def scored_N(self) -> NDArray[np.int64]:
+        """Trained tokens of each row."""
+        return np.add.reduceat(self.trained_T, self.offsets_N1[:-1], dtype=np.int64)
+
+    @property
+    def widths_N(self) -> NDArray[np.int64]:
+        """A row is one sequence."""
+        return self.lengths_N
+
+    def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Ids and mask of one row."""
+        start, end = self.offsets_N1[index], self.offsets_N1[index + 1]
+        return self.ids_T[start:end], self.trained_T[start:end]
+
+    def digest(self) -> str:
+        """sha256 hex over ids, masks and row borders."""
+        parts = (self.ids_T, self.trained_T, self.offsets_N1)
+        return hashlib.sha256(b"".join(hashlib.sha256(part.data).digest() for part in parts)).hexdigest()
+
+    def collate(self, indices: Sequence[int], pad_id: int) -> "dict[str, torch.Tensor]":
+        """Input ids, attention mask and labels (B, T), padded on the right to the batch's longest row."""
+        import torch
+
+        width = int(max(self.lengths_N[i] for i in indices))
+        ids_BT = torch.full((len(indices), width), pad_id, dtype=torch.long)
+        mask_BT = torch.zeros((len(indices), width), dtype=torch.long)
+        labels_BT = torch.full((len(indices), width), IGNORED, dtype=torch.long)
+        for place, index in enumerate(indices):
+            ids, trained = self.row(int(index))
+            ids_BT[place, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+            mask_BT[place, : len(ids)] = 1
+            labels_BT[place, : len(ids)] = torch.from_numpy(np.where(trained, ids, IGNORED).astype(np.int64))
+        return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+
+    @classmethod
+    def from_pairs(cls, rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> "TokenRows":
+        """From (ids, mask) pairs."""
+        return cls(
+            np.array([token for ids, _ in rows for token in ids], dtype=np.int32),
+            np.array([trained for _, mask in rows for trained in mask], dtype=np.bool_),
+            np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int64),
+        )
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: Any = None) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Ids and attention mask (B, T) of prompts, padded on the left, so that all answers begin in one column."""
+    import torch
+
+    width = max(map(len, prompts))
+    ids_BT = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    return ids_BT, mask_BT
 
 
 @dataclass(frozen=True)
@@ -38,7 +119,7 @@ class AnsweredRows(TokenRows):
     """A name a row, such as `length=512, depth=50`; empty: no groups."""
 
     def prompt(self, index: int) -> list[int]:
-        """What the answer is asked by."""
+        """Ids before the answer."""
         ids: list[int] = self.row(index)[0][: self.starts_N[index]].tolist()
         return ids
 
@@ -129,6 +210,15 @@ class PackedRows:
         return np.add.reduceat(of_D[self.order_D], self.offsets_P1[:-1]) if len(self) else np.zeros(0, dtype=np.int64)
 
 
+def check_packing(run: "TrainSpec", packing: Packing) -> None:
+    """Raise ValueError where rows of several documents cannot be trained."""
+    if packing != "none" and run.adapter.virtual_tokens:
+        raise ValueError(
+            f"objective.packing={packing} can't go with adapter.kind={run.adapter.kind}: it would come before the "
+            "first document of a row alone. Set objective.packing=none"
+        )
+
+
 def pack_rows(rows: TokenRows, packing: Packing, max_length: int) -> tuple[Rows, tuple[str, ...]]:
     """The rows as the spec wants them, and a note on what packing gained. No row is longer than `max_length`."""
     if packing == "none":
@@ -160,6 +250,97 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return [sorted(pack) for pack in packs]
 
 
+INLINE_BYTES = 64 * 2**20
+"""Most bytes of a set that is sent whole to every worker."""
+FLUSH_TOKENS = 1 << 20
+FOLDER = "tokens"
+
+
+class RowWriter:
+    """Takes rows one after another; no more than `FLUSH_TOKENS` of them wait in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._ids, self._trained = (folder / "ids.bin").open("wb"), (folder / "trained.bin").open("wb")
+        self._waiting: tuple[list[int], list[bool]] = ([], [])
+        self._offsets, self._folder = [0], folder
+
+    def add(self, ids: Sequence[int], trained: Sequence[bool]) -> None:
+        """One row, behind those before it."""
+        self._waiting[0].extend(ids)
+        self._waiting[1].extend(trained)
+        self._offsets.append(self._offsets[-1] + len(ids))
+        if len(self._waiting[0]) >= FLUSH_TOKENS:
+            self._flush()
+
+    def close(self, about: dict[str, Any]) -> None:
+        """Write what waits, where the rows begin, and `about`."""
+        self._flush()
+        self._ids.close()
+        self._trained.close()
+        np.array(self._offsets, dtype=np.int64).tofile(self._folder / "offsets.bin")
+        (self._folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def _flush(self) -> None:
+        ids, trained = self._waiting
+        np.array(ids, dtype=np.int32).tofile(self._ids)
+        np.array(trained, dtype=np.bool_).tofile(self._trained)
+        self._waiting = ([], [])
+
+
+@dataclass(frozen=True)
+class KeptRows(TokenRows):
+    """Token rows in files. Sent to another process as their key and the root that has a copy."""
+
+    key: str = ""
+    root: str | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., TokenRows], tuple[object, ...]]:
+        return open_rows, (self.key, self.root)
+
+    def shared(self, store: Store) -> "KeptRows":
+        """The same rows, with a copy in the store that other machines can take. Runs in the driver, before workers."""
+        if not store.exists(FOLDER, self.key, "about.json"):
+            folder = cache_root() / FOLDER / self.key
+            for name in ("ids.bin", "trained.bin", "offsets.bin", "about.json"):  # the last says that all are there
+                store.upload(folder / name, FOLDER, self.key, name)
+        return KeptRows(self.ids_T, self.trained_T, self.offsets_N1, self.key, store.uri)
+
+
+def kept_rows(key: str, build: Callable[[RowWriter], dict[str, Any]]) -> tuple[TokenRows, dict[str, Any]]:
+    """The rows of a key and what was noted of them; rendered by `build` the first time. `build` gives the note."""
+
+    def fill(folder: Path) -> None:
+        writer = RowWriter(folder)
+        writer.close(build(writer))
+
+    folder = build_once(cache_root() / FOLDER / key, fill)
+    return open_rows(key, None), json.loads((folder / "about.json").read_text(encoding="utf-8"))
+
+
+def open_rows(key: str, root: str | None) -> TokenRows:
+    """The rows of a key: of this machine's cache, else of the root's copy. Large ones are mapped and not read."""
+
+    def fetch(folder: Path) -> None:
+        assert root is not None, f"token rows {key} are in no store"
+        Store(root).download(folder, FOLDER, key)
+
+    folder = build_once(cache_root() / FOLDER / key, fetch)
+    offsets = np.fromfile(folder / "offsets.bin", dtype=np.int64)
+    ids, trained = folder / "ids.bin", folder / "trained.bin"
+    if offsets[-1] * 5 <= INLINE_BYTES:
+        return TokenRows(np.fromfile(ids, dtype=np.int32), np.fromfile(trained, dtype=np.bool_), offsets)
+    return KeptRows(
+        np.memmap(ids, dtype=np.int32, mode="r"),
+        np.memmap(trained, dtype=np.bool_, mode="r"),
+        offsets,
+        key,
+        root,
+    )
+
+
 @dataclass(frozen=True)
 class ReadPart:
     """Rendered rows of one dataset, and what was left out of it."""
@@ -170,21 +351,13 @@ class ReadPart:
     fingerprint: str
     """Digest of the raw rows."""
     notes: tuple[str, ...] = ()
-    """What was left out or decided, for the run's report."""
+    """Notes for the run's report: rows left out, decisions."""
     trained_tokens: tuple[int, ...] = ()
-    """Rows of the embedding that are to be trained beside the adapter."""
+    """Rows of the embedding that are to be trained with the adapter."""
     warnings: tuple[str, ...] = ()
     """Ignored keys of the dataset, and of the rows of the prompt's worked examples."""
     contents: "array[int]" = field(default_factory=lambda: array("q"))
     """A hash of each raw row without its id, comparable in this process alone."""
-
-    def rows_in(self, other: "ReadPart") -> int:
-        """The number of raw rows of this dataset whose content is in the other one too."""
-        return int(np.isin(np.array(self.contents), np.array(other.contents)).sum())
-
-    def is_same(self, other: "ReadPart") -> bool:
-        """True where both datasets hold the same raw rows, in any order."""
-        return sorted(self.contents) == sorted(other.contents)
 
 
 def noted(rows: Iterable[DatasetRow], contents: "array[int]") -> Iterator[DatasetRow]:
@@ -194,36 +367,24 @@ def noted(rows: Iterable[DatasetRow], contents: "array[int]") -> Iterator[Datase
         yield row
 
 
+def data_of(spec: "TrainSpec", part: Part) -> tuple[str, int | None]:
+    """URI of a dataset of the run, and the number of its rows to read."""
+    data = spec.data
+    uri, limit = (data.train, data.train_rows) if part == "train" else (data.eval, data.eval_rows)
+    assert uri is not None, "the spec has this part"
+    return uri, limit
+
+
 def read_prompt(spec: "TrainSpec", part: Part) -> tuple[Prompt, tuple[str, ...]]:
     """The prompt with its worked examples, and the note on keys that were ignored in them, once for the run."""
-    keys = data.key_check("train")
-    prompt = data.resolve_prompt(spec.prompt, keys)
+    keys = key_check("train")
+    prompt = resolve_prompt(spec.prompt, keys)
     return prompt, keys.note("prompt.few_shot_file") if part == "train" else ()
 
 
 def format_row_count(items: Sized, name: str) -> str:
     """`3 rows`, `1 row`."""
     return f"{len(items)} {name}{'s' * (len(items) != 1)}"
-
-
-def too_long(spec: "TrainSpec", part: Part, number: int, row_id: str, tokens: int) -> DataError:
-    """The error of a row that `on_overlong: refuse` does not let in."""
-    return DataError(
-        f"data.{part}={getattr(spec.data, part)}, row {number} (id {row_id})",
-        f"{tokens} tokens",
-        f"on_overlong=refuse allows at most max_length={spec.max_length}",
-        f"set max_length={tokens}, shorten the row, or set on_overlong=drop",
-    )
-
-
-def nothing_left(spec: "TrainSpec", part: Part, dropped: int) -> DataError:
-    """The error of a set whose rows are all too long."""
-    return DataError(
-        f"data.{part}={getattr(spec.data, part)}",
-        f"all {dropped} rows are longer than max_length={spec.max_length} tokens",
-        "at least one row must fit",
-        "raise max_length or shorten the rows",
-    )
 
 
 @dataclass(frozen=True)
@@ -239,11 +400,11 @@ class PreparedData:
     fingerprint: str
     """Digest of the raw training rows, as the adapter's manifest records it."""
     notes: tuple[str, ...] = ()
-    """What was left out or decided of the training rows."""
+    """Notes on the training rows: rows left out, decisions."""
     warnings: tuple[str, ...] = ()
     """Warnings before a run: ignored keys, held-out rows that are trained on, too few rows."""
     trained_tokens: tuple[int, ...] = ()
-    """Rows of the embedding that are trained beside the adapter."""
+    """Rows of the embedding that are trained with the adapter."""
 
     def digest(self) -> str:
         """sha256 hex over what the model sees: data, template, prompt and retrieved context at once."""
@@ -258,11 +419,12 @@ class PreparedData:
 
     def shared(self, store: Store) -> "PreparedData":
         """The same, with large sets of rows copied to the store: workers of other machines take them from there."""
-
-        def copied(rows: Rows | None) -> Rows | None:
-            return rows.shared(store) if isinstance(rows, KeptRows | PackedRows) else rows
-
-        return replace(self, train=copied(self.train) or self.train, eval=copied(self.eval))
+        train, held_out = self.train, self.eval
+        if isinstance(train, KeptRows | PackedRows):
+            train = train.shared(store)
+        if isinstance(held_out, KeptRows | PackedRows):
+            held_out = held_out.shared(store)
+        return replace(self, train=train, eval=held_out)
 
 
 def prepare(spec: "TrainSpec") -> PreparedData:
@@ -271,10 +433,25 @@ def prepare(spec: "TrainSpec") -> PreparedData:
     Raises DataError (a bad row, an empty set, a row too long under `on_overlong: refuse`, nothing left to train on,
     held-out rows that are the training rows), BaseModelError, StorageError.
     """
-    template = base_model.template(base_model.resolve(spec.base))
+    template = base_template(resolve(spec.base))
     train = spec.objective.read(spec, template, "train")
-    held_out = spec.objective.read(spec, template, "eval") if spec.data.eval is not None else None
-    warnings = (*train.warnings, *_few(train), *(_held_out_warnings(spec, train, held_out) if held_out else ()))
+    warnings = list(train.warnings)
+    if len(train.contents) == 1:
+        warnings.append("data.train: 1 row: every step repeats it, so its loss says nothing about other rows")
+    held_out = None
+    if spec.data.eval is not None:
+        held_out = spec.objective.read(spec, template, "eval")
+        if sorted(held_out.contents) == sorted(train.contents):
+            raise DataError(
+                f"data.eval={spec.data.eval}",
+                f"its {format_row_count(held_out.contents, 'row')} are the rows of data.train={spec.data.train}",
+                "held-out rows are not trained on",
+                "name other rows, or leave data.eval out",
+            )
+        warnings += held_out.warnings
+        if shared := int(np.isin(np.array(held_out.contents), np.array(train.contents)).sum()):
+            rows = format_row_count(held_out.contents, "row")
+            warnings.append(f"data.eval: {shared} of {rows} also in data.train, so its loss is too low")
     return PreparedData(
         train=train.rows,
         eval=held_out.rows if held_out else None,
@@ -286,24 +463,3 @@ def prepare(spec: "TrainSpec") -> PreparedData:
         warnings=tuple(dict.fromkeys(warnings)),
         trained_tokens=train.trained_tokens,
     )
-
-
-def _few(train: ReadPart) -> tuple[str, ...]:
-    if len(train.contents) != 1:
-        return ()
-    return ("data.train: 1 row: every step repeats it, so its loss says nothing about other rows",)
-
-
-def _held_out_warnings(spec: "TrainSpec", train: ReadPart, held_out: ReadPart) -> tuple[str, ...]:
-    """Ignored keys, and held-out rows that are trained on. Raises DataError where both datasets are the same rows."""
-    if held_out.is_same(train):
-        raise DataError(
-            f"data.eval={spec.data.eval}",
-            f"its {format_row_count(held_out.contents, 'row')} are the rows of data.train={spec.data.train}",
-            "held-out rows are not trained on",
-            "name other rows, or leave data.eval out",
-        )
-    shared = held_out.rows_in(train)
-    rows = format_row_count(held_out.contents, "row")
-    seen = f"data.eval: {shared} of {rows} also in data.train, so its loss is too low"
-    return (*held_out.warnings, *([seen] if shared else []))

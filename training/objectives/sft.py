@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,23 +12,39 @@ from pydantic import Field
 
 from graftwork import retrieval
 from graftwork.config import Spec, canonical_json
-from graftwork.datasets import rows as data
-from graftwork.datasets.rows import DatasetRow
-from graftwork.prompts import render as chat
-from graftwork.prompts.render import Passage, Prompt
-from graftwork.training.objectives.protocol import Packing, Part, Traits, check_generates, check_packing
-from graftwork.training.objectives.row_cache import Rows, RowWriter, kept_rows
+from graftwork.datasets.rows import (
+    DatasetRow,
+    iter_rows,
+    key_check,
+    passage_keys,
+    read_fields,
+    read_passages,
+)
+from graftwork.datasets.rows import fingerprint as data_fingerprint
+from graftwork.prompts.render import Prompt, fit_passages, render, training_rows
+from graftwork.training.objectives.protocol import (
+    Packing,
+    Part,
+    Rows,
+    Traits,
+    check_generates,
+    nothing_left,
+    passages_left_out,
+    too_long,
+)
 from graftwork.training.objectives.rows import (
     AnsweredRows,
     PackedRows,
     ReadPart,
+    RowWriter,
     answered,
+    check_packing,
+    data_of,
     groups_of,
+    kept_rows,
     noted,
-    nothing_left,
     pack_rows,
     read_prompt,
-    too_long,
 )
 
 if TYPE_CHECKING:
@@ -39,8 +55,6 @@ if TYPE_CHECKING:
 
 FORM = 2
 """Version of the rendered rows; raised when the same rows are rendered differently."""
-
-Context = Callable[[DatasetRow], tuple[Passage, ...]]
 
 
 class AnswersSpec(Spec):
@@ -63,11 +77,9 @@ class SftSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        """Facts that the loop and the plan read."""
         return Traits(packing=self.packing)
 
     def check(self, run: TrainSpec) -> None:
-        """Raise ValueError for keys of the run that cannot be combined with this objective, or have no effect."""
         check_packing(run, self.packing)
         if self.answers is None:
             return
@@ -81,42 +93,88 @@ class SftSpec(Spec):
         All rows are read and checked each time; they are rendered once, until something
         changes that decides the outcome.
         """
-        uri, limit = (
-            (spec.data.train, spec.data.train_rows) if part == "train" else (spec.data.eval, spec.data.eval_rows)
-        )
-        assert uri is not None, "asked for a part that the spec has"
-
+        uri, limit = data_of(spec, part)
         answers = self.answers if part == "eval" else None
-        by = answers.by if answers is not None else ()
+        names = answers.by if answers is not None else ()
 
-        def rows() -> Iterator[DatasetRow]:
-            return data.iter_rows(uri, limit=limit, need="train", keys=data.key_check("train", by))
-
-        keys, contents = data.key_check("train", by), array("q")
-        checked = data.iter_rows(uri, limit=limit, need="train", keys=keys)
-        fingerprint = data.fingerprint(noted(checked, contents))
+        keys, contents = key_check("train", names), array("q")
+        checked = iter_rows(uri, limit=limit, need="train", keys=keys)
+        fingerprint = data_fingerprint(noted(checked, contents))
         prompt, shots = read_prompt(spec, part)
         warnings = (*keys.note(f"data.{part}"), *shots)
         seed = spec.seed if part == "train" else spec.seed + 1
 
-        def render(writer: RowWriter) -> dict[str, Any]:
-            context = retrieval.training_context(spec.data.context, seed) if spec.data.context else _no_context
-            return _render(spec, template, prompt, rows(), context, writer)
+        def fill(writer: RowWriter) -> dict[str, Any]:
+            rows = iter_rows(uri, limit=limit, need="train", keys=key_check("train", names))
+            return self._render(spec, template, prompt, rows, seed, writer)
 
-        passages = data.passage_keys()
-        found, about = kept_rows(_key(spec, template, prompt, fingerprint, seed, passages), render)
+        passages = passage_keys()
+        found, about = kept_rows(self._key(spec, template, prompt, fingerprint, seed, passages), fill)
         warnings += passages.note("data.context.corpus") if part == "train" else ()
         if about["too_long"] and spec.on_overlong == "refuse":
             raise too_long(spec, part, *about["too_long"][0])
         if not len(found):
             raise nothing_left(spec, part, about["dropped"])
-        notes = _notes(about["left_out"], spec)
+        notes = passages_left_out(spec, about["left_out"]) if about["left_out"] else ()
         if answers is not None:
-            names = answers.by
-            groups = groups_of(data.read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
+            groups = groups_of(read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
             return ReadPart(answered(found, groups), about["dropped"], fingerprint, notes, (), warnings, contents)
         packs, packing = pack_rows(found, self.packing, spec.max_length)
         return ReadPart(packs, about["dropped"], fingerprint, (*notes, *packing), (), warnings, contents)
+
+    def _render(
+        self,
+        spec: TrainSpec,
+        template: Template,
+        prompt: Prompt,
+        rows: Iterable[DatasetRow],
+        seed: int,
+        writer: RowWriter,
+    ) -> dict[str, Any]:
+        """Every row that fits to the writer; the note `about` it: `too_long` names the first as (number, id, tokens).
+
+        Where answers are generated, `numbers` has the number (from 1) of the row that each written one came from.
+        """
+        context = spec.data.context
+        draw = retrieval.training_context(context, seed) if context else None
+        left_out, dropped = 0, 0
+        first: list[tuple[int, str, int]] = []
+        numbers: list[int] = []
+        for number, row in enumerate(rows, start=1):
+            room = context.context_tokens if context else None
+            passages, without = fit_passages(draw(row) if draw else (), template, prompt, room)
+            left_out += len(without)
+            for messages in training_rows(row.messages, template):
+                rendered = render(messages, template, prompt=prompt, context=passages, generate=False)
+                if len(rendered.ids) <= spec.max_length:
+                    writer.add(rendered.ids, rendered.loss_mask)
+                    numbers += [number] if self.answers is not None else []
+                    continue
+                dropped += 1
+                first = first or [(number, row.id, len(rendered.ids))]
+        return {"dropped": dropped, "left_out": left_out, "too_long": first, "numbers": numbers}
+
+    def _key(
+        self, spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, seed: int, keys: KeyCheck
+    ) -> str:
+        """32 hex digits over everything that decides the rendered rows. keys: counts ignored keys of the corpus."""
+        context = None
+        if spec.data.context is not None:
+            passages = [asdict(passage) for passage in read_passages(spec.data.context.corpus, keys)]
+            chosen = spec.data.context.model_dump(mode="json", exclude={"corpus"})
+            context = {**chosen, "seed": seed, "corpus": hashlib.sha256(canonical_json(passages).encode()).hexdigest()}
+        decides = {
+            "form": FORM,
+            "rows": fingerprint,
+            "template": template.digest,
+            "tokenizer": template.tokenizer_digest,
+            "date": str(template.date),
+            "prompt": asdict(prompt),
+            "max_length": spec.max_length,
+            "context": context,
+            "numbered": self.answers is not None,
+        }
+        return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
 
     def build(self, setting: TrainerContext) -> BuiltTrainer:
         """Build a trainer on the rows; held-out rows give the mean loss, and the generated answers where asked for."""
@@ -125,12 +183,12 @@ class SftSpec(Spec):
 
 def sft_trainer(setting: TrainerContext, answers: AnswersSpec | None = None) -> BuiltTrainer:
     """Build the trainer of next-token loss on rows of token ids; objectives with other rows use it too."""
-    from graftwork.training.objectives.trainer import BuiltTrainer, held_out_answers, require_apart, strip_callbacks
+    from graftwork.training.objectives.trainer import BuiltTrainer, held_out_answers, require_apart
 
-    tokenizer = setting.tokenizer()
     if isinstance(setting.job.data.train, PackedRows):
         require_apart(setting.model)
-    trainer = trainer_on(setting, masked_sft_trainer(), tokenizer)
+    trainer = trainer_on(setting, masked_sft_trainer())
+    tokenizer = trainer.processing_class
     data, micro_batch = setting.job.data, setting.plan.micro_batch
 
     def evaluate() -> Mapping[str, float]:
@@ -141,7 +199,7 @@ def sft_trainer(setting: TrainerContext, answers: AnswersSpec | None = None) -> 
         assert isinstance(data.eval, AnsweredRows), "the rows that `read` returns where answers are generated"
         return {**loss, **held_out_answers(trainer, data.eval, tokenizer, data.pad_id, answers.max_new_tokens)}
 
-    return BuiltTrainer(strip_callbacks(trainer), evaluate, evaluate_first=answers is not None)
+    return BuiltTrainer(trainer, evaluate, evaluate_first=answers is not None)
 
 
 def masked_sft_trainer() -> type[Any]:
@@ -180,22 +238,14 @@ def masked_sft_trainer() -> type[Any]:
     return MaskedSftTrainer
 
 
-def trainer_on(setting: TrainerContext, kind: type[Any], tokenizer: Any) -> Any:
+def trainer_on(setting: TrainerContext, kind: type[Any]) -> Any:
     """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids."""
     from trl import SFTConfig
 
     from graftwork.training.objectives.trainer import arguments
 
-    return kind(
-        model=setting.model,
-        args=SFTConfig(
-            **arguments(setting), packing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-        ),
-        train_dataset=setting.dataset(),
-        data_collator=setting.collate,
-        processing_class=tokenizer,
-        callbacks=[setting.callback],
-    )
+    prepared = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return kind(args=SFTConfig(**arguments(setting), **prepared), **setting.trainer_arguments())
 
 
 def held_out_loss(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> float:
@@ -217,64 +267,3 @@ def held_out_loss(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> fl
     model.train()
     total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
     return float(total / tokens)
-
-
-def _render(
-    spec: TrainSpec, template: Template, prompt: Prompt, rows: Iterable[DatasetRow], context: Context, writer: RowWriter
-) -> dict[str, Any]:
-    """Every row that fits to the writer, and what was left out: `too_long` names the first as (number, id, tokens).
-
-    Where answers are generated, `numbers` says of which of the rows (from 1) each written one is.
-    """
-    room = spec.data.context.context_tokens if spec.data.context else None
-    left_out, dropped = 0, 0
-    first: list[tuple[int, str, int]] = []
-    numbers: list[int] = []
-    for number, row in enumerate(rows, start=1):
-        passages, without = chat.fit_passages(context(row), template, prompt, room)
-        left_out += len(without)
-        for messages in chat.training_rows(row.messages, template):
-            rendered = chat.render(messages, template, prompt=prompt, context=passages, generate=False)
-            if len(rendered.ids) <= spec.max_length:
-                writer.add(rendered.ids, rendered.loss_mask)
-                numbers += [number] if _numbered(spec) else []
-                continue
-            dropped += 1
-            first = first or [(number, row.id, len(rendered.ids))]
-    return {"dropped": dropped, "left_out": left_out, "too_long": first, "numbers": numbers}
-
-
-def _numbered(spec: TrainSpec) -> bool:
-    return isinstance(spec.objective, SftSpec) and spec.objective.answers is not None
-
-
-def _key(spec: TrainSpec, template: Template, prompt: Prompt, fingerprint: str, seed: int, keys: KeyCheck) -> str:
-    """32 hex digits over everything that decides the rendered rows. keys: counts ignored keys of the corpus."""
-    context = None
-    if spec.data.context is not None:
-        passages = [asdict(passage) for passage in data.read_passages(spec.data.context.corpus, keys)]
-        chosen = spec.data.context.model_dump(mode="json", exclude={"corpus"})
-        context = {**chosen, "seed": seed, "corpus": hashlib.sha256(canonical_json(passages).encode()).hexdigest()}
-    decides = {
-        "form": FORM,
-        "rows": fingerprint,
-        "template": template.digest,
-        "tokenizer": template.tokenizer_digest,
-        "date": str(template.date),
-        "prompt": asdict(prompt),
-        "max_length": spec.max_length,
-        "context": context,
-        "numbered": _numbered(spec),
-    }
-    return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
-
-
-def _no_context(_: DatasetRow) -> tuple[Passage, ...]:
-    return ()
-
-
-def _notes(left_out: int, spec: TrainSpec) -> tuple[str, ...]:
-    if not left_out or spec.data.context is None:
-        return ()
-    room = spec.data.context.context_tokens
-    return (f"{left_out} passages left out (no room in data.context.context_tokens={room})",)

@@ -1,7 +1,7 @@
 """Parts of every objective's trainer: its context, arguments, logits of trained positions, generated answers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,15 @@ from graftwork.base.load import ResolvedBase
 from graftwork.base.support import PROBE_LENGTH, mixed_share, most_mixed, probe_ids
 from graftwork.compat.hf import step_figures
 from graftwork.errors import ConfigError
-from graftwork.training.objectives.row_cache import IGNORED
-from graftwork.training.objectives.rows import AnsweredRows
-from graftwork.training.step_plan import StepPlan
+from graftwork.training.loop import StepPlan
+from graftwork.training.objectives.rows import IGNORED, AnsweredRows, pad_left
 from graftwork.training.strategies import strategy_arguments
-from graftwork.training.worker_messages import TrainJob
+from graftwork.training.worker_messages import TrainJob, rank_and_world
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Logits of the positions that are scored, and of no others.
-#
 def trained_logits(
     model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,8 +61,9 @@ def held_out_answers(trainer: Any, rows: AnsweredRows, tokenizer: Any, pad_id: i
         with accelerator.autocast():
             ends = [rows.answer(index)[-1] for index in batch]
             said = greedy(model, [rows.prompt(index) for index in batch], ends, pad_id, most)
-        for index, ids in zip(batch, said, strict=True):
-            text, right = tokenizer.decode(ids), tokenizer.decode(rows.answer(index)[:-1])
+        for index, end, ids in zip(batch, ends, said, strict=True):
+            text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+            right = tokenizer.decode(rows.answer(index)[:-1])
             exact = float(text == right)
             sums[0] += torch.tensor([exact, 1.0])
             sums[1] += torch.tensor([edit_similarity(text, right), 1.0])
@@ -79,20 +77,16 @@ def held_out_answers(trainer: Any, rows: AnsweredRows, tokenizer: Any, pad_id: i
 
 
 def greedy(
-    model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], pad_id: int, most: int
+    model: Any, prompts: Sequence[Sequence[int]], ends: Collection[int], pad_id: int, most: int
 ) -> list[list[int]]:
-    """The most probable continuation of each prompt, up to and without its end token."""
-    width, device = max(map(len, prompts)), next(model.parameters()).device
-    ids_BT = torch.full((len(prompts), width), pad_id, dtype=torch.long, device=device)
-    mask_BT = torch.zeros_like(ids_BT)
-    for place, prompt in enumerate(prompts):
-        ids_BT[place, width - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask_BT[place, width - len(prompt) :] = 1
+    """The most probable continuation of each prompt, of up to `most` tokens; stops at `ends`, then padding follows."""
+    ids_BT, mask_BT = pad_left(prompts, pad_id, next(model.parameters()).device)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=most, eos_token_id=sorted(set(ends)), pad_token_id=pad_id, use_cache=True
     )
     out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
-    return [_until(row[width:].tolist(), end) for row, end in zip(out_BT, ends, strict=True)]
+    answers: list[list[int]] = out_BT[:, ids_BT.shape[1] :].tolist()
+    return answers
 
 
 def edit_similarity(said: str, right: str) -> float:
@@ -108,16 +102,12 @@ def edit_similarity(said: str, right: str) -> float:
     return 1 - before[-1] / max(len(said), len(right))
 
 
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
-
-
 @torch.no_grad()
 def require_apart(model: Any) -> None:
-    """Raises ConfigError where a document's logits depend on the one before it in its row.
+    """Raise ConfigError where a document's logits depend on the one before it in its row.
 
-    So do models with recurrent layers, or with positions that are no input. Weights that a strategy has sharded can't
-    be asked before the first step, and are not.
+    So do models with recurrent layers, or with positions that are no input. Weights that a strategy has sharded are
+    not checked: they can't be before the first step.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
@@ -144,7 +134,7 @@ def require_apart(model: Any) -> None:
 
 @dataclass(frozen=True)
 class TrainerContext:
-    """What one worker has when its trainer is built."""
+    """Input of an objective's `build` on one worker."""
 
     job: TrainJob
     plan: StepPlan
@@ -161,9 +151,15 @@ class TrainerContext:
         """The base's tokenizer, in transformers' form."""
         return AutoTokenizer.from_pretrained(self.base.folder)
 
-    def dataset(self) -> Dataset:
-        """The row numbers of all steps, in order."""
-        return Dataset.from_dict({"row": self.plan.rows_SR.reshape(-1)})
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of TRL's trainers: model, row numbers of all steps in order, rows to batches, callback."""
+        return {
+            "model": self.model,
+            "train_dataset": Dataset.from_dict({"row": self.plan.rows_SR.reshape(-1)}),
+            "data_collator": self.collate,
+            "processing_class": self.tokenizer(),
+            "callbacks": [self.callback],
+        }
 
     def collate(self, batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         """Rows of `dataset` -> a batch."""
@@ -179,19 +175,17 @@ class BuiltTrainer:
     evaluate: Callable[[], Mapping[str, float]]
     """Figures over all held-out rows, the same on every rank; `loss` is among them. Called on all ranks."""
     notes: tuple[str, ...] = ()
-    """What was resolved or saved, for the run's report."""
+    """Notes for the run's report."""
     evaluate_first: bool = False
     """Held-out rows are measured before the first step as well; its report has the figures as `before_NAME`."""
+    decodes: bool = False
+    """The trainer decodes answers while it trains, so that it keeps its tokenizer."""
 
 
 def arguments(setting: TrainerContext) -> dict[str, Any]:
-    """TrainingArguments that no kind decides for itself: steps, optimizer, precision, processes; no logs, no saving.
-
-    For TRL's config classes, which are TrainingArguments.
-    """
-    spec, plan = setting.job.spec, setting.plan
+    """TrainingArguments, for TRL's config classes: steps, optimizer, precision, processes; no logs, no saving."""
+    spec, plan, world = setting.job.spec, setting.plan, rank_and_world()[1]
     optim, cuda = spec.optim, spec.gpus > 0
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     shared = {
         "output_dir": str(setting.folder),
         "max_steps": plan.steps,
@@ -241,23 +235,19 @@ def without_history(trainer_class: type[Any]) -> type[Any]:
     return Plain
 
 
-def strip_callbacks(trainer: Any) -> Any:
-    """The trainer without its printer, and without the tokenizer, which each checkpoint would hold a copy of."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.processing_class = None
-    return trainer
-
-
 def build(setting: TrainerContext) -> BuiltTrainer:
     """The trainer of the setting's kind; imports trl (5 to 10 s). The adapter's weights stay as they came: in fp32.
 
     TRL 1.16 casts adapters on a quantised base to bf16. Without bf16 units that makes a step 1.7 times as long, and
     small updates are lost in 8 bits of mantissa. fp32 is PEFT's default; on CUDA autocast multiplies in bf16.
     """
-    kept = [(parameter, parameter.data) for parameter in setting.model.parameters() if parameter.requires_grad]
+    fp32 = [(parameter, parameter.data) for parameter in setting.model.parameters() if parameter.requires_grad]
     training = setting.job.spec.objective.build(setting)
-    for parameter, data in kept:
+    for parameter, data in fp32:
         parameter.data = data
+    training.trainer.remove_callback(PrinterCallback)
+    if not training.decodes:
+        training.trainer.processing_class = None  # each checkpoint would hold a copy of the tokenizer
     return training
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from graftwork.base import load as base_model
+from graftwork.base.load import resolve
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.source import BaseSpec
 from graftwork.planning.hardware import BF16, FP32, MIB
@@ -20,7 +20,6 @@ from graftwork.planning.memory import (
     BATCH_TOKENS,
     CUDA_BYTES,
     FRAGMENTS,
-    EachRow,
     MemoryPlan,
     RowSizes,
     kv_bytes,
@@ -29,9 +28,8 @@ from graftwork.planning.memory import (
     saved_bytes,
     weight_bytes,
 )
-from graftwork.training.objectives.protocol import SecondModel
+from graftwork.training.loop import step_plan
 from graftwork.training.spec import TrainSpec
-from graftwork.training.step_plan import step_plan
 
 
 def kind_of(spec: TrainSpec) -> str:
@@ -86,41 +84,29 @@ def passes_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> tuple[Pass, 
     fused = cuda or traits.head in ("fused", "fused_trained")
     masked = traits.packing != "none" or (rows.padded and micro_batch * sequences > 1)
 
-    def taken(row: int, trained: int, varied: bool) -> Pass:
+    if rows.each is None:
+        sizes, varied = [(-(-rows.longest // sequences), micro_batch * rows.longest_trained)], rows.padded
+    else:
+        steps = step_plan(rows.each.lengths_N, spec.optim, spec.seed, spec.num_workers, None)
+        rows_PM = steps.rows_SR.reshape(-1, micro_batch)
+        widths_P, trained_P = rows.each.widths_N[rows_PM].max(axis=1), rows.each.trained_N[rows_PM].sum(axis=1)
+        sizes, varied = [], bool(widths_P.min() != widths_P.max())
+        for index in np.lexsort((-trained_P, -widths_P)):
+            if not sizes or trained_P[index] > sizes[-1][1]:
+                sizes.append((int(widths_P[index]), int(trained_P[index])))
+    passes = []
+    for row, trained in sizes:
         tokens, scored = micro_batch * sequences * row, trained
         if traits.head == "reward":
             scored = 0
         elif traits.head == "fused" and not cuda:  # TRL 1.16 scores every position where there is no Triton
             scored = tokens
-        return Pass(micro_batch, tokens, row, masked, scored, fused, varied)
-
-    if rows.each is None:
-        longest = -(-rows.longest // sequences)
-        return (taken(longest, micro_batch * rows.longest_trained, rows.padded),)
-    sizes = _largest(spec, rows.each, micro_batch)
-    return tuple(taken(row, trained, sizes.varied) for row, trained in sizes.passes)
-
-
-@dataclass(frozen=True)
-class _Largest:
-    passes: tuple[tuple[int, int], ...]
-    """(tokens of a row with its padding, trained tokens of all rows)."""
-    varied: bool
-
-
-def _largest(spec: TrainSpec, each: EachRow, micro_batch: int) -> _Largest:
-    steps = step_plan(each.lengths_N, spec.optim, spec.seed, spec.num_workers, None)
-    rows_PM = steps.rows_SR.reshape(-1, micro_batch)
-    widths_P, trained_P = each.widths_N[rows_PM].max(axis=1), each.trained_N[rows_PM].sum(axis=1)
-    found: list[tuple[int, int]] = []
-    for index in np.lexsort((-trained_P, -widths_P)):
-        if not found or trained_P[index] > found[-1][1]:
-            found.append((int(widths_P[index]), int(trained_P[index])))
-    return _Largest(tuple(found), bool(widths_P.min() != widths_P.max()))
+        passes.append(Pass(micro_batch, tokens, row, masked, scored, fused, varied))
+    return tuple(passes)
 
 
 def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
-    """The output head at its peak, beside the activations."""
+    """Peak of the output head, without the activations."""
     if taken.fused_head:
         models = 2 if spec.objective.traits.second_model else 1
         copies = value_bytes if spec.gpus else value_bytes + TILE_COPIES * FP32
@@ -132,24 +118,19 @@ def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: in
 
 
 def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
-    """What a kind keeps beside the trained model, by name: a teacher; the keys and values of answers being sampled."""
+    """Bytes next to the trained model, by name: a teacher; the keys and values of answers being sampled."""
     traits = spec.objective.traits
-    if traits.second_model is not None:
-        return _teacher(traits.second_model, spec, value_bytes)
+    if (teacher := traits.second_model) is not None:  # on a base of its own in the worker's process
+        shape = ModelShape.from_config(_config(teacher.base or spec.base))
+        return {"teacher": weight_bytes(shape, teacher.quant or spec.quant, value_bytes)}
     if traits.samples_answers:
         return {"sampling": kv_bytes(model, taken.tokens, value_bytes) + taken.rows * model.vocab * FP32 * 2}
     return {}
 
 
-def _teacher(teacher: SecondModel, spec: TrainSpec, value_bytes: int) -> dict[str, int]:
-    """The weights of the teacher, which stands on a base of its own in the worker's process."""
-    shape = ModelShape.from_config(_config(teacher.base or spec.base))
-    return {"teacher": weight_bytes(shape, teacher.quant or spec.quant, value_bytes)}
-
-
 @functools.cache
 def _config(base: BaseSpec) -> Mapping[str, Any]:
-    return base_model.resolve(base).config
+    return resolve(base).config
 
 
 # ZeRO (arXiv 1910.02054) keeps 1/N of the optimizer (1), of the gradients too (2), of the weights too (3). The figures
@@ -157,14 +138,14 @@ def _config(base: BaseSpec) -> Mapping[str, Any]:
 
 
 BUCKET_VALUES = 50_000_000
-"""Values of one reduction or gathering of DeepSpeed: a copy of so many is alive beside gradients and weights."""
+"""Values of one reduction or gathering of DeepSpeed: a copy of so many is alive next to gradients and weights."""
 LIVE_BLOCKS = 2
 """Blocks whose weights are whole on a worker at once: the one at work and the one that is fetched."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Bytes of one worker. `host` lies in the machine's memory, which on a CPU is the same one."""
+    """Bytes of one worker. `host` is in the machine's memory, which on a CPU is the same one."""
 
     weights: int
     trained: int
@@ -174,16 +155,15 @@ class Shared:
     """Buckets of reductions, gathered blocks."""
     host: int = 0
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.trained + self.gradients + self.optimizer + self.buffers
 
-
-def shared(spec: TrainSpec, model: ModelShape, frozen_bytes: int, trained: int) -> Shared:
-    """`frozen_bytes`: of the weights that are not trained. `trained`: how many values are, kept in fp32.
+def shared(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
+    """Weights, gradients and optimizer of one worker: frozen weights as they are loaded, trained ones in fp32.
 
     Under DeepSpeed on a GPU weights that are trained are in bf16, and their fp32 form is part of the optimizer's state.
     """
+    trained, plain = spec.adapter.trained_params(model), spec.quant.resident == "dequantised"
+    base_bytes = weight_bytes(model, spec.quant, value_bytes, dequantised=plain)
+    frozen_bytes = 0 if spec.adapter.trains_base else base_bytes
     kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus > 0
     if kind == "ddp":
         buckets = trained * FP32 if workers > 1 else 0
@@ -191,20 +171,20 @@ def shared(spec: TrainSpec, model: ModelShape, frozen_bytes: int, trained: int) 
     if kind == "fsdp2":
         gathered = LIVE_BLOCKS * -(-(frozen_bytes + trained * FP32) // (model.layers + 1))
         part = trained * FP32 // workers
-        return _offloaded(spec, Shared(frozen_bytes // workers, part, part, 2 * part, gathered))
+        return _offload_shares(spec, Shared(frozen_bytes // workers, part, part, 2 * part, gathered))
     stage, value = int(kind[-1]), BF16 if cuda else FP32
     bucket = min(trained, BUCKET_VALUES) * value
     optimizer = trained * 3 * FP32 // workers  # two moments and the fp32 weights that are stepped
     gradients = trained * value // (workers if stage >= 2 else 1)
     if stage < 3:
-        return _offloaded(spec, Shared(frozen_bytes, trained * value, gradients, optimizer, 2 * bucket))
+        return _offload_shares(spec, Shared(frozen_bytes, trained * value, gradients, optimizer, 2 * bucket))
     live = LIVE_BLOCKS * -(-(frozen_bytes + trained * value) // (model.layers + 1))
     whole = Shared(frozen_bytes // workers, trained * value // workers, gradients, optimizer, bucket + live)
-    return _offloaded(spec, whole)
+    return _offload_shares(spec, whole)
 
 
-def _offloaded(spec: TrainSpec, shared: Shared) -> Shared:
-    """What a strategy moves off a GPU: to the host's memory, or to its disk. On a CPU nothing moves but to the disk."""
+def _offload_shares(spec: TrainSpec, shared: Shared) -> Shared:
+    """With the parts that a strategy moves off a GPU: to the host's memory, or to a disk; on a CPU to a disk alone."""
     cuda, strategy = spec.gpus > 0, spec.strategy
     optimizer, weights, trained, host = shared.optimizer, shared.weights, shared.trained, 0
     if strategy.offload_optimizer == "nvme" or (strategy.offload_optimizer == "cpu" and cuda):
@@ -246,47 +226,54 @@ def predict_training(
     """Peak of one training worker: the end of the forward pass over the longest rows, or the loading if that is more.
 
     `rows`: sizes of the rendered rows; without them every row is taken as `spec.max_length` long and half trained.
-    `value_bytes` is of the compute dtype, as `base_model.compute_dtype` picks it. Raises BaseModelError for a base
+    `value_bytes` is of the compute dtype, as `compute_dtype` picks it. Raises BaseModelError for a base
     whose activations no formula predicts (`ModelShape.unplanned`).
     """
     model.require_planned(f"memory of {spec.name}")
     rows = rows or RowSizes.at_most(spec.max_length)
-    predict = _on_gpu if spec.gpus else _on_cpu
+    predict, outcomes = (_on_gpu if spec.gpus else _on_cpu), spec.outcomes
     plans = [predict(spec, model, taken, value_bytes) for taken in passes_of(spec, rows, micro_batch(spec))]
     step = max(plans, key=lambda plan: plan.peak_bytes)
-    return max(step, _measuring(spec, model, step, value_bytes), key=lambda plan: plan.peak_bytes)
-
-
-def _measuring(spec: TrainSpec, model: ModelShape, step: MemoryPlan, value_bytes: int) -> MemoryPlan:
-    """The peak while outcomes are measured: what stays between steps, and a forward pass of which all is scored."""
-    outcomes = spec.outcomes
     if not (outcomes.task or outcomes.retention or outcomes.fairness):
         return step
+    # while outcomes are measured: what stays between steps, and a forward pass of which all is scored
     logits = BATCH_TOKENS * model.vocab * (value_bytes + 2 * FP32)  # then in fp32, and their log-softmax
     block = BATCH_TOKENS * (4 * model.hidden + 2 * model.q_size + 2 * model.kv_size + 3 * model.intermediate) * FP32
-    past = kv_bytes(model, BATCH_TOKENS, value_bytes)
     stays = tuple((name, size) for name, size in step.parts if name in BETWEEN_STEPS)
-    return MemoryPlan((*stays, ("outcomes", logits + max(block, past))), step.assumptions, step.host)
+    measured = logits + max(block, kv_bytes(model, BATCH_TOKENS, value_bytes))
+    measuring = MemoryPlan((*stays, ("outcomes", measured)), step.assumptions, step.host)
+    return max(step, measuring, key=lambda plan: plan.peak_bytes)
 
 
 def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:
-    if spec.adapter.trains_base:
+    full, workers = spec.adapter.trains_base, spec.num_workers
+    if full:
         value_bytes = FP32  # the trained weights are in fp32, and there is no autocast on a CPU
-    block = saved_bytes(model, spec.adapter, _row(spec, taken), value_bytes=value_bytes)
-    held, at_work = _activations(spec, model, taken, block, value_bytes)
+    activations = sum(_activations(spec, model, taken, value_bytes))
     logits = logit_bytes(spec, model, taken, value_bytes)
-    part = _shares(spec, model, value_bytes)
+    part = shared(spec, model, value_bytes)
+    passes = spec.optim.rows_per_step // workers // taken.rows
+    # gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained: a
+    # tied weight gets two of them, one as the head and one as the embedding; those of other layers are small
+    added = 2 * model.head_params * FP32 if passes > 1 and full else 0
+    # freed memory that glibc does not give back. Where all weights are trained, gradients are freed after each step
+    # and come again between the activations of the next: whatever the rows, one fp32 copy of the weights is lost in
+    # pieces or filled with activations
+    lost = round(ALLOCATOR_SHARE * (activations + logits))
+    if full:
+        lost = max(lost, model.params * FP32 - activations - logits)
     step = {
         "trained weights": part.trained,
-        "gradients": part.gradients + _added_gradients(spec, model, taken),
+        "gradients": part.gradients + added,
         "optimizer": part.optimizer,
         "buffers": part.buffers,
-        "loaded whole": _loaded_whole(spec, part),
-        "unpacked layer": _unpacked(spec, model, value_bytes, autocast=False),
-        "activations": held + at_work,
+        # the shares of the others, which FSDP2 loads first and gives back to glibc, which keeps them
+        "loaded whole": (workers - 1) * (part.weights + part.trained) if spec.strategy.kind == "fsdp2" else 0,
+        "unpacked layer": _unpacked_bytes(spec, model, value_bytes, autocast=False),
+        "activations": activations,
         "logits": logits,
         **beside_bytes(spec, model, taken, value_bytes),
-        "allocator": _allocator(spec, model, held + at_work + logits),
+        "allocator": lost,
     }
     resident = {"process": PROCESS_BYTES, "base weights": part.weights}
     loading = {} if spec.quant.resident == "dequantised" else loading_bytes(model, spec.quant)
@@ -295,35 +282,21 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
 
 
-def _added_gradients(spec: TrainSpec, model: ModelShape, taken: Pass) -> int:
-    """Gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained.
-
-    A tied weight gets two of them, one as the head and one as the embedding; those of other layers are small.
-    """
-    passes = spec.optim.rows_per_step // spec.num_workers // taken.rows
-    return 2 * model.head_params * FP32 if passes > 1 and spec.adapter.trains_base else 0
-
-
-def _allocator(spec: TrainSpec, model: ModelShape, passing: int) -> int:
-    """Freed memory that glibc does not give back, beside `passing` bytes of activations and logits.
-
-    Where all weights are trained, gradients are freed after each step and come again between the activations of the
-    next: whatever the rows, one fp32 copy of the weights is lost in pieces or filled with activations.
-    """
-    share = round(ALLOCATOR_SHARE * passing)
-    return max(share, model.params * FP32 - passing) if spec.adapter.trains_base else share
-
-
 def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> MemoryPlan:
     """Compute in 16 bits is autocast's: fp32 adapters are copied to 16 bits for as long as a pass lasts."""
-    autocast = value_bytes == BF16
-    row = _row(spec, taken)
-    block = saved_bytes(model, spec.adapter, row, value_bytes=value_bytes, autocast=autocast, mask_bytes=1)
-    held, at_work = _activations(spec, model, taken, block, value_bytes)
-    part = _shares(spec, model, value_bytes)
-    copies = spec.adapter.trained_params(model) * BF16 if autocast and spec.strategy.kind in ("ddp", "fsdp2") else 0
-    backward = round(taken.tokens * _backward(model, value_bytes))
+    autocast, kind = value_bytes == BF16, spec.strategy.kind
+    kept, again = _activations(spec, model, taken, value_bytes, autocast=autocast, mask_bytes=1)
+    part = shared(spec, model, value_bytes)
+    copies = spec.adapter.trained_params(model) * BF16 if autocast and kind in ("ddp", "fsdp2") else 0
+    # gradients alive at once in one block: of the MLP's inner activations and of two streams
+    backward = round(taken.tokens * (3 * model.intermediate + 2 * model.hidden) * value_bytes)
     logits = max(logit_bytes(spec, model, taken, value_bytes), backward)
+    # In the backward pass gradients take the place of activations, where one worker computes one pass a step: gradients
+    # of accumulated passes are there while the next keeps its activations, and a strategy's shares are in buffers of
+    # their own. On a CPU both count: glibc keeps what it is given back in pieces that the optimizer's first step fills
+    # (all weights of SmolLM2-135M: 3.38 GiB measured, 2.77 without the gradients).
+    one_pass = spec.optim.rows_per_step // spec.num_workers // taken.rows <= 1
+    alone = one_pass and kind == "ddp" and spec.num_workers == 1
     parts = {
         "base weights": part.weights,
         "trained weights": part.trained,
@@ -331,10 +304,10 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
         "optimizer": part.optimizer,
         "buffers": part.buffers,
         "16-bit copies": copies,
-        "unpacked layer": _unpacked(spec, model, value_bytes, autocast=autocast),
-        "activations": held + at_work,
+        "unpacked layer": _unpacked_bytes(spec, model, value_bytes, autocast=autocast),
+        "activations": kept + again,
         "logits and their gradients": logits,
-        NEVER_AT_ONCE: -_never_at_once(spec, taken, part.gradients, held + logits + copies),
+        NEVER_AT_ONCE: -min(part.gradients, kept + logits + copies) if alone else 0,
         **beside_bytes(spec, model, taken, value_bytes),
     }
     parts |= {"fragments": round(FRAGMENTS * sum(parts.values())), "CUDA": CUDA_BYTES}
@@ -346,36 +319,17 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     )
 
 
-def _loaded_whole(spec: TrainSpec, part: Shared) -> int:
-    """The shares of the others, which FSDP2 loads first and gives back: on a CPU to glibc, which keeps them."""
-    return (spec.num_workers - 1) * (part.weights + part.trained) if spec.strategy.kind == "fsdp2" else 0
-
-
 def allocated(plan: MemoryPlan) -> int:
-    """What torch's allocator gives out at a GPU's peak (`torch.cuda.max_memory_allocated`)."""
+    """Bytes that torch's allocator gives out at a GPU's peak (`torch.cuda.max_memory_allocated`)."""
     return plan.peak_bytes - plan.part("CUDA") - plan.part("fragments")
 
 
-def _never_at_once(spec: TrainSpec, taken: Pass, gradients: int, held: int) -> int:
-    """What of activations and gradients is not alive together: in the backward pass one takes the other's place.
-
-    Where passes accumulate the gradients of one are there while the next keeps its activations; what a strategy shares
-    lies in buffers of its own all the time. On a CPU both count: what glibc is given back it keeps, in pieces that the
-    optimizer's first step fills (all weights of SmolLM2-135M: 3.38 GiB measured, 2.77 without the gradients).
-    """
-    passes = spec.optim.rows_per_step // spec.num_workers // taken.rows
-    if passes > 1 or spec.strategy.kind != "ddp" or spec.num_workers > 1:
-        return 0
-    return min(gradients, held)
-
-
-def _row(spec: TrainSpec, taken: Pass) -> int | None:
-    """Tokens of a row where a mask is kept."""
-    return taken.row if taken.masked or spec.adapter.virtual_tokens else None
-
-
-def _activations(spec: TrainSpec, model: ModelShape, taken: Pass, block: float, value_bytes: int) -> tuple[int, int]:
-    """(kept from the forward pass, one block computed again under checkpointing)."""
+def _activations(
+    spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int, *, autocast: bool = False, mask_bytes: int = FP32
+) -> tuple[int, int]:
+    """(saved by the forward pass, one block computed again under checkpointing)."""
+    row = taken.row if taken.masked or spec.adapter.virtual_tokens else None  # where a mask is saved
+    block = saved_bytes(model, spec.adapter, row, value_bytes=value_bytes, autocast=autocast, mask_bytes=mask_bytes)
     ends = 2 * model.hidden * value_bytes
     if not spec.optim.gradient_checkpointing:
         return round(taken.tokens * (block * model.layers + ends)), 0
@@ -383,20 +337,7 @@ def _activations(spec: TrainSpec, model: ModelShape, taken: Pass, block: float, 
     return round(taken.tokens * (inputs + ends)), round(taken.tokens * block)
 
 
-def _backward(model: ModelShape, value_bytes: int) -> float:
-    """Bytes a token of the gradients alive at once in one block: of the MLP's inner activations and of two streams."""
-    return (3 * model.intermediate + 2 * model.hidden) * value_bytes
-
-
-def _shares(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
-    trained = spec.adapter.trained_params(model)
-    plain = spec.quant.resident == "dequantised"
-    base = weight_bytes(model, spec.quant, value_bytes, dequantised=plain)
-    frozen = 0 if spec.adapter.trains_base else base
-    return shared(spec, model, frozen, trained)
-
-
-def _unpacked(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:
+def _unpacked_bytes(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:
     """A quantised layer while it is multiplied; with DoRA an identity of its inputs, or four forms of the weight."""
     plain = not spec.quant.is_packed or spec.quant.resident == "dequantised"
     layer = 0 if plain else largest_linear(model) * value_bytes

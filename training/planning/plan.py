@@ -7,7 +7,7 @@ from typing import Any
 
 from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ConfigError
-from graftwork.planning.hardware import BF16, FP32, GIB, Correction, Gpu, Machine
+from graftwork.planning.hardware import BF16, FP32, GIB, Correction, Machine
 from graftwork.planning.memory import (
     HEADROOM,
     START_S,
@@ -43,7 +43,7 @@ UNPACK_PER_S = 1.0e9
 DROPPED_PER_S = 38e6
 """Values that pass the adapters' dropout in one core's second: PyTorch draws them one by one on a CPU."""
 PASS_BLOCK_S = 2e-3
-"""One block of one forward and backward pass beside its products, in a core's second: Python, autograd."""
+"""One block of one forward and backward pass without its products, in a core's second: Python, autograd."""
 RAY_TRAIN_START_S = 10.0
 """Until Ray Train's controller has called the workers: 7 to 9 s on 2 cores."""
 RAY_TUNE_START_S = 4.0
@@ -63,43 +63,34 @@ ADAM_BYTES = 28
 CPU_ADAM_BYTES = ADAM_BYTES + 12
 """On a CPU, with the norm of the gradients and their clipping, which pass over them once and twice."""
 DECODE_BLOCK_S, GPU_DECODE_BLOCK_S = 4e-3, 5e-4
-"""One block of one step of transformers' generate beside its products, with an adapter: Python, the cache."""
+"""One block of one step of transformers' generate without its products, with an adapter: Python, the cache."""
 DECODE_EFFICIENCY = 0.26
 """Of the probe's rate, in products of few rows."""
 LINK_EFFICIENCY = 0.63
 """Of a link's rate in one direction, in collectives (20 GB/s over PCIe 4 x16); nothing overlaps with the computing."""
 
 
-def training_flops(spec: TrainSpec, model: ModelShape, tokens: float, scored: float, row: float) -> float:
-    """Operations of a forward and a backward pass over `tokens` tokens in rows of `row`, `scored` of them scored."""
-    full, again = spec.adapter.trains_base, bool(spec.optim.gradient_checkpointing)
-    keys = row + spec.adapter.virtual_tokens
-    # attention: 4 forward; backward 10, as it computes the scores again
-    attention = model.layers * (14 + 4 * again) * keys * model.q_size
-    weights = (6 if full else 4) + 2 * again
-    added = 0 if full else 6 * spec.adapter.trained_params(model)
-    head = (6 if full else 4) * model.head_params
-    return tokens * (weights * model.linear_params + added + attention) + scored * head
-
-
 def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
     """One optimizer step of one worker while `processes` such processes run."""
-    per_worker = spec.optim.rows_per_step // spec.num_workers
-    passes = per_worker / micro_batch(spec)
+    per_worker, full = spec.optim.rows_per_step // spec.num_workers, spec.adapter.trains_base
+    again = 1 if spec.optim.gradient_checkpointing else 0
+    passes, trained = per_worker / micro_batch(spec), spec.adapter.trained_params(model)
     tokens = per_worker * rows.mean * (PADDING if rows.padded else 1.0)
-    flops = training_flops(spec, model, tokens, per_worker * rows.mean_trained, rows.mean)
-    flops += passes * (2 if spec.optim.gradient_checkpointing else 1) * spec.adapter.weight_flops(model)
+    # attention: 4 forward; backward 10, as it computes the scores again
+    attention = model.layers * (14 + 4 * again) * (rows.mean + spec.adapter.virtual_tokens) * model.q_size
+    weights = (6 if full else 4) + 2 * again
+    added = 0 if full else 6 * trained
+    head = (6 if full else 4) * model.head_params
+    flops = tokens * (weights * model.linear_params + added + attention) + per_worker * rows.mean_trained * head
+    flops += passes * (1 + again) * spec.adapter.weight_flops(model)
     if machine.gpu is not None:
         return _gpu_seconds(spec, model, machine, flops, passes)
-    full = spec.adapter.trains_base
     if full:
         machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
-    again = 1 if spec.optim.gradient_checkpointing else 0
     packed = spec.quant.is_4bit and spec.quant.resident != "dequantised"
     unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if packed else 0.0
     dropout_s = tokens * spec.adapter.dropped_inputs(model) / DROPPED_PER_S
     calls_s = passes * model.layers * PASS_BLOCK_S
-    trained = spec.adapter.trained_params(model)
     shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
     adam_s = trained * CPU_ADAM_BYTES / shared / (machine.speed.gbytes_per_s * 1e9)
     one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + adam_s
@@ -109,31 +100,26 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
 def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: float, passes: float) -> float:
     """Products at the GPU's rate, or the start of their kernels where that takes longer; then bytes over bandwidth."""
     assert machine.gpu is not None
-    gpu, full = machine.gpu, spec.adapter.trains_base
-    rate = (gpu.tflops if machine.value_bytes == BF16 else gpu.fp32_tflops) * 1e12 * (GPU_FULL if full else GPU_LORA)
+    gpu, kind, workers = machine.gpu, spec.strategy.kind, spec.num_workers
+    efficiency = GPU_FULL if spec.adapter.trains_base else GPU_LORA
+    rate = (gpu.tflops if machine.value_bytes == BF16 else gpu.fp32_tflops) * 1e12 * efficiency
     bandwidth = gpu.gbytes_per_s * 1e9 * GPU_MEMORY
     again = 1 if spec.optim.gradient_checkpointing else 0
     launch_s = passes * model.layers * LAUNCH_BLOCK_S * (1 + again / 3)
     unpacked = passes * (2 + again) * model.linear_params * (0.5 + machine.value_bytes)
     trained = spec.adapter.trained_params(model)
     unpack_s = unpacked / bandwidth if spec.quant.is_packed else 0.0
-    step_s = trained * ADAM_BYTES / bandwidth / (spec.num_workers if spec.strategy.kind != "ddp" else 1)
-    return max(flops / rate, launch_s) + unpack_s + step_s + _exchange_seconds(spec, model, trained, passes, gpu)
-
-
-def _exchange_seconds(spec: TrainSpec, model: ModelShape, trained: int, passes: float, gpu: Gpu) -> float:
-    """Gradients summed over the workers once a step; under ZeRO-3 and FSDP2 weights fetched in each pass, twice.
-
-    DDP sums gradients in fp32, DeepSpeed in the 16 bits that it trains in. Where each worker has a share of the
-    weights, gradients are sent once to the worker that has them; else the sum is sent back to all.
-    """
-    share, sharded = (spec.num_workers - 1) / spec.num_workers, spec.strategy.kind in ("zero3", "fsdp2")
-    value = BF16 if spec.strategy.kind.startswith("zero") else FP32
-    sent = (1 if sharded else 2) * share * trained * value
+    step_s = trained * ADAM_BYTES / bandwidth / (workers if kind != "ddp" else 1)
+    # Gradients are summed over the workers once a step, in fp32 by DDP, by DeepSpeed in the 16 bits that it trains in;
+    # the sum is sent back to all. Where each worker has a share of the weights, gradients are sent once to the worker
+    # that has them, and weights are fetched in each pass, twice.
+    share, sharded = (workers - 1) / workers, kind in ("zero3", "fsdp2")
+    sent = (1 if sharded else 2) * share * trained * (BF16 if kind.startswith("zero") else FP32)
     if sharded:
         sent += 2 * passes * share * model.params * BF16
-    rate = gpu.link_gbytes_per_s if spec.num_workers <= gpu.per_machine else gpu.network_gbytes_per_s
-    return sent / (min(rate, gpu.link_gbytes_per_s) * 1e9 * LINK_EFFICIENCY)
+    link = gpu.link_gbytes_per_s if workers <= gpu.per_machine else gpu.network_gbytes_per_s
+    exchange_s = sent / (min(link, gpu.link_gbytes_per_s) * 1e9 * LINK_EFFICIENCY)
+    return max(flops / rate, launch_s) + unpack_s + step_s + exchange_s
 
 
 def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
@@ -168,7 +154,7 @@ EQUALLY_FAST = 1.01
 
 @dataclass(frozen=True)
 class AutoResult:
-    """A spec without `auto`, and why it is as it is."""
+    """A spec without `auto`, and the reasons."""
 
     spec: TrainSpec
     notes: tuple[str, ...] = ()
@@ -182,7 +168,7 @@ class _Candidate:
 
 
 def has_auto(spec: TrainSpec) -> bool:
-    """Whether the plan has something to decide."""
+    """Return whether the plan has something to decide."""
     return "auto" in (spec.optim.micro_batch, spec.optim.gradient_checkpointing) or _form_is_open(spec)
 
 
@@ -202,15 +188,30 @@ def resolve_auto(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
         return AutoResult(
             spec.with_({"quant.resident": "packed"}), (f"{spec.quant.kind} stays packed: {model.unplanned}",)
         )
-    found = [_predict_candidate(one, model, rows, machine) for one in _candidates(spec)]
+    found = []
+    for one in _candidates(spec):
+        peak = worker_memory(one, model, rows, machine).peak_bytes
+        step_s = step_seconds(one, model, rows, machine, one.num_workers)
+        found.append(_Candidate(one, charge_bytes(peak, one.num_workers, machine), step_s))
     fitting = [one for one in found if fits(one.bytes, machine)]
     if not fitting and "auto" not in (spec.optim.micro_batch, spec.optim.gradient_checkpointing):
         return AutoResult(spec)  # it was asked for as it is; `plan` says that it may not fit
     if not fitting:
-        raise _nothing_fits(spec, min(found, key=lambda one: one.bytes), model, rows, machine)
+        raise _fit_error(spec, min(found, key=lambda one: one.bytes), model, rows, machine)
     fastest = min(one.step_s for one in fitting)
     best = min((one for one in fitting if one.step_s <= EQUALLY_FAST * fastest), key=lambda one: one.bytes)
-    return AutoResult(best.spec, tuple(_reasons(spec, best, machine)))
+    notes, predicted = [], f"predicted {of_room(best.bytes, machine)}"
+    if spec.optim.micro_batch == "auto":
+        size = micro_batch(best.spec)
+        passes = best.spec.optim.rows_per_step // best.spec.num_workers // size
+        notes.append(f"micro_batch={size}, accumulation={passes} (the fastest that fits: {predicted})")
+    if spec.optim.gradient_checkpointing == "auto":
+        notes.append(
+            f"gradient_checkpointing={'on' if best.spec.optim.gradient_checkpointing else 'off'} ({predicted})"
+        )
+    if _form_is_open(spec) and best.spec.quant.resident == "dequantised":
+        notes.append(f"{spec.quant.kind} is stored as its plain values (no unpacking in each pass: {predicted})")
+    return AutoResult(best.spec, tuple(notes))
 
 
 def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
@@ -228,27 +229,7 @@ def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
                 yield spec.with_(keys)
 
 
-def _predict_candidate(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> _Candidate:
-    peak = worker_memory(spec, model, rows, machine).peak_bytes
-    step_s = step_seconds(spec, model, rows, machine, spec.num_workers)
-    return _Candidate(spec, charge_bytes(peak, spec.num_workers, machine), step_s)
-
-
-def _reasons(asked: TrainSpec, best: _Candidate, machine: Machine) -> Iterator[str]:
-    predicted = f"predicted {of_room(best.bytes, machine)}"
-    if asked.optim.micro_batch == "auto":
-        size = micro_batch(best.spec)
-        passes = best.spec.optim.rows_per_step // best.spec.num_workers // size
-        yield f"micro_batch={size}, accumulation={passes} (the fastest that fits: {predicted})"
-    if asked.optim.gradient_checkpointing == "auto":
-        yield f"gradient_checkpointing={'on' if best.spec.optim.gradient_checkpointing else 'off'} ({predicted})"
-    if _form_is_open(asked) and best.spec.quant.resident == "dequantised":
-        yield f"{asked.quant.kind} is stored as its plain values (no unpacking in each pass: {predicted})"
-
-
-def _nothing_fits(
-    spec: TrainSpec, least: _Candidate, model: ModelShape, rows: RowSizes, machine: Machine
-) -> ConfigError:
+def _fit_error(spec: TrainSpec, least: _Candidate, model: ModelShape, rows: RowSizes, machine: Machine) -> ConfigError:
     ways = (way for way, size in suggest_training_changes(least.spec, model, rows, machine) if fits(size, machine))
     way = next(ways, None)
     return ConfigError(
@@ -286,6 +267,14 @@ def plan_training(
     step_s = step_seconds(spec, model, rows, machine, workers)
     outcomes_s = 2 * outcomes_seconds(spec, model, outcomes, machine, workers) if outcomes else 0.0
     host = (f"{memory.host_bytes / GIB:.1f} GiB of the machine's own memory a worker",) if memory.host else ()
+    if outcomes_s and outcomes:
+        host = (f"outcomes take {outcomes_s:.0f} s: {outcomes.describe()}, before and after", *host)
+    warnings = []
+    if spec.quant.method.training_advice:
+        warnings.append(f"quant.kind={spec.quant.kind} {spec.quant.method.training_advice}")
+    if machine.gpu is not None and not machine.gpu.has_bf16:
+        gpu = machine.gpu
+        warnings.append(f"{gpu.name} (SM {gpu.sm}) has no bfloat16: computes in float32, twice the memory")
     return StagePlan(
         stage=f"train {spec.name}",
         processes=workers,
@@ -300,25 +289,13 @@ def plan_training(
             f"{steps} steps of {spec.optim.rows_per_step} rows",
             *settled.notes,
             *memory.assumptions,
-            *(
-                (f"outcomes take {outcomes_s:.0f} s: {outcomes.describe()}, before and after",)
-                if outcomes and outcomes_s
-                else ()
-            ),
             *host,
             machine.describe(),
         ),
         step_s=step_s,
-        warnings=tuple(_warnings(spec, machine)),
+        warnings=tuple(warnings),
         host_bytes_per_process=memory.host_bytes,
     )
-
-
-def _warnings(spec: TrainSpec, machine: Machine) -> Iterator[str]:
-    if spec.quant.method.training_advice:
-        yield f"quant.kind={spec.quant.kind} {spec.quant.method.training_advice}"
-    if machine.gpu is not None and not machine.gpu.has_bf16:
-        yield f"{machine.gpu.name} (SM {machine.gpu.sm}) has no bfloat16: computes in float32, twice the memory"
 
 
 MOST_WORKERS = 64
@@ -328,14 +305,18 @@ Change = dict[str, Any]
 def suggest_training_changes(
     spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine
 ) -> Iterator[tuple[str, int]]:
-    """(a setting, bytes to hold against the machine's memory with it). A change that the spec refuses is left out."""
+    """(a setting, bytes of the machine's memory that it takes). A change that the spec refuses is left out."""
     for change in _changes(spec, machine):
         try:
             changed = spec.with_(change)
             peak = worker_memory(changed, model, rows, machine.at(changed.quant)).peak_bytes
         except ConfigError:
             continue
-        yield _set_options(change), charge_bytes(peak, changed.num_workers, machine)
+        options = []
+        for key, value in change.items():
+            nested = {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+            options += [f"{name}={str(one).lower() if one is True else one}" for name, one in nested.items()]
+        yield " ".join(options), charge_bytes(peak, changed.num_workers, machine)
     for share in (0.75, 0.5, 0.25):
         length, shorter = rows.without_longer(share)
         peak = worker_memory(spec, model, shorter, machine).peak_bytes
@@ -353,16 +334,16 @@ def _changes(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
         yield {"optim.gradient_checkpointing": True}
         least |= {"optim.gradient_checkpointing": True}
         yield least
-    yield from ({**least, **change} for change in _shared(spec, machine))
+    yield from ({**least, **change} for change in _strategy_changes(spec, machine))
     if spec.adapter.trains_base:
         yield {**least, "adapter": {"kind": "lora"}}
         yield {**least, "adapter": {"kind": "lora"}, "quant": {"kind": SMALLEST}}
     elif not spec.quant.is_4bit:
         yield {**least, "quant": {"kind": SMALLEST}}
-    yield from ({**least, **change} for change in _workers(spec, machine))
+    yield from ({**least, **change} for change in _worker_changes(spec, machine))
 
 
-def _shared(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
+def _strategy_changes(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
     """Other strategies for the workers that there are."""
     kinds = ("zero1", "zero2", "zero3")
     if spec.quant.is_packed or (spec.num_workers == 1 and machine.gpu is None):
@@ -376,7 +357,7 @@ def _shared(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
         yield {"strategy": {"kind": "zero3", "offload_optimizer": "cpu", "offload_weights": "cpu"}}
 
 
-def _workers(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
+def _worker_changes(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
     """Fewer workers where they share one memory; more, with a share of the weights each, where each has a GPU."""
     rows = spec.optim.rows_per_step
     if machine.gpu is None:
@@ -384,14 +365,3 @@ def _workers(spec: TrainSpec, machine: Machine) -> Iterator[Change]:
     elif not spec.quant.is_packed:
         more = (n for n in (2, 4, 8, 16, 32, MOST_WORKERS) if n > spec.num_workers and rows % n == 0)
         yield from ({"num_workers": n, "strategy": {"kind": "zero3"}} for n in more)
-
-
-def _set_options(change: Change) -> str:
-    """As `--set` takes them."""
-    said = []
-    for key, value in change.items():
-        if isinstance(value, dict):
-            said += [f"{key}.{name}={one}" for name, one in value.items()]
-        else:
-            said.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-    return " ".join(said)

@@ -15,11 +15,10 @@ from graftwork.adapters.lora import LoraSpec
 from graftwork.base import load as base_model
 from graftwork.errors import RunError
 from graftwork.quantization import import_bitsandbytes
-from graftwork.training.loop import device_of, plan_of
-from graftwork.training.objectives.row_cache import IGNORED, Rows
-from graftwork.training.objectives.rows import PackedRows
+from graftwork.training.loop import StepPlan, device_of, plan_of
+from graftwork.training.objectives.protocol import Rows
+from graftwork.training.objectives.rows import IGNORED, PackedRows
 from graftwork.training.objectives.trainer import require_apart, share, trained_logits
-from graftwork.training.step_plan import StepPlan
 from graftwork.training.worker_messages import NonFiniteLoss, StepReport, TrainJob
 from graftwork.tuning.multi_lora.layers import (
     Adapted,

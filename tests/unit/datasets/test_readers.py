@@ -22,9 +22,7 @@ from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
 from graftwork.serving.rag.questions import question_keys, read_questions
 from graftwork.storage import store
 from graftwork.storage.store import Store
-from graftwork.training.objectives import row_cache
-from graftwork.training.objectives.row_cache import KeptRows, open_rows
-from graftwork.training.objectives.rows import PreparedData, prepare
+from graftwork.training.objectives.rows import FOLDER, KeptRows, PreparedData, RowWriter, kept_rows, open_rows, prepare
 from graftwork.training.run import check, run_paths
 from graftwork.training.spec import TrainSpec
 from tests.training import pair_task, task, write_rows
@@ -126,7 +124,7 @@ def same(one: PreparedData, other: PreparedData) -> bool:
 def test_rows_are_rendered_once_until_something_changes(tmp_path: Path, cache: Path) -> None:
     spec = task(tmp_path / "task")
     first = prepare(spec)
-    folders = sorted((cache / row_cache.FOLDER).iterdir())
+    folders = sorted((cache / FOLDER).iterdir())
     rendered = {folder / "ids.bin": os.stat(folder / "ids.bin").st_mtime_ns for folder in folders if folder.is_dir()}
     assert len(rendered) == 2, "training and held-out rows"
     assert same(prepare(spec.with_({"optim.lr": 1.0, "num_workers": 1})), first)
@@ -142,7 +140,7 @@ def test_a_large_set_travels_by_name_and_is_taken_from_the_root(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(task(tmp_path / "task"))
-    monkeypatch.setattr(row_cache, "INLINE_BYTES", 100)
+    monkeypatch.setattr("graftwork.training.objectives.rows.INLINE_BYTES", 100)
     large = prepare(task(tmp_path / "task")).shared(Store(str(tmp_path / "root")))
     assert isinstance(large.train, KeptRows)
     sent = pickle.dumps(large)
@@ -154,14 +152,14 @@ def test_a_large_set_travels_by_name_and_is_taken_from_the_root(
 
 
 def test_rows_are_written_in_pieces(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_cache, "FLUSH_TOKENS", 7)
+    monkeypatch.setattr("graftwork.training.objectives.rows.FLUSH_TOKENS", 7)
 
-    def build(writer: row_cache.RowWriter) -> dict[str, Any]:
+    def build(writer: RowWriter) -> dict[str, Any]:
         for n in range(50):
             writer.add(range(n, n + n % 5 + 1), [token % 2 == 0 for token in range(n % 5 + 1)])
         return {"count": len(writer)}
 
-    rows, about = row_cache.kept_rows("pieces", build)
+    rows, about = kept_rows("pieces", build)
     assert about == {"count": 50}
     for n in range(50):
         ids, trained = open_rows("pieces", None).row(n)

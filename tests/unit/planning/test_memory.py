@@ -36,10 +36,10 @@ from graftwork.serving.planning import RequestLoad, answers_seconds, plan_servin
 from graftwork.serving.spec import EngineSpec, ServeSpec
 from graftwork.stages.plans import plan_spec
 from graftwork.training.evaluation.spec import Item, ItemGroup, work_of
+from graftwork.training.loop import step_plan
 from graftwork.training.planning.memory import pass_of, passes_of, predict_training
 from graftwork.training.planning.plan import plan_training, step_seconds
 from graftwork.training.spec import TrainSpec
-from graftwork.training.step_plan import step_plan
 from tests.shapes import LLAMA_8B, LLAMA_13B, SMOLLM2, TEN_B
 from tests.tiny import write_tiny_base
 from tests.tiny_embedder import write_tiny_embedder
@@ -66,6 +66,15 @@ def test_13b_in_fp16_takes_about_31_gb_to_serve() -> None:
     engine = EngineSpec(kv_tokens=4096, max_batch=1, max_seq_len=4096)
     assert predict_serving(LLAMA_13B, NONE, engine, value_bytes=2).peak_bytes == pytest.approx(31 * GB, rel=0.03)
     assert kv_bytes(LLAMA_13B, 4096, 2) == pytest.approx(3.36 * GB, rel=0.01)
+
+
+def test_13b_takes_over_100_gb_to_train_with_adam() -> None:
+    """Weights, gradients and two moments in fp32: 16 bytes a parameter; activations come on top."""
+    full = spec(adapter={"kind": "full"}, quant={"kind": "none"}, optim={"lr": 1e-5})
+    plan = predict_training(full, LLAMA_13B)
+    state = sum(plan.part(name) for name in ("trained weights", "gradients", "optimizer"))
+    assert state > 100 * GB
+    assert state >= 13_015_864_320 * 16
 
 
 def test_shapes_count_the_parameters_of_known_models() -> None:

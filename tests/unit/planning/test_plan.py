@@ -28,14 +28,14 @@ from graftwork.quantization import QuantSpec
 from graftwork.serving.planning import plan_serving
 from graftwork.serving.spec import EngineSpec
 from graftwork.stages.plans import plan_spec
-from graftwork.training.autotune import FinalPeak, sizes_of
+from graftwork.training.autotune import learn_peak, sizes_of
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.planning.memory import kind_of, predict_training
 from graftwork.training.planning.plan import plan_training, resolve_auto, step_seconds
 from graftwork.training.report import TrainReport, memory_notes, plan_of_run, write_page
 from graftwork.training.run import ResolvedRun
 from graftwork.training.spec import TrainSpec
-from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob
+from graftwork.training.worker_messages import LoopResult, TrainJob
 from tests.shapes import LLAMA_8B, SMOLLM2
 from tests.training import task
 
@@ -268,15 +268,10 @@ def test_a_runs_final_peak_is_what_is_learned_from(tmp_path: Path, monkeypatch: 
     predicted = predict_training(
         asked, ModelShape.from_config(base_model.resolve(asked.base).config), sizes_of(job.data.train)
     ).peak_bytes
-    result = LoopResult(3, False, (), (), 10, 1.0, (predicted, round(1.25 * predicted)), (0, 0))
-    step = StepReport(1, 9, loss=1.0, lr=1e-3, grad_norm=1.0, tokens=10, elapsed_s=1.0, step_s=1.0)
-    final_peak = FinalPeak(job)
-    assert final_peak(step)
-    final_peak.learn(result)
+    result = LoopResult(3, False, (), (), 10, 1.0, (predicted, round(1.25 * predicted)), (0, 0), taken=1)
+    learn_peak(job, result)
     assert read_corrections("cpu") == {}, "a run that goes on for one step has not reached its peak"
-    assert final_peak(replace(step, step=2))
-    assert read_corrections("cpu") == {}, "the peak so far is below the final one where rows differ in length"
-    final_peak.learn(result)
+    learn_peak(job, replace(result, taken=2))
     assert read_corrections("cpu") == {kind_of(asked): Correction(1.25, 1)}
 
 

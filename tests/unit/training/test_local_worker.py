@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import ClusterError
-from graftwork.training.local_worker import _environment, _reserved, fit_in_process, needs_ray_train
+from graftwork.training.local_worker import _environment, _reserve_resources, fit_in_process, needs_ray_train
 from graftwork.training.run import ResolvedRun, _job
 from graftwork.training.spec import TrainSpec
 from tests.process_races import ROOT
@@ -41,7 +41,7 @@ def spec_of(gpus: float, cpus: float = 1.0) -> TrainSpec:
 
 
 def environment_of_worker(spec: TrainSpec) -> dict[str, str]:
-    with _reserved(spec) as reservation:
+    with _reserve_resources(spec) as reservation:
         return _environment(spec, reservation)
 
 

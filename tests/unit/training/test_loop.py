@@ -16,12 +16,11 @@ from graftwork.base import load as base_model
 from graftwork.errors import ConfigError
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.adapters.attach import attach
-from graftwork.training.loop import run_steps
+from graftwork.training.loop import run_steps, step_plan
 from graftwork.training.objectives import sft
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.objectives.trainer import TrainerContext, build
 from graftwork.training.spec import TrainSpec
-from graftwork.training.step_plan import step_plan
 from graftwork.training.worker_messages import LoopResult, NonFiniteLoss, StepReport, TrainJob, read_steps
 from tests.tiny import VOCAB_SIZE
 from tests.training import task

@@ -9,7 +9,7 @@ import pytest
 
 from graftwork.errors import RunError
 from graftwork.storage.store import RunPaths, Store
-from graftwork.training.report import Progress, progress_told
+from graftwork.training.report import Progress, follow_progress
 from graftwork.training.worker_messages import StepLog, StepReport
 from tests.process_races import ROOT
 
@@ -17,7 +17,7 @@ WITHIN_S = 30
 HANGS_AND_IS_STOPPED = """
 import sys, threading
 from graftwork.storage.store import RunPaths, Store
-from graftwork.training.report import progress_told
+from graftwork.training.report import follow_progress
 
 told = threading.Event()
 
@@ -26,7 +26,7 @@ def hang(progress):
     threading.Event().wait()
 
 try:
-    with progress_told(RunPaths(Store(sys.argv[1]), "t", "0" * 64), hang):
+    with follow_progress(RunPaths(Store(sys.argv[1]), "t", "0" * 64), hang):
         told.wait()
         raise KeyboardInterrupt
 except KeyboardInterrupt:
@@ -60,7 +60,7 @@ def test_steps_are_told_while_the_work_goes_on_and_the_last_when_it_has_ended(ru
         told.append(progress)
         first.set()
 
-    with progress_told(run, tell):
+    with follow_progress(run, tell):
         assert first.wait(WITHIN_S), "told meanwhile"
         log.add(step(2))
     assert [(progress.step, progress.total_steps) for progress in told] == [(1, 10), (2, 10)]
@@ -74,7 +74,7 @@ def work(run: RunPaths, error: Exception | None = None) -> None:
         failed.set()
         raise ValueError("no terminal")
 
-    with progress_told(run, fail):
+    with follow_progress(run, fail):
         assert failed.wait(WITHIN_S)
         if error is not None:
             raise error

@@ -26,8 +26,7 @@ from graftwork.storage.store import Store
 from graftwork.training.adapters.merge import MergeSpec, merge_published
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import run_steps
-from graftwork.training.publish import publish
-from graftwork.training.run import ResolvedRun, _job, _write_facts, run_paths
+from graftwork.training.run import ResolvedRun, _job, _write_facts, publish, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, StepReport, read_steps
 from tests import engines

@@ -18,12 +18,11 @@ from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.models import AdapterSource
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import Checkpoints
-from graftwork.training.evaluation.run import before_after
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives.rows import AnsweredRows, prepare
 from graftwork.training.objectives.trainer import edit_similarity
 from graftwork.training.spec import TrainSpec
-from graftwork.training.worker_messages import StepReport, TrainJob
+from graftwork.training.worker_messages import StepReport, TrainJob, before_after
 from tests import engines
 from tests.adapters import facts
 from tests.training import task

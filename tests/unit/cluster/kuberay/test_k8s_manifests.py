@@ -185,7 +185,7 @@ def test_the_image_has_what_offloading_to_nvme_asks_for(monkeypatch: pytest.Monk
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     spec = TrainSpec.model_construct(strategy=SimpleNamespace(offload_optimizer="nvme", offload_weights="none"))
     with pytest.raises(ConfigError) as caught:
-        strategies._check_disks(spec)
+        strategies.check_here(spec)
     named = set(re.findall(r"apt-get install ([\w-]+)", str(caught.value)))
     text = (K8S / "image" / "Dockerfile").read_text(encoding="utf-8")
     [installed] = re.findall(r"apt-get install -y --no-install-recommends (.*?) \\", text)

@@ -23,8 +23,7 @@ from graftwork.training.adapters.attach import adapter_disabled, attach, attach_
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives.rows import prepare
-from graftwork.training.publish import PublishedModel, publish
-from graftwork.training.run import ResolvedRun, run_paths
+from graftwork.training.run import PublishedModel, ResolvedRun, publish, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.warm_start import parent_of
 from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob, read_steps

@@ -22,9 +22,8 @@ from graftwork.storage.store import RunPaths, Store
 from graftwork.training.adapters.attach import attach
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import plan_of, run_steps
-from graftwork.training.objectives.distill import _prompt
-from graftwork.training.objectives.row_cache import TokenRows
-from graftwork.training.objectives.rows import PreparedData, prepare
+from graftwork.training.objectives.distill import _prompt, sampled
+from graftwork.training.objectives.rows import PreparedData, TokenRows, prepare
 from graftwork.training.objectives.trainer import TrainerContext, build, trained_logits
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport, TrainJob
@@ -166,15 +165,15 @@ def test_samples_follow_the_prompts_and_end_at_a_stop_token(folder: Path) -> Non
     trainer = trainer_of(student(folder, objective={"on_policy": 1.0, "max_new_tokens": 5}), folder)
     inputs = trainer.data_collator([{"row": row} for row in range(4)])
     torch.manual_seed(0)
-    sampled = trainer.sampled(inputs)
+    batch = sampled(trainer, inputs)
     for row in range(4):
         prompt = _prompt(inputs["input_ids"][row], inputs["labels"][row])
-        ids, labels = sampled["input_ids"][row], sampled["labels"][row]
+        ids, labels = batch["input_ids"][row], batch["labels"][row]
         assert ids[: len(prompt)].tolist() == prompt
         answer = labels[labels != -100].tolist()
         assert 1 <= len(answer) <= 5
         assert not trainer.stop_ids & {*answer[:-1]}
-        assert int(sampled["attention_mask"][row].sum()) == len(prompt) + len(answer)
+        assert int(batch["attention_mask"][row].sum()) == len(prompt) + len(answer)
 
 
 def test_a_teacher_that_cannot_teach_is_refused(folder: Path, tmp_path: Path) -> None:

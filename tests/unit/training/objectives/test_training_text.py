@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Ll
 from graftwork.base import load as base_model
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.loop import run_steps
-from graftwork.training.objectives.row_cache import TokenRows
-from graftwork.training.objectives.rows import PackedRows, best_fit, pack_rows, prepare
+from graftwork.training.objectives.rows import PackedRows, TokenRows, best_fit, pack_rows, prepare
 from graftwork.training.objectives.trainer import require_apart, trained_logits
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport, TrainJob

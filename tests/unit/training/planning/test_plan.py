@@ -7,13 +7,12 @@ import pytest
 
 from graftwork.errors import ConfigError, DataError, RunError
 from graftwork.storage.store import RunPaths, Store
-from graftwork.training.objectives.row_cache import TokenRows
-from graftwork.training.objectives.rows import prepare
+from graftwork.training.loop import step_plan
+from graftwork.training.objectives.rows import TokenRows, prepare
 from graftwork.training.report import progress_of
 from graftwork.training.run import run_paths
 from graftwork.training.run_lock import run_lock
 from graftwork.training.spec import OptimSpec
-from graftwork.training.step_plan import step_plan
 from graftwork.training.worker_messages import StepLog, StepReport, read_steps
 from tests.training import task, write_rows
 
