@@ -15,7 +15,7 @@ def factor_at(factors: Sequence[tuple[float, float]], done: int, steps: int) -> 
 def scale(optimizer: Any, scheduler: Any, factors: Factors, steps: int) -> None:
     """Multiply what a torch LambdaLR gives, from its present step on. A checkpoint's state holds the rate that its own
     factors gave for the next step, so that rate is computed again. Before the first step of an attempt."""
-    from graftwork.compat.torch import set_last_rates
+    from graftwork.compat.hf import set_last_rates
 
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     given = scheduler.lr_lambdas

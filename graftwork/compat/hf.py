@@ -1,9 +1,10 @@
-"""Hooks into transformers, TRL, PEFT, accelerate and bitsandbytes.
+"""Hooks into transformers, TRL, PEFT, accelerate, bitsandbytes and torch's schedules.
 
-Checked with transformers 5.24, TRL 1.16, PEFT 0.21, accelerate 1.15 and bitsandbytes 0.50. Nothing here
+Checked with torch 2.13, transformers 5.24, TRL 1.16, PEFT 0.21, accelerate 1.15 and bitsandbytes 0.50. Nothing here
 imports them at module level: the core imports this module. TRL's trainers come in as arguments.
 """
 
+from collections.abc import Sequence
 from logging import ERROR, getLogger
 from typing import Any
 
@@ -187,3 +188,12 @@ def unpack_cpu_layout(packed: Any, state: Any) -> tuple[Any, Any]:
 
     found: tuple[Any, Any] = functional._convert_weight_packed_for_cpu_inverse(packed, state)
     return found
+
+
+def set_last_rates(scheduler: Any, rates: Sequence[float]) -> None:
+    """Make a learning rate scheduler report these rates as its present ones (`get_last_lr`), until its next step.
+
+    A schedule whose lambdas change after a resume reports the checkpoint's rate for the first step otherwise.
+    Upstream: `torch.optim.lr_scheduler.LRScheduler._last_lr`.
+    """
+    scheduler._last_lr = list(rates)

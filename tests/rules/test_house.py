@@ -11,12 +11,11 @@ from benchmarks import house
 from benchmarks.house import ROOT
 from graftwork.cli import app
 
-MOST_MODULES = 335
+MOST_MODULES = 298
 SHORT_MODULES = {
     "graftwork/adapters/full.py",  # an adapter kind is a module
     "graftwork/adapters/ia3.py",
     "graftwork/adapters/spec.py",  # their union
-    "graftwork/compat/torch.py",  # hooks of one library
     "graftwork/plugins.py",  # rewards and scorers of other packages
     "graftwork/recipes/element_prose.py",  # a recipe is a module
     "graftwork/recipes/python_code.py",

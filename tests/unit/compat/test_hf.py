@@ -303,3 +303,14 @@ def test_a_repacked_4_bit_weight_is_unpacked_to_the_same_values() -> None:
     assert torch.equal(data, packed)
     state.absmax, state.dtype = absmax.t().reshape(-1).float(), torch.float32
     assert torch.allclose(functional.dequantize_4bit(data, state), plain, rtol=1 / 128)
+
+
+def test_a_scheduler_reports_the_rates_that_were_set_until_its_next_step() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 / (1 + done))
+    hf.set_last_rates(scheduler, [0.25])
+    assert scheduler.get_last_lr() == [0.25]
+    assert scheduler.state_dict()["_last_lr"] == [0.25], "a checkpoint holds the same"
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.5]
