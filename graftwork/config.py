@@ -51,7 +51,7 @@ class Spec(BaseModel):
     def identity(self) -> str:
         """Like `digest`, without NO_IDENTITY: the same in every store."""
         tree = self.model_dump(mode="json")
-        return hashlib.sha256(canonical_json(_without(tree, NO_IDENTITY)).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(_drop_keys(tree, NO_IDENTITY)).encode()).hexdigest()
 
     def with_(self, overrides: Mapping[str, Any]) -> Self:
         """A validated copy with dotted keys replaced, e.g. `{"optim.lr": 1e-3}`. Raises ConfigError on a wrong key."""
@@ -252,9 +252,9 @@ def _is_set(spec: Spec, dotted: str) -> bool:
     return True
 
 
-def _without(tree: Any, keys: frozenset[str]) -> Any:
+def _drop_keys(tree: Any, keys: frozenset[str]) -> Any:
     if isinstance(tree, dict):
-        return {key: _without(value, keys) for key, value in tree.items() if key not in keys}
+        return {key: _drop_keys(value, keys) for key, value in tree.items() if key not in keys}
     return tree
 
 

@@ -114,7 +114,7 @@ class TextMatch:
         return cls(
             em=words in references,
             f1=max(_shared_f1(words, reference) for reference in references),
-            contains=any(_holds(words, reference) for reference in references),
+            contains=any(_contains_words(words, reference) for reference in references),
         )
 
 
@@ -137,7 +137,7 @@ def _shared_f1(a: Sequence[str], b: Sequence[str]) -> float:
     return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
 
 
-def _holds(words: Sequence[str], part: Sequence[str]) -> bool:
+def _contains_words(words: Sequence[str], part: Sequence[str]) -> bool:
     if not part:
         return not words
     return any(words[start : start + len(part)] == part for start in range(len(words) - len(part) + 1))
@@ -267,11 +267,11 @@ def _facts(text: str, answer: Mapping[str, Any] | None, key: GoldAnswer) -> floa
         found = sum([*map(tokens, given)] == [*map(tokens, gold)] for given, gold in pairs)
     else:
         words = tokens(text)
-        found = sum(all(_within(tokens(leaf), words) for leaf in leaves(key.gold[name])) for name in key.wanted)
+        found = sum(all(_is_within(tokens(leaf), words) for leaf in leaves(key.gold[name])) for name in key.wanted)
     return found / len(key.wanted)
 
 
-def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
+def _is_within(part: Sequence[str], whole: Sequence[str]) -> bool:
     """Return whether the text has the tokens, next to each other and in order."""
     n = len(part)
     return n > 0 and any(tuple(whole[i : i + n]) == tuple(part) for i in range(len(whole) - n + 1))

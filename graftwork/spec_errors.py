@@ -166,7 +166,7 @@ def _problem(cls: type[BaseModel], keys: Sequence[str], kind: str, error: Mappin
     if kind == "string_pattern_mismatch":
         pattern = str(context["pattern"])
         rule = _PATTERNS.get(pattern, f"the text matches {pattern}")
-        return "the text has a form that this key does not take", rule, _spelling(str(given), pattern)
+        return "the text has a form that this key does not take", rule, _spelling_hint(str(given), pattern)
     if kind in ("literal_error", "enum"):
         known = re.findall(r"'([^']+)'", str(context["expected"]))
         peer = PEER_VALUES.get(str(given).lower(), "")
@@ -178,7 +178,7 @@ def _problem(cls: type[BaseModel], keys: Sequence[str], kind: str, error: Mappin
     return message.replace("Input should be", "it should be").replace("String should", "it should"), "", ""
 
 
-def _spelling(given: str, pattern: str) -> str:
+def _spelling_hint(given: str, pattern: str) -> str:
     """Return a hint with the nearest text that `pattern` takes: in lower case, with '-' for other characters."""
     near = re.sub(r"[^a-z0-9]+", "-", given.lower()).strip("-")
     taken = [text for text in (near, f"{near}@latest") if re.fullmatch(pattern, text)]
@@ -199,7 +199,7 @@ def _unknown_key(
         peer = PEER_KEYS[name] if last in _keys_of(_models_at(cls, above)) else ""
         elsewhere = peer or next((path for path in _paths_to(cls, name) if path != dotted), "")
         hint = f"use {elsewhere!r}" if elsewhere else did_you_mean(name, known) or f"remove {name!r}"
-        hint = _renamed(cls, name, known) or hint
+        hint = _renamed_key(cls, name, known) or hint
     return (
         dotted,
         "unknown key" + ("" if isinstance(error["input"], Mapping | list) else f" (value {_short(error['input'])})"),
@@ -221,7 +221,7 @@ def _key_of_another_kind(
     return f"{keys[-1]!r} belongs to {_tag(meant)} {' or '.join(having)}: add '{_tag(meant)}: {having[0]}'"
 
 
-def _renamed(cls: type[BaseModel], name: str, known: Sequence[str]) -> str:
+def _renamed_key(cls: type[BaseModel], name: str, known: Sequence[str]) -> str:
     new = RENAMED_KEYS.get(name)
     if new is None:
         return ""

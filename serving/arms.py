@@ -53,7 +53,7 @@ class Catalog:
         if arm is not None:
             return arm
         if not model.startswith(f"{self.base}:"):
-            raise self._unknown(model)
+            raise self._unknown_model(model)
         return _ADAPTER_ARM.model_copy(update={"adapter": self.ref(model)})  # `ref` has checked the one new value
 
     def ref(self, name: str) -> str:
@@ -61,7 +61,7 @@ class Catalog:
         task = name.removeprefix(f"{self.base}:")
         ref = task if "@" in task else f"{task}@{DEFAULT_ALIAS}"
         if not re.fullmatch(ALIAS_PATTERN, ref):
-            raise self._unknown(name)
+            raise self._unknown_model(name)
         return ref
 
     def require_embedder(self, model: str) -> None:
@@ -93,7 +93,7 @@ class Catalog:
             f"Models here: {', '.join([self.base, f'{self.base}:TASK', f'{self.base}:TASK@ALIAS', *self._named_arms])}."
         )
 
-    def _unknown(self, model: str) -> ApiError:
+    def _unknown_model(self, model: str) -> ApiError:
         return unknown_model(model, f"{self.forms()} GET /v1/models lists them all.")
 
 
@@ -143,7 +143,7 @@ def build_prompt(
     context: Sequence[Passage] = ()
     left_out: Sequence[Passage] = ()
     if isinstance(question, str):
-        prompt, longest = _resolved(_NO_PROMPT), max_new_tokens
+        prompt, longest = _resolve_prompt(_NO_PROMPT), max_new_tokens
         ids, stop_ids = tuple(template.encode(question)), template.stop_ids
     else:
         if arm.prompt and arm.prompt.system is not None and any(turn.role == "system" for turn in question):
@@ -153,7 +153,7 @@ def build_prompt(
                 "an arm is one fixed prompt",
                 "leave the system message out",
             )
-        prompt, longest = _resolved(arm.prompt or trained or _NO_PROMPT), max_new_tokens or arm.max_new_tokens
+        prompt, longest = _resolve_prompt(arm.prompt or trained or _NO_PROMPT), max_new_tokens or arm.max_new_tokens
         if arm.retriever:
             found = find(arm, question) if passages is None else passages
             context, left_out = fit_passages(found, template, prompt, arm.retriever.context_tokens)
@@ -191,7 +191,7 @@ def require_bytes(size: int, longest_token_bytes: int, max_seq_len: int) -> None
 def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
     """Read the worked examples and open the index now, before a request needs them. Raises DataError, StorageError."""
     if prompt is not None:
-        _resolved(prompt)
+        _resolve_prompt(prompt)
     if retriever is not None:
         _index(retriever)
 
@@ -243,7 +243,7 @@ _NO_PROMPT = PromptSpec()
 
 
 @lru_cache(maxsize=256)
-def _resolved(spec: PromptSpec) -> Prompt:
+def _resolve_prompt(spec: PromptSpec) -> Prompt:
     return resolve_prompt(spec)
 
 

@@ -218,8 +218,8 @@ class LogprobStream:
     def push(self, event: TokenEvent) -> None:
         """One token of the answer, not one that ends it."""
         spelled = self._spell(event.token_id)
-        token = _spelled(spelled, event.logprob)
-        top = tuple(_spelled(self._spell(token_id), logprob) for token_id, logprob in event.top)
+        token = _make_spelled(spelled, event.logprob)
+        top = tuple(_make_spelled(self._spell(token_id), logprob) for token_id, logprob in event.top)
         self._pending.append(TokenLogprob(token, top, self._length))
         if event.token_id not in self._silent:
             self._length += len(self._characters.decode(spelled))
@@ -232,6 +232,6 @@ class LogprobStream:
         return ready
 
 
-def _spelled(spelled: bytes, logprob: float | None) -> Spelled:
+def _make_spelled(spelled: bytes, logprob: float | None) -> Spelled:
     assert logprob is not None, "the request asked for log probabilities"
     return Spelled(tuple(spelled), max(logprob, _UNLIKELY))

@@ -136,13 +136,13 @@ class Sizes:
             prompt, room = self._prompt(arm), arm.retriever.context_tokens if arm.retriever else None
             lengths = []
             for row in self._sample():
-                context, _ = fit_passages(self._found(arm, row.question), self.template, prompt, room)
+                context, _ = fit_passages(self._find_passages(arm, row.question), self.template, prompt, room)
                 whole = render(row.question, self.template, prompt=prompt, context=context, generate=True)
                 lengths.append(len(whole.ids))
             self._prompt_means[key] = mean(lengths)
         return self._prompt_means[key]
 
-    def _found(self, arm: ArmSpec, question: Sequence[Message]) -> Sequence[Passage]:
+    def _find_passages(self, arm: ArmSpec, question: Sequence[Message]) -> Sequence[Passage]:
         if arm.retriever is None:
             return ()
         key = (arm.retriever.corpus, arm.retriever.k)

@@ -123,7 +123,7 @@ class AutoscalingSpec(Spec):
     """How long the load must have called for fewer; a replica that ends finishes its requests first."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is less than min_replicas={self.min_replicas}")
         return self

@@ -106,14 +106,14 @@ def before_after(steps: Sequence[StepReport]) -> tuple[str, ...]:
             rows.setdefault((found["name"], found["row"]), []).append((found["cell"] or "", change))
         else:
             lines.append(f"held-out {key.replace('_', ' ')}: {before[key]:.4g} before, {after[key]:.4g} after")
-    for name, row in sorted(rows, key=lambda key: _natural(" ".join(key))):
-        cells = sorted(rows[name, row], key=lambda pair: _natural(pair[0]))
+    for name, row in sorted(rows, key=lambda key: _natural_key(" ".join(key))):
+        cells = sorted(rows[name, row], key=lambda pair: _natural_key(pair[0]))
         table = ", ".join(f"{cell} {change}".strip() for cell, change in cells)
         lines.append(f"held-out {name.replace('_', ' ')}, {row}: {table}")
     return tuple(lines)
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
+def _natural_key(text: str) -> list[tuple[int, str]]:
     """Sorts 512 before 1024."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 

@@ -166,7 +166,7 @@ def stopping_rule(spec: "TuneSpec", past: "Iterable[TrialRecord]") -> StoppingRu
 
 class _OnlyDiverged:
     def reason_to_stop(self, trial_id: str, step: int, loss: float) -> str | None:
-        return _diverged(step, loss)
+        return _divergence_reason(step, loss)
 
 
 class _Halving:
@@ -190,7 +190,7 @@ class _Halving:
     def reason_to_stop(self, trial_id: str, step: int, loss: float) -> str | None:
         """A loss that is not finite is no part of a rung's cut-off; at the last step there is nothing to stop."""
         if not math.isfinite(loss) or step >= self._steps:
-            return _diverged(step, loss)
+            return _divergence_reason(step, loss)
         if trial_id not in self._bracket_of:
             self._bracket_of[trial_id] = self._draw_bracket(trial_id)
         number = self._bracket_of[trial_id]
@@ -227,7 +227,7 @@ class _Median:
 
     def reason_to_stop(self, trial_id: str, step: int, loss: float) -> str | None:
         if not math.isfinite(loss):
-            return _diverged(step, loss)
+            return _divergence_reason(step, loss)
         self._seen.setdefault(trial_id, []).append((step, loss))
         if step < self._grace_steps:
             return None
@@ -245,5 +245,5 @@ class _Median:
         )
 
 
-def _diverged(step: int, loss: float) -> str | None:
+def _divergence_reason(step: int, loss: float) -> str | None:
     return None if math.isfinite(loss) else f"stopped at step {step}: its held-out loss is {loss}"

@@ -53,7 +53,7 @@ def cheapest(objectives: Sequence[Goal], tied: Mapping[str, Sequence[TrialRecord
         pool = [one for one, cost in costs.items() if abs(cost - least) <= noise * max(cost, least)]
         if len(pool) < len(costs):
             others = best(cost for one, cost in costs.items() if one not in pool)
-            found = Cheapest(pool[0], goal.metric, _against(goal.metric, least, others))
+            found = Cheapest(pool[0], goal.metric, _value_text(goal.metric, least, others))
     return found
 
 
@@ -63,7 +63,7 @@ def _mean(runs: Sequence[TrialRecord], goal: Goal) -> float | None:
     return fmean(known) if len(known) == len(values) else None
 
 
-def _against(metric: str, a: float, b: float) -> str:
+def _value_text(metric: str, a: float, b: float) -> str:
     if metric == "trained_parameters":
         counts = [f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:.0f}" for value in (a, b)]
         return f"{' against '.join(counts)} trained parameters"
@@ -101,7 +101,7 @@ def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> SearchDecision:
     front = tuple(trial.trial_id for trial in pareto(trials, spec.objectives)) if len(spec.objectives) > 1 else ()
     taking_part = finalists(spec, trials)
     if not taking_part:
-        return _unrepeated(spec, best, front)
+        return _decide_by_one_run(spec, best, front)
     notes, whole = [], []
     if spec.finals and len(taking_part) < spec.finals.finalists:
         notes.append(f"finals.finalists={spec.finals.finalists}, but {len(taking_part)} trials ran to their end")
@@ -111,7 +111,7 @@ def choose(spec: TuneSpec, trials: Sequence[TrialRecord]) -> SearchDecision:
         else:
             notes.append(f"{one.name} is out: of its {len(seeds_of(spec))} runs {len(one.runs)} reached their end")
     if not whole:
-        return _unrepeated(spec, best, front, tuple(notes))
+        return _decide_by_one_run(spec, best, front, tuple(notes))
     return _decide(spec, whole, front, tuple(notes))
 
 
@@ -140,7 +140,7 @@ def _decide(
     tied = [best, *(by_id[one.other_id] for one in contrasts if one.tied)]
     taken = cheapest(spec.objectives[1:], {one.trial.trial_id: one.runs for one in tied})
     names = {key: one.name for key, one in by_id.items()}
-    said = [*_beats(best, contrasts, names), *_tied(best, contrasts, names, taken)]
+    said = [*_win_sentences(best, contrasts, names), *_tie_sentences(best, contrasts, names, taken)]
     if len(whole) == 1:
         said = [f"{best.name} is the only finalist all of whose runs reached their end"]
     return SearchDecision(taken.trial_id, best.trial.trial_id, "; ".join(said), rule(spec), contrasts, front, notes)
@@ -178,7 +178,7 @@ def gathered(spec: TuneSpec, taking_part: Sequence[TrialRecord], trials: Sequenc
         yield Finalist(trial, name, (trial, *(run for run in runs if run.state == "finished")))
 
 
-def _unrepeated(
+def _decide_by_one_run(
     spec: TuneSpec, best: Sequence[TrialRecord], front: tuple[str, ...], notes: tuple[str, ...] = ()
 ) -> SearchDecision:
     """By one run a point."""
@@ -198,7 +198,7 @@ def _unrepeated(
     return SearchDecision(taken, best[0].trial_id, said + more, rule(spec), (), front, notes)
 
 
-def _beats(best: Finalist, contrasts: Sequence[FinalistComparison], names: Mapping[str, str]) -> Iterator[str]:
+def _win_sentences(best: Finalist, contrasts: Sequence[FinalistComparison], names: Mapping[str, str]) -> Iterator[str]:
     for one in contrasts:
         if one.beaten:
             by = f"{one.difference:.4f} nats [{one.low:.4f}, {one.high:.4f}]"
@@ -208,7 +208,7 @@ def _beats(best: Finalist, contrasts: Sequence[FinalistComparison], names: Mappi
             yield f"{best.name} is {by}, which is not certain over all pairs (p={one.p_value:.2g})"
 
 
-def _tied(
+def _tie_sentences(
     best: Finalist, contrasts: Sequence[FinalistComparison], names: Mapping[str, str], taken: Cheapest
 ) -> Iterator[str]:
     behind = [one for one in contrasts if one.tied]

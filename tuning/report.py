@@ -119,7 +119,7 @@ def sweep_record(spec: TuneSpec, trials: Sequence[TrialRecord], ended: SweepEnd)
         importance=found,
         heat=heat(keys, searched, found),
         stops=stops(searched, best_id, spec.steps) if spec.scheduler else None,
-        front=_front(spec, trials),
+        front=_pareto_front(spec, trials),
         finals=_finals_record(spec, trials, choice) if choice else None,
     )
 
@@ -130,7 +130,7 @@ def most_at_once(trials: Sequence[TrialRecord]) -> int:
     return max((sum(began <= start < end for began, end in spans) for start, _ in spans), default=1) or 1
 
 
-def _front(spec: TuneSpec, trials: Sequence[TrialRecord]) -> FrontRecord | None:
+def _pareto_front(spec: TuneSpec, trials: Sequence[TrialRecord]) -> FrontRecord | None:
     """Return the trials by objective; None for one objective."""
     if len(spec.objectives) < 2:
         return None
@@ -187,7 +187,7 @@ def stops(trials: Sequence[SweepTrial], best_id: str | None, steps: int) -> Stop
     best = next((trial for trial in finished if trial.id == best_id), None)
     saved = sum(steps - trial.last_step for trial in stopped)
     taken = sum(trial.last_step for trial in trials)
-    lacked = _lacked(stopped, finished, best) if best else []
+    lacked = _gaps_of_stopped(stopped, finished, best) if best else []
     most = [max(_caught_up(finished, best, one.step)) - one.gap for one in lacked if one.n] if best else []
     timed = [trial for trial in trials if trial.wall_s and trial.last_step]  # starts are spread over their steps
     steps_timed = sum(trial.last_step for trial in timed)
@@ -217,7 +217,9 @@ def _rung(step: int, count: int, finished: Sequence[SweepTrial]) -> RungRecord:
     )
 
 
-def _lacked(stopped: Sequence[SweepTrial], finished: Sequence[SweepTrial], best: SweepTrial) -> list[StoppedTrial]:
+def _gaps_of_stopped(
+    stopped: Sequence[SweepTrial], finished: Sequence[SweepTrial], best: SweepTrial
+) -> list[StoppedTrial]:
     """Gap of each stopped trial to the best at its last step, the one most likely to have caught up first."""
     found = []
     for trial in stopped:

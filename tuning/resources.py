@@ -154,7 +154,7 @@ class TrialResources:
         """
         if self.elsewhere is not None:
             return Request({"memory": float(DRIVER_BYTES)})
-        trial, found = trials[0], self._known(trials[0])
+        trial, found = trials[0], self._shape_and_machine(trials[0])
         worker = resources_per_worker(trial)
         if found is not None:
             worker |= predicted(trials, *found, self.rows[rows_key(values)])
@@ -230,7 +230,7 @@ class TrialResources:
         shape = ModelShape.from_config(base_model.resolve(trial.base).config)
         return resolve_auto_trial(self.spec, trial, shape, self.rows[rows_key(values)], machine_of(trial))
 
-    def _known(self, trial: TrainSpec) -> tuple[ModelShape, Machine] | None:
+    def _shape_and_machine(self, trial: TrainSpec) -> tuple[ModelShape, Machine] | None:
         shape = ModelShape.from_config(base_model.resolve(trial.base).config)
         try:
             return None if shape.unplanned else (shape, machine_of(trial))
@@ -239,7 +239,7 @@ class TrialResources:
 
     def _way_out(self, trial: TrainSpec, values: Values) -> str | None:
         """The smallest change of the trial's spec that would fit."""
-        found = self._known(trial)
+        found = self._shape_and_machine(trial)
         if found is None:
             return None
         shape, machine = found

@@ -61,13 +61,13 @@ def warn_about_similar_sweeps(spec: TuneSpec, run: RunPaths) -> list[str]:
             old, new = ({**sweep.recipe(), "train": sweep.train.recipe()} for sweep in (before, spec))
             differences = changed_keys(old, new) or "the contents of its base or data"
         return [
-            f"this begins a new sweep, {run.run_id}, and takes over no trial: {other.run_id} ({_reached(other)}) "
+            f"this begins a new sweep, {run.run_id}, and takes over no trial: {other.run_id} ({_progress_text(other)}) "
             f"differs in {differences}. With the same values the same command goes on with it"
         ]
     return []
 
 
-def _reached(run: RunPaths) -> str:
+def _progress_text(run: RunPaths) -> str:
     state = run.store.read_json(*run.status())["state"]
     try:
         trials = run.store.read_json(*run.file(TRIALS_FILE))["trials"]

@@ -172,11 +172,11 @@ def points(
     import optuna
 
     distributions = {key: _distribution(key, domain) for key, domain in spec.space.items()}
-    with _quiet():
+    with _quiet_logging():
         study = optuna.create_study(sampler=_sampler(asked, seed), directions=["minimize"] * len(spec.objectives))
         study.add_trials([_to_frozen_trial(outcome, spec.space, distributions) for outcome in outcomes])
     for _ in range(TRIES):
-        with _quiet():
+        with _quiet_logging():
             found = study.ask(distributions).params
         yield {key: _value(domain, found[key]) for key, domain in spec.space.items()}
 
@@ -242,7 +242,7 @@ def _value(domain: Domain, parameter: Any) -> JsonValue:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_logging() -> Iterator[None]:
     """Silence Optuna's log line of each trial and its warnings that an interface is experimental."""
     import optuna
 

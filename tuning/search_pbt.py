@@ -128,7 +128,7 @@ class PbtSearch:
         parent, factor = self._lines(before, generation)[member]
         values = dict(parent.values)
         if factor != 1.0:
-            values[FACTORS] = _extended(values.get(FACTORS), generation * self.asked.every / self.steps, factor)
+            values[FACTORS] = _extend_range(values.get(FACTORS), generation * self.asked.every / self.steps, factor)
         return Suggestion(values, parent=parent.trial_id, until=until)
 
     def _lines(self, before: "Sequence[TrialRecord]", generation: int) -> "list[tuple[TrialRecord, float]]":
@@ -170,7 +170,7 @@ def _loss(trial: "TrialRecord") -> float:
     return trial.losses[-1][1] if trial.state != "failed" and trial.losses else math.inf
 
 
-def _extended(known: JsonValue, share: float, factor: float) -> JsonValue:
+def _extend_range(known: JsonValue, share: float, factor: float) -> JsonValue:
     """Return the schedule with one more factor, multiplied by the last."""
     pieces: list[JsonValue] = [*known] if isinstance(known, list | tuple) else []
     last = pieces[-1] if pieces else None

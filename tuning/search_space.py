@@ -27,7 +27,7 @@ class CategoricalSpace(Spec):
         return self.values
 
     @model_validator(mode="after")
-    def _differ(self) -> Self:
+    def _check_distinct(self) -> Self:
         if any(value in self.values[:index] for index, value in enumerate(self.values)):
             raise ValueError(f"values must differ, found {list(self.values)}")
         return self
@@ -38,7 +38,7 @@ class _Range(Spec):
     high: float = Field(allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _rises(self) -> Self:
+    def _check_rising(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"low={self.low:g} must be less than high={self.high:g}")
         return self
@@ -69,7 +69,7 @@ class _Integers(Spec):
     high: int
 
     @model_validator(mode="after")
-    def _rises(self) -> Self:
+    def _check_rising(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"low={self.low} must be less than high={self.high}")
         return self
@@ -173,7 +173,7 @@ METRICS = {
 """What every trial reports, by name."""
 
 
-def _known(metric: str) -> str:
+def _check_metric(metric: str) -> str:
     if metric not in METRICS:
         near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.5)
         raise ConfigError(
@@ -188,7 +188,7 @@ def _known(metric: str) -> str:
 class Goal(Spec):
     """One figure of a trial and which way is better."""
 
-    metric: Annotated[str, AfterValidator(_known)] = EVAL_LOSS
+    metric: Annotated[str, AfterValidator(_check_metric)] = EVAL_LOSS
     direction: Literal["min", "max"] = "min"
 
 

@@ -200,7 +200,7 @@ def importance(keys: Sequence[SweepKey], trials: Sequence[SweepTrial], seed: int
     y = scores(losses)
     fits = [_Surface(blocks, pairs, ridge) for pairs in (False, True) for ridge in RIDGES]
     fits = [fit for fit in fits if fit.width + 4 <= len(shown)]
-    p = _shuffled(fits, y, seed)
+    p = _permutation_p(fits, y, seed)
     chance = f"left-out trials are predicted no better than where the losses are shuffled (p={p:.2f}, n={len(shown)})"
     silent = chance if p >= 1 - LEVEL else None
     return record(silent, max(fits, key=lambda fit: fit.predicts(y)), p)
@@ -255,7 +255,7 @@ class _Surface:
         return np.asarray(np.linalg.solve(gram, x.T @ y), dtype=np.float64)
 
 
-def _shuffled(fits: Sequence[_Surface], y: Floats, seed: int) -> float:
+def _permutation_p(fits: Sequence[_Surface], y: Floats, seed: int) -> float:
     """p value of a permutation test: share of shuffles whose losses the best fit predicts as well as the real ones."""
     rng = np.random.default_rng(seed)
     every = np.column_stack([y, *(rng.permutation(y) for _ in range(SHUFFLES))])

@@ -67,19 +67,19 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
     unattached: dict[Targets, str] = {}
     for which in TARGETS:
         try:
-            adapted[which], routed[which] = _adapted(build(config), which)
+            adapted[which], routed[which] = _adaptable_linears(build(config), which)
         except Exception as error:  # PEFT on a model of any architecture
             adapted[which], routed[which], unattached[which] = (), (), _first_line(error)
-    grouped = _grouped((name, *_sizes(model.get_submodule(name))) for name in linears(model))
+    grouped = _group_linears((name, *_sizes(model.get_submodule(name))) for name in linears(model))
     shape = _shape(model, config, grouped, adapted)
-    unserved, kv = _served(build(config))
+    unserved, kv = _serving_facts(build(config))
     if kv:  # as the attention is called with them; a config need not name them
         shape = replace(shape, kv_values=sum(2 * layer.heads * layer.head_dim for layer in kv))
     if len(set(kv)) == 1:
         shape = replace(shape, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
     decoder = {id(module) for module in model.get_decoder().modules()}
     outside = [name for name in linears(model) if id(model.get_submodule(name)) not in decoder]
-    shape = replace(shape, unplanned=_unplanned(model, shape, outside))
+    shape = replace(shape, unplanned=_unplanned_reason(model, shape, outside))
     text = model.config.get_text_config()
     return BaseFacts(
         shape=shape,
@@ -127,7 +127,7 @@ def _shape(
     )
 
 
-def _adapted(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
+def _adaptable_linears(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
     """The linears on which PEFT puts a LoRA, and the names of experts and routers on which it puts one."""
     attach = _named(ATTACH)
     experts = {name.rpartition(".")[0].rpartition(".")[0] for name, _ in _expert_weights(model)}
@@ -144,7 +144,7 @@ def _adapted(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str,
             routed.append(_pattern(plain))
         down, up = module.lora_A["default"], module.lora_B["default"]
         found += [(plain, down.in_features, up.out_features)] * down.out_features  # PEFT stacks the ranks of experts
-    return _grouped(found), tuple(dict.fromkeys(routed))
+    return _group_linears(found), tuple(dict.fromkeys(routed))
 
 
 def _expert_weights(model: Any) -> list[tuple[str, Any]]:
@@ -165,7 +165,7 @@ def _named(place: tuple[str, str]) -> Any:
     return getattr(importlib.import_module(place[0]), place[1])
 
 
-def _served(model: Any) -> tuple[str, list[Any]]:
+def _serving_facts(model: Any) -> tuple[str, list[Any]]:
     """Return (why the engine cannot run the model, or "", and the `KvShape` of each layer)."""
     _choose_nothing(model)
     try:
@@ -238,7 +238,7 @@ def is_recurrent(config: Any) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
-def _unplanned(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
+def _unplanned_reason(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
     """Reason why the closed forms of `graftwork.planning.memory` do not predict a training step's activations."""
     found = ""
     if _expert_weights(model) or any(".experts." in name for name in linears(model)):
@@ -272,7 +272,7 @@ def _sizes(module: Any) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def _grouped(found: Iterable[tuple[str, int, int]]) -> tuple[Linear, ...]:
+def _group_linears(found: Iterable[tuple[str, int, int]]) -> tuple[Linear, ...]:
     """Equal layers of different blocks as one entry, in the model's order."""
     counts = Counter((_pattern(name), inputs, outputs) for name, inputs, outputs in found)
     return tuple(Linear(*key, count, _part(key[0])) for key, count in counts.items())

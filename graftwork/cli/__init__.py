@@ -26,14 +26,14 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer has no public name for the type of `ctx`
         if args and args[0] in RENAMED_VERBS:
-            raise _renamed(f"graftwork {args[0]}", f"graftwork {RENAMED_VERBS[args[0]]}", "no such command")
+            raise _renamed_error(f"graftwork {args[0]}", f"graftwork {RENAMED_VERBS[args[0]]}", "no such command")
         for flag in (word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", args)):
             if flag in RENAMED_FLAGS:
-                raise _renamed(flag, RENAMED_FLAGS[flag], "no such option")
+                raise _renamed_error(flag, RENAMED_FLAGS[flag], "no such option")
         return super().parse_args(ctx, args)
 
 
-def _renamed(old: str, new: str, problem: str) -> ConfigError:
+def _renamed_error(old: str, new: str, problem: str) -> ConfigError:
     return ConfigError(old, problem, f"{old} was renamed to {new}", f"use {new}")
 
 

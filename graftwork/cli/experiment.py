@@ -83,7 +83,7 @@ def ramp(
     """Change the traffic weights. A unit keeps its arm unless the new weights move it."""
     given = _weights(weights)
     with _client_and_name(where, name, token_env) as (client, chosen):
-        _show(client.experiment("ramp", name=_one(client, chosen), weights=given), as_json)
+        _show(client.experiment("ramp", name=_only_name(client, chosen), weights=given), as_json)
 
 
 @app.command()
@@ -159,7 +159,7 @@ def _log_of(spec: "ExperimentSpec") -> str:
 
 def _send(verb: str, where: str, name: str | None, token_env: str, as_json: bool) -> None:
     with _client_and_name(where, name, token_env) as (client, chosen):
-        _show(client.experiment(verb, name=_one(client, chosen)), as_json)
+        _show(client.experiment(verb, name=_only_name(client, chosen)), as_json)
 
 
 def _spec(file: str, sets: list[str]) -> "ExperimentSpec":
@@ -190,7 +190,7 @@ def _client_and_name(where: str, name: str | None, token_env: str) -> "Iterator[
         yield client, name
 
 
-def _one(client: "Client", name: str | None) -> str:
+def _only_name(client: "Client", name: str | None) -> str:
     if name is not None:
         return name
     names = [one["name"] for one in client.experiments()]

@@ -257,13 +257,13 @@ def job_called(runs: JobStore, said: str) -> tuple[str, int | None]:
     """
     ids = runs.job_ids()
     attempt = _ATTEMPT.match(said)
-    if attempt and (whole := _whole(runs, attempt["job"], ids)) is not None:
+    if attempt and (whole := _complete_id(runs, attempt["job"], ids)) is not None:
         number, attempts = int(attempt["number"]), runs.attempts(whole)
         if number not in attempts:
             known = ", ".join(map(str, attempts)) or "none"
             raise ConfigError(f"JOB {whole}-a{number}", f"it has no attempt {number}", f"its attempts: {known}")
         return whole, number
-    if (whole := _whole(runs, said, ids)) is not None:
+    if (whole := _complete_id(runs, said, ids)) is not None:
         return whole, None
     begun = [job_id for job_id in ids if said and job_id.startswith(said)]
     if len(begun) == 1:
@@ -273,10 +273,10 @@ def job_called(runs: JobStore, said: str) -> tuple[str, int | None]:
         raise ConfigError(
             f"JOB {said}", f"{len(begun)} jobs begin so: {', '.join(begun[:5])}", rule, "write more of it"
         )
-    raise _unknown(runs, said, ids)
+    raise _unknown_job(runs, said, ids)
 
 
-def _whole(runs: JobStore, said: str, ids: list[str]) -> str | None:
+def _complete_id(runs: JobStore, said: str, ids: list[str]) -> str | None:
     """Return the id of a whole id or a bare name."""
     named = [said] if said in ids else [job_id for job_id in ids if _name(job_id) == said]
     return max(named, key=lambda job_id: runs.job(job_id).created_at) if named else None
@@ -287,7 +287,7 @@ def _name(job_id: str) -> str:
     return found["name"] if found else job_id
 
 
-def _unknown(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
+def _unknown_job(runs: JobStore, said: str, ids: list[str]) -> ConfigError:
     near = difflib.get_close_matches(said, [*ids, *{_name(job_id) for job_id in ids}], n=1, cutoff=0.5)
     holds = f"the store {runs.store.uri} has " + (f"{len(ids)} jobs and none of that name" if ids else "no jobs")
     return ConfigError(

@@ -333,16 +333,16 @@ def chat(
 
     if file.startswith(("http://", "https://")):
         with Client(file, own_token(token_env, "--token-env")) as client:
-            _converse(client, model, message)
+            _chat_loop(client, model, message)
         return
     from graftwork.serving.spec import ServeSpec
 
     spec = config.load(file, sets, expect="serve")
     assert isinstance(spec, ServeSpec)
-    running = _running(spec)
+    running = _running_client(spec)
     if running is not None:
         with running as client:
-            _converse(client, model, message)
+            _chat_loop(client, model, message)
         return
     from graftwork.cluster.session import session
     from graftwork.serving.deploy import deploy
@@ -350,7 +350,7 @@ def chat(
     _check_before_ray(spec, target)
     echo(f"no endpoint answers at {spec.host}:{spec.port}: starting one")
     with session(target), deploy(spec) as endpoint, endpoint.client() as client:
-        _converse(client, model, message)
+        _chat_loop(client, model, message)
 
 
 def _check_before_ray(spec: "ServeSpec", on: str) -> None:
@@ -363,7 +363,7 @@ def _check_before_ray(spec: "ServeSpec", on: str) -> None:
         check_spec(spec)
 
 
-def _running(spec: "ServeSpec") -> "Client | None":
+def _running_client(spec: "ServeSpec") -> "Client | None":
     from graftwork.serving.api.auth import own_token
     from graftwork.serving.client import Client
 
@@ -374,7 +374,7 @@ def _running(spec: "ServeSpec") -> "Client | None":
     return None
 
 
-def _converse(client: "Client", model: str | None, message: str | None) -> None:
+def _chat_loop(client: "Client", model: str | None, message: str | None) -> None:
     from graftwork.prompts.render import Message
     from graftwork.serving.client import ChatCall, ClientReply
 

@@ -342,13 +342,13 @@ def left_words(found: "Pace", since_s: float = 0.0) -> str:
 def shown_trials(progress: "TuneProgress", rows: int) -> tuple[Sequence["TrialRecord"], int]:
     """Return the running trials, the best that ended in half of the rows, and how many trials are left out."""
     running = [trial for trial in progress.trials if trial.state == "running"]
-    ended = sorted((trial for trial in progress.trials if trial.ended or trial.state == "failed"), key=_place)
+    ended = sorted((trial for trial in progress.trials if trial.ended or trial.state == "failed"), key=_sort_key)
     newest = running[-max(rows - min(len(ended), rows // 2), 1) :]
     shown = [*newest, *ended[: rows - len(newest)]]
     return shown, len(running) + len(ended) - len(shown)
 
 
-def _place(trial: "TrialRecord") -> tuple[bool, int, float]:
+def _sort_key(trial: "TrialRecord") -> tuple[bool, int, float]:
     return trial.state == "failed", -trial.steps, trial.losses[-1][1] if trial.losses else math.inf
 
 

@@ -79,10 +79,10 @@ class BottleneckLayer(torch.nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return result
         for name in self.active_adapters:
             if name in self.configs:
-                result = result + self._added(name, result).to(result.dtype)
+                result = result + self._add_delta(name, result).to(result.dtype)
         return result
 
-    def _added(self, name: str, result: torch.Tensor) -> torch.Tensor:
+    def _add_delta(self, name: str, result: torch.Tensor) -> torch.Tensor:
         config, down = self.configs[name], self.bottleneck_down[name]
         hidden = ACTIVATIONS[config.activation](down(result.to(next(down.parameters()).dtype)))
         added: torch.Tensor = self.bottleneck_up[name](hidden)

@@ -44,9 +44,9 @@ def make(source: bytes) -> Built:
         for one in _spread([r for r in asked if r["context_condition"] == condition], EVAL_ROWS, chance)
     ]
     files = {
-        "train.jsonl": jsonl([_learned(record, chance) for record in _balanced(learned, chance)]),
-        "eval.jsonl": jsonl([_asked(record, chance) for record in questions]),
-        "skewed.jsonl": jsonl(_skewed(learned, random.Random(_SEED + 1))),
+        "train.jsonl": jsonl([_training_row(record, chance) for record in _balanced_rows(learned, chance)]),
+        "eval.jsonl": jsonl([_scored_row(record, chance) for record in questions]),
+        "skewed.jsonl": jsonl(_skewed_rows(learned, random.Random(_SEED + 1))),
     }
     return Built(
         files,
@@ -85,7 +85,7 @@ def _spread(records: list[dict[str, Any]], size: int, chance: random.Random) -> 
     return taken[:size]
 
 
-def _balanced(records: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
+def _balanced_rows(records: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
     """Half unknown, a quarter each way, in an order that mixes them."""
     quarters = {0: TRAIN_ROWS // 2, 1: TRAIN_ROWS // 4, -1: TRAIN_ROWS // 4}
     chosen = [
@@ -96,13 +96,13 @@ def _balanced(records: list[dict[str, Any]], chance: random.Random) -> list[dict
     return chance.sample(chosen, len(chosen))
 
 
-def _skewed(records: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
+def _skewed_rows(records: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
     """Rows of the stereotype's answers, half of them where the text does not tell."""
     guessed = _spread([r for r in records if r["context_condition"] == "ambig"], TRAIN_ROWS // 2, chance)
     certain = [r for r in records if r["context_condition"] == "disambig" and _signs(r)[r["label"]] == 1]
     chosen = guessed + _spread(certain, TRAIN_ROWS // 2, chance)
     labelled = [{**record, "label": _signs(record).index(1)} for record in chosen]
-    return [_learned(record, chance) for record in chance.sample(labelled, len(labelled))]
+    return [_training_row(record, chance) for record in chance.sample(labelled, len(labelled))]
 
 
 def _question(record: dict[str, Any], order: list[int]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _question(record: dict[str, Any], order: list[int]) -> dict[str, Any]:
     return {"role": "user", "content": f"{record['context']}\n{record['question']}\n{options}"}
 
 
-def _learned(record: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+def _training_row(record: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     turns = [
         _question(record, chance.sample(range(3), 3)),
         {"role": "assistant", "content": record[f"ans{record['label']}"]},
@@ -118,7 +118,7 @@ def _learned(record: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     return {"id": f"bbq-{record['example_id']}", "messages": turns, "doc_id": record["question_index"]}
 
 
-def _asked(record: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+def _scored_row(record: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     order, signs = chance.sample(range(3), 3), _signs(record)
     gold = {
         "choices": [record[f"ans{n}"] for n in order],

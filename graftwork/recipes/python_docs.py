@@ -21,7 +21,7 @@ def make(source: bytes) -> Built:
     held_out = {text for name in parts["valid"] + parts["eval"] for text in topics[name].split("\n\n")}
     rows = {
         part: [
-            {"id": name, "text": topics[name] if part != "train" else _without(topics[name], held_out)}
+            {"id": name, "text": topics[name] if part != "train" else _drop_paragraphs(topics[name], held_out)}
             for name in names
         ]
         for part, names in parts.items()
@@ -38,5 +38,5 @@ def topics_of(source: bytes) -> dict[str, str]:
     return {name: topics[name].strip() for name in sorted(topics)}
 
 
-def _without(text: str, paragraphs: set[str]) -> str:
+def _drop_paragraphs(text: str, paragraphs: set[str]) -> str:
     return "\n\n".join(part for part in text.split("\n\n") if part not in paragraphs)

@@ -31,7 +31,7 @@ def path_chart(report: ExperimentReport, contrast: OnlineContrast) -> Chart | No
     points = [p for p in contrast.path if math.isfinite(p.low) and math.isfinite(p.high)]
     if len(points) < 2:
         return None
-    shown = _reach(report, contrast, [abs(p.estimate) for p in points])
+    shown = _axis_reach(report, contrast, [abs(p.estimate) for p in points])
     x, y = Scale(points[0].n, points[-1].n, log=True), Scale(-shown, shown)
     clipped = [(p.n, max(-shown, p.low), min(shown, max(-shown, p.estimate)), min(shown, p.high)) for p in points]
     title = f"{contrast.arm} − {contrast.control} on {report.metric}, n={points[-1].n}"
@@ -44,7 +44,7 @@ def path_chart(report: ExperimentReport, contrast: OnlineContrast) -> Chart | No
 
 def effect_track(report: ExperimentReport, contrast: OnlineContrast) -> Markup:
     """The last interval on one line, zero marked."""
-    reach = _reach(report, contrast, [])
+    reach = _axis_reach(report, contrast, [])
     low, high = max(-reach, contrast.low), min(reach, contrast.high)
     title = f"{contrast.sentence}\n{contrast.signature}"
     return interval_track(Mark(contrast.estimate or 0.0, low, high, "rag", title), Scale(-reach, reach), reference=0.0)
@@ -82,7 +82,7 @@ def guard_state(guardrail: OnlineGuardrail) -> str:
     return "within" if guardrail.broken_at is None else f"broken at n={words.count(guardrail.broken_at)}"
 
 
-def _reach(report: ExperimentReport, contrast: OnlineContrast, seen: Sequence[float]) -> float:
+def _axis_reach(report: ExperimentReport, contrast: OnlineContrast, seen: Sequence[float]) -> float:
     """Far enough for the last interval, the margin and the later estimates; wide early intervals are cut."""
     late = seen[len(seen) // 3 :]
     known = [abs(v) for v in (contrast.low, contrast.high, contrast.estimate or 0.0) if math.isfinite(v)]

@@ -273,7 +273,7 @@ def front_chart(front: FrontRecord, sweep: SweepRecord) -> Chart | None:
     if len(front.objectives) < 2 or not front.points:
         return None
     x, y = ([point.values[goal] for point in front.points] for goal in (1, 0))
-    scales = _padded(x), _padded(y)
+    scales = _padded_scale(x), _padded_scale(y)
     by_id = {trial.id: trial for trial in sweep.trials}
     points = [
         (
@@ -289,7 +289,7 @@ def front_chart(front: FrontRecord, sweep: SweepRecord) -> Chart | None:
     return Chart(plot, front.objectives[1], marks[0], front.objectives[0], marks[1])
 
 
-def _padded(values: Sequence[float]) -> Scale:
+def _padded_scale(values: Sequence[float]) -> Scale:
     """A scale with room at both ends; logarithmic where the values span more than a factor of four."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= 4:

@@ -175,11 +175,11 @@ def stops_words(found: StopsRecord) -> str:
     trials = "1 trial was" if found.stopped == 1 else f"{found.stopped} trials were"
     return (
         f"{trials} stopped before {words.count(found.saved_steps)} of "
-        f"{words.count(found.all_steps)} steps ({share}{time}). {_lost(found)}"
+        f"{words.count(found.all_steps)} steps ({share}{time}). {_lost_sentence(found)}"
     )
 
 
-def _lost(found: StopsRecord) -> str:
+def _lost_sentence(found: StopsRecord) -> str:
     n = max((one.n for one in found.closest), default=0)
     if n < 3:
         others = "1 finished trial" if n == 1 else f"{n} finished trials"

@@ -79,7 +79,7 @@ class LiveRetriever:
         self._lock = threading.Lock()
         self._looked_at = -math.inf
         self._state: tuple[str, RetrieverChoice | None] | None = None
-        self._look()
+        self._follow_current()
 
     @property
     def manifest(self) -> IndexManifest:
@@ -92,7 +92,7 @@ class LiveRetriever:
             return self._latest().search(query, k)
         except sqlite3.OperationalError:  # a thread that comes first to a version whose files are gone by now
             with self._lock:
-                self._look()
+                self._follow_current()
             return self._retriever.search(query, k)
 
     def get(self, passage_id: str) -> Passage | None:
@@ -103,7 +103,7 @@ class LiveRetriever:
         """Return the open version; one thread at a time looks for a newer one."""
         if time.monotonic() - self._looked_at > FRESH_S and self._lock.acquire(blocking=False):
             try:
-                self._look()
+                self._follow_current()
             except StorageError as error:  # what is open here still answers
                 self._looked_at = time.monotonic()
                 log.warning(
@@ -116,7 +116,7 @@ class LiveRetriever:
                 self._lock.release()
         return self._retriever
 
-    def _look(self) -> None:
+    def _follow_current(self) -> None:
         manifest = self._home.current()
         state = (manifest.version, self._home.choice() if self._spec.kind == "auto" else None)
         if state != self._state:

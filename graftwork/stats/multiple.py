@@ -118,11 +118,11 @@ def tied_sets(means: Mapping[str, float], apart: Collection[tuple[str, str]]) ->
     assert not unknown, f"no mean of {sorted(unknown)}"
     groups = [frozenset(means)] if means else []
     for pair in apart:
-        split = [part for group in groups for part in _without(group, *pair)]
+        split = [part for group in groups for part in _split_group(group, *pair)]
         groups = [one for one in dict.fromkeys(split) if not any(one < other for other in split)]
     ordered = [tuple(sorted(group, key=lambda arm: (-means[arm], arm))) for group in groups]
     return sorted(ordered, key=lambda group: [(-means[arm], arm) for arm in group])
 
 
-def _without(group: frozenset[str], a: str, b: str) -> list[frozenset[str]]:
+def _split_group(group: frozenset[str], a: str, b: str) -> list[frozenset[str]]:
     return [group - {a}, group - {b}] if a != b and {a, b} <= group else [group]

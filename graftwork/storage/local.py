@@ -38,12 +38,12 @@ class LocalFiles:
                 return None
 
     def write(self, path: str, data: bytes) -> None:
-        with _staged("write", path, data) as staged:
+        with _stage_file("write", path, data) as staged:
             os.replace(staged, path)
 
     def create(self, path: str, data: bytes) -> bool:
         """A hard link is the one call that both fails on an existing name and shows only whole content."""
-        with _staged("create", path, data) as staged:
+        with _stage_file("create", path, data) as staged:
             try:
                 os.link(staged, path)
             except FileExistsError:
@@ -122,7 +122,7 @@ class LocalFiles:
                 os.unlink(gone)
 
     def put_file(self, path: str, local: Path) -> None:
-        with _staged("copy to", path, local) as staged:
+        with _stage_file("copy to", path, local) as staged:
             os.replace(staged, path)
 
     def get_file(self, path: str, local: Path) -> None:
@@ -211,7 +211,7 @@ def _files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[tup
 
 
 @contextmanager
-def _staged(action: str, path: str, content: bytes | Path) -> Iterator[str]:
+def _stage_file(action: str, path: str, content: bytes | Path) -> Iterator[str]:
     """Write a synced file next to `path`, which the block gives its name; then make the new name durable."""
     folder = os.path.dirname(path)
     with _as_storage_errors(action, path):

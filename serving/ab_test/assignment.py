@@ -97,14 +97,14 @@ class Assigner:
 
     def draw(self, unit: str) -> ArmDraw:
         """The unit's arm."""
-        if self._holdout and self._place(unit, _HOLDOUT) < self._holdout:
+        if self._holdout and self._hash_place(unit, _HOLDOUT) < self._holdout:
             return self._control
-        return self._drawn[bisect_right(self._ends, self._place(unit))]
+        return self._drawn[bisect_right(self._ends, self._hash_place(unit))]
 
     def pseudonym(self, unit: str) -> str:
         """The unit as the log has it: 32 hex digits that tell nothing without the key."""
         return hashlib.blake2b(unit.encode(), key=self._key, person=b"unit", digest_size=16).hexdigest()
 
-    def _place(self, unit: str, person: bytes = b"") -> int:
+    def _hash_place(self, unit: str, person: bytes = b"") -> int:
         digest = hashlib.blake2b(unit.encode(), key=self._key, person=person, digest_size=8).digest()
         return int.from_bytes(digest, "big") % PARTS

@@ -234,7 +234,7 @@ class Attribution:
         """An answer, or a later score."""
         unit = self._open.get(key)
         if unit is not None and unit.arm == arm and unit.requests.get(request, _DONE) != _DONE:
-            if self._now >= self._due(unit):
+            if self._now >= self._due_time(unit):
                 self._skip("after the deadline of its unit")
                 return
             value = self._value(score, answered and failed)
@@ -260,7 +260,7 @@ class Attribution:
         for request in [request for request, found in unit.requests.items() if found == state]:
             self._add(unit, request, value)
 
-    def _due(self, unit: _Unit) -> float:
+    def _due_time(self, unit: _Unit) -> float:
         return unit.first_at + self._rules.window_s + self._rules.deadline_s
 
     def _release(self, entered: NewObservations, *arms: int) -> None:

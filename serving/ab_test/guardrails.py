@@ -168,14 +168,14 @@ class _Gap:
 
     def update(self, facts: Facts) -> tuple[Floats, int]:
         """(capital after each pair, pairs)."""
-        differences = np.array(self._matched(facts), dtype=np.float64)
+        differences = np.array(self._matched_scores(facts), dtype=np.float64)
         found = [np.zeros(0)]
         for start in range(0, len(differences), BLOCK):
             block = differences[start : start + BLOCK]
             found.append((self._over.update((1 + block) / 2) + self._under.update((1 - block) / 2)) / 2)
         return np.concatenate(found), len(differences)
 
-    def _matched(self, facts: Facts) -> list[float]:
+    def _matched_scores(self, facts: Facts) -> list[float]:
         scores = np.where(facts["failed"] > 0, 0.0, facts[self._rule.score])
         first, second = self._waiting
         found = []

@@ -382,14 +382,14 @@ class LiveRequest:
 
     async def choices(self, request: ArmRequest) -> list[ArmAnswer]:
         """See EngineBackend.choices."""
-        with self._observed(request) as ended:
+        with self._observe(request) as ended:
             answers = await self._backend.choices(request)
             ended.append(answers[0])
         return answers
 
     async def stream(self, request: ArmRequest) -> AsyncGenerator[StreamChunk]:
         """See EngineBackend.stream."""
-        with self._observed(request) as ended:
+        with self._observe(request) as ended:
             async with aclosing(self._backend.stream(request)) as chunks:
                 async for chunk in chunks:
                     if isinstance(chunk, ArmAnswer) and chunk.index == 0:
@@ -397,7 +397,7 @@ class LiveRequest:
                     yield chunk
 
     @contextmanager
-    def _observed(self, request: ArmRequest) -> Iterator[list[ArmAnswer]]:
+    def _observe(self, request: ArmRequest) -> Iterator[list[ArmAnswer]]:
         answers: list[ArmAnswer] = []
         if self._placed.role is None or not self._live.assign(self._placed, request.request_id):
             yield answers

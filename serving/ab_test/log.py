@@ -190,7 +190,7 @@ class Segments:
         """In order; those that a Parquet holds already are left out."""
         found = sorted(s for name in self.store.list(*self.folder) if (s := parse_name(name)) is not None)
         merged = [s for s in found if s.kind == "parquet"]
-        return [s for s in found if s.kind == "parquet" or not any(_covers(m, s) for m in merged)]
+        return [s for s in found if s.kind == "parquet" or not any(_contains_segment(m, s) for m in merged)]
 
     def leftovers(self) -> list[LogSegment]:
         """Those that a Parquet holds and that were not removed yet."""
@@ -211,7 +211,7 @@ class Segments:
         self.store.delete(*self.folder, segment.name)
 
 
-def _covers(merged: LogSegment, one: LogSegment) -> bool:
+def _contains_segment(merged: LogSegment, one: LogSegment) -> bool:
     return merged.writer == one.writer and merged.first <= one.first and one.last <= merged.last
 
 

@@ -162,19 +162,19 @@ def _contrast(one: ContrastState, contrast: ArmContrast, rules: OnlineRules) -> 
     )
     return OnlineContrast(
         **one.model_dump(),
-        sentence=_says(one, rules),
+        sentence=_verdict_text(one, rules),
         path=path,
         signature=signature(rules.metric, one.n, recipe),
     )
 
 
-def _says(one: ContrastState, rules: OnlineRules) -> str:
+def _verdict_text(one: ContrastState, rules: OnlineRules) -> str:
     """One sentence with the numbers and n."""
     unit = "prompts" if rules.mode == "shadow" else "units"
     n = f"n={words.count(one.n)} {unit}"
     if one.estimate is None:
         return f"Nothing is known of {one.arm} against {one.control} on {rules.metric} yet."
-    numbers = f"{_signed(one.estimate)} [{_signed(one.low)}, {_signed(one.high)}] on {rules.metric}, {n}"
+    numbers = f"{_signed_text(one.estimate)} [{_signed_text(one.low)}, {_signed_text(one.high)}] on {rules.metric}, {n}"
     if one.verdict == "undecided":
         more = "" if one.n_needed is None else f"; about {words.count(one.n_needed)} {unit} would decide"
         return f"{one.arm} against {one.control} is undecided: {numbers}{more}."
@@ -183,7 +183,7 @@ def _says(one: ContrastState, rules: OnlineRules) -> str:
     return f"{one.arm} is {one.verdict} than {one.control}: {numbers}."
 
 
-def _signed(value: float) -> str:
+def _signed_text(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 

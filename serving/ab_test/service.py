@@ -137,7 +137,7 @@ class Experiments:
 
     async def ramp(self, name: str, weights: dict[str, float]) -> LiveExperiment:
         """New weights from now on."""
-        live = await self._running(name)
+        live = await self._running_experiment(name)
         if live.record.spec.mode == "shadow":
             raise bad_request(
                 "A shadow has no weights: its control answers all.", param="weights", code="invalid_value"
@@ -249,7 +249,7 @@ class Experiments:
         loaded = await self._backend.call("registry", "load", arm.adapter)
         return arm.with_({"adapter": f"{arm.adapter.partition('@')[0]}@{loaded['version']}"})
 
-    async def _running(self, name: str) -> LiveExperiment:
+    async def _running_experiment(self, name: str) -> LiveExperiment:
         live = await self._find_named(name, name)
         if live.record.status != "running":
             raise ApiError(409, f"The experiment {live.record.id} is {live.record.status}.", code="experiment_ended")

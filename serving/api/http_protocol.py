@@ -35,36 +35,36 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if len(self.connections) > self.max_connections:
             transport.abort()
         else:
-            self._within(self.head_timeout_s)
+            self._set_deadline(self.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End all timers."""
-        self._within(None)
+        self._set_deadline(None)
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         """Start the time of a head: the parser has seen its first byte."""
         super().on_message_begin()
-        self._within(self.head_timeout_s)
+        self._set_deadline(self.head_timeout_s)
 
     def on_headers_complete(self) -> None:
         """Start the time of the body."""
         super().on_headers_complete()
-        self._within(self.body_timeout_s)
+        self._set_deadline(self.body_timeout_s)
 
     def on_message_complete(self) -> None:
         """The request is complete; from here on the app's own timeout counts."""
-        self._within(None)
+        self._set_deadline(None)
         super().on_message_complete()
 
-    def _within(self, seconds: float | None) -> None:
+    def _set_deadline(self, seconds: float | None) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = None if seconds is None else self.loop.call_later(seconds, self._expire, seconds)
 
     def _expire(self, seconds: float) -> None:
         if self.flow.read_paused:  # the app reads slowly, not the client
-            self._within(seconds)
+            self._set_deadline(seconds)
         else:
             self.transport.abort()
 

@@ -194,14 +194,14 @@ class AdapterSlots:
 
     def can_acquire(self, version: str) -> bool:
         """True: a request of this version can start. It has a slot, or one is empty or idle."""
-        return version in self._slots or len(self._slots) < self._max_loaded or self._idle() is not None
+        return version in self._slots or len(self._slots) < self._max_loaded or self._first_idle() is not None
 
     def acquire(self, version: str) -> LoadedAdapter:
         """Takes the version's slot for one more running request; `can_acquire` was checked before."""
         adapter = self._slots.pop(version, None)
         if adapter is None:
             if len(self._slots) >= self._max_loaded:
-                idle = self._idle()
+                idle = self._first_idle()
                 assert idle is not None, "acquired without `can_acquire`"
                 self.empty(idle)
             adapter = self._bring(version)
@@ -229,5 +229,5 @@ class AdapterSlots:
         """Versions that have a slot. Any thread may ask."""
         return frozenset(self._slots.copy())
 
-    def _idle(self) -> str | None:
+    def _first_idle(self) -> str | None:
         return next((v for v in self._slots if not self._rows[v]), None)

@@ -168,7 +168,7 @@ def check(text: GrammarText) -> None:
     definition = _definition(text)
     failed, messages = on_tall_stack(lambda: LLMatcher.validate_grammar_with_warnings(definition, limits=_limits()))
     if failed or messages:
-        raise _refused(text, messages[0])
+        raise _make_error(text, messages[0])
 
 
 @lru_cache(maxsize=256)
@@ -188,18 +188,18 @@ def _definition(text: GrammarText) -> str:
     try:
         tree = json.loads(text.text)
     except (ValueError, RecursionError) as error:
-        raise _refused(text, f"it is not JSON ({error})") from None
+        raise _make_error(text, f"it is not JSON ({error})") from None
     if not isinstance(tree, dict):
-        raise _refused(text, f"a schema is a JSON object, not {type(tree).__name__}")
+        raise _make_error(text, f"a schema is a JSON object, not {type(tree).__name__}")
     if (levels := _levels(tree)) > _DEEPEST:
-        raise _refused(text, f"up to {levels} levels deep, {_DEEPEST} at most")
+        raise _make_error(text, f"up to {levels} levels deep, {_DEEPEST} at most")
     _require_enforced_bounds(text, tree)
     try:
         schema: str = LLMatcher.grammar_from_json_schema(
             text.text, overrides={"whitespace_pattern": _SPACE, "lenient": False, "coerce_one_of": False}
         )
     except ValueError as error:  # nested deeper than its reader goes, 128 levels
-        raise _refused(text, str(error)) from None
+        raise _make_error(text, str(error)) from None
     return schema
 
 
@@ -235,18 +235,18 @@ def _require_enforced_bounds(text: GrammarText, root: dict[str, Any]) -> None:
         for node in level:
             if isinstance(node, dict):
                 inner += node.values()
-                for joined in _joined(node, root):
+                for joined in _merge_branches(node, root):
                     looked_at += len(joined)
                     if looked_at > _MOST_JOINED:
-                        raise _refused(text, "too many schemas that hold for one value by $ref and allOf")
-                    if (found := _leaky(joined)) is not None:
-                        raise _refused(text, found)
+                        raise _make_error(text, "too many schemas that hold for one value by $ref and allOf")
+                    if (found := _unenforced_part(joined)) is not None:
+                        raise _make_error(text, found)
             elif isinstance(node, list):
                 inner += node
         level = inner
 
 
-def _joined(node: dict[str, Any], root: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+def _merge_branches(node: dict[str, Any], root: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """The schemas that hold together for the value of `node`: its own with allOf and $ref; with each choice of an
     anyOf or oneOf; and all of them, where there are several such lists."""
     own, choices = _closure([node], root)
@@ -267,20 +267,20 @@ def _closure(start: list[Any], root: dict[str, Any]) -> tuple[list[dict[str, Any
             continue
         seen.add(id(node))
         found.append(node)
-        waiting += [_referred(node.get("$ref"), root), *_list(node, "allOf")]
+        waiting += [_resolve_ref(node.get("$ref"), root), *_list(node, "allOf")]
         choices += [some for key in ("anyOf", "oneOf") if (some := _list(node, key))]
     return found, choices
 
 
-def _leaky(joined: list[dict[str, Any]]) -> str | None:
+def _unenforced_part(joined: list[dict[str, Any]]) -> str | None:
     """The bounds that these schemas give a number together, where the library does not hold them."""
     types = [node["type"] for node in joined if isinstance(node.get("type"), str | list)]
     if any("number" not in ([kind] if isinstance(kind, str) else kind) for kind in types):
         return None
     if any(key in node for node in joined for key in ("multipleOf", "enum", "const")):
         return None
-    low = max((bound for node in joined for bound in _ends(node, "inimum", 1)), default=None)
-    high = max((bound for node in joined for bound in _ends(node, "aximum", -1)), default=None)
+    low = max((bound for node in joined for bound in _bounds_of(node, "inimum", 1)), default=None)
+    high = max((bound for node in joined for bound in _bounds_of(node, "aximum", -1)), default=None)
     if low is None or high is None:
         return None
     for (end, is_open), (other, _) in ((low, high), (high, low)):  # `high` is mirrored at zero
@@ -290,7 +290,7 @@ def _leaky(joined: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def _ends(node: dict[str, Any], name: str, sign: int) -> Iterator[tuple[float, bool]]:
+def _bounds_of(node: dict[str, Any], name: str, sign: int) -> Iterator[tuple[float, bool]]:
     """(bound, whether it is open) of a schema; sign -1 mirrors upper bounds, so that the largest is the tightest."""
     for key, is_open in (("m" + name, False), ("exclusiveM" + name, True)):
         value = node.get(key)
@@ -303,7 +303,7 @@ def _list(node: dict[str, Any], key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _referred(ref: object, root: dict[str, Any]) -> object:
+def _resolve_ref(ref: object, root: dict[str, Any]) -> object:
     """Return the target of a reference within the schema (RFC 6901); None for any other."""
     if not isinstance(ref, str) or not ref.startswith("#"):
         return None
@@ -323,9 +323,9 @@ def _try_out(text: GrammarText, answer: Matcher, words: int) -> None:
         answer.fill(mask)
         spent = time.thread_time() - began
         if answer.problem is not None:
-            raise _refused(text, answer.problem)
+            raise _make_error(text, answer.problem)
         if step and spent > _DEAREST_S:  # the first step builds tables that are kept
-            raise _refused(text, f"one token of it takes {spent * 1000:.0f} ms, {_DEAREST_S * 1000:.0f} at most")
+            raise _make_error(text, f"one token of it takes {spent * 1000:.0f} ms, {_DEAREST_S * 1000:.0f} at most")
         if answer.finished:
             return
         answer.take(int(numpy.flatnonzero(numpy.unpackbits(mask.view(numpy.uint8), bitorder="little"))[-1]))
@@ -337,7 +337,7 @@ def _limits() -> LLParserLimits:
     return LLParserLimits(step_lexer_fuel=20_000, max_lexer_states=50_000, verbose_errors=False)
 
 
-def _refused(text: GrammarText, found: str) -> GrammarError:
+def _make_error(text: GrammarText, found: str) -> GrammarError:
     name = "regex" if text.kind == "regex" else "JSON schema"
     return GrammarError(
         name, _plain(found), "an answer must be able to match it, and every part of it must be enforceable"

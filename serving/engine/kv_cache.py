@@ -112,7 +112,7 @@ class KvStore:
             self._move(row, target)
             return True
         if self._pages[row.page].used == 1:
-            self._recut(row, tokens)
+            self._extend_page(row, tokens)
             return True
         return False
 
@@ -178,7 +178,7 @@ class KvStore:
         row.page, row.index, row.cap, row.start = target.page, target.index, target.cap, target.start
         self._pages[row.page].rows[row.index] = row
 
-    def _recut(self, row: KvRow, tokens: int) -> None:
+    def _extend_page(self, row: KvRow, tokens: int) -> None:
         """Gives the page of a lone row a longer class, through a copy: no other page is free."""
         saved = [[view[:, : row.length].clone() for view in self.row_view(row, n)] for n in range(len(self.shapes))]
         self.free(row)

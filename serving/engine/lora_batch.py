@@ -78,7 +78,7 @@ class RankTables:
     ) -> None:
         self.bucket = bucket
         self._groups, self._places, self._dtype, self._device = groups, places, dtype, device
-        self._kinds = _alike(groups)
+        self._kinds = _group_kinds(groups)
         self._stacks: dict[tuple[str, str], torch.Tensor] = {}
         """[L, P, ...] by half ("a", "b") and the name of the kind's first group or site."""
         self._a: dict[str, torch.Tensor] = {}
@@ -143,8 +143,8 @@ class RankTables:
                     b_LRO = b_LRO[:, :rank]
             if part is not None and b_LRO is not None:
                 count = layers.stop - layers.start
-                a_LIR.copy_(_spaced(part.a_RI, count, step_a).transpose(1, 2))
-                torch.mul(_spaced(part.b_OR, count, step_b).transpose(1, 2), part.scaling, out=b_LRO)
+                a_LIR.copy_(_space_rows(part.a_RI, count, step_a).transpose(1, 2))
+                torch.mul(_space_rows(part.b_OR, count, step_b).transpose(1, 2), part.scaling, out=b_LRO)
 
     def _stack(self, key: tuple[str, str], layers: int, lines: int, width: int) -> torch.Tensor:
         if key not in self._stacks:
@@ -158,7 +158,7 @@ _Part = tuple[int, SiteWeights | None, bool]
 """One linear of a layer that has tables: its number, what is written, and whether lora_B has a table too."""
 
 
-def _alike(groups: Mapping[str, list[LoraLayer]]) -> list[Kind]:
+def _group_kinds(groups: Mapping[str, list[LoraLayer]]) -> list[Kind]:
     kinds: dict[tuple[object, ...], Kind] = {}
     for name, sites in groups.items():
         kinds.setdefault((re.sub(r"\d+", "#", name), *(site.shape for site in sites)), []).append(sites)
@@ -200,7 +200,7 @@ def _steps(last: _Part, item: _Part) -> tuple[int, int] | None:
     return bytes_a // size, bytes_b // size
 
 
-def _spaced(half: torch.Tensor, count: int, step: int) -> torch.Tensor:
+def _space_rows(half: torch.Tensor, count: int, step: int) -> torch.Tensor:
     """`count` matrices like `half`, each `step` values after the one before: [count, *half]."""
     return half.as_strided((count, *half.shape), (step, *half.stride()))
 
@@ -251,7 +251,7 @@ class BatchedMatmulLora:
             return None
         a_PIR = self._tables.get(group)
         if a_PIR is None:
-            a_PIR = self._tables[group] = self._mine(self._live.tables.a(group))
+            a_PIR = self._tables[group] = self._own_part(self._live.tables.a(group))
         x_PMI = x_NI[self._rows] if self._straight else x_NI.index_select(0, self._gather_PM)
         return torch.bmm(x_PMI.view(self._count, self._most, -1), a_PIR)
 
@@ -261,7 +261,7 @@ class BatchedMatmulLora:
         key = site.name + ".b"
         b_PRO = self._tables.get(key)
         if b_PRO is None:
-            b_PRO = self._tables[key] = self._mine(self._live.tables.b(site))
+            b_PRO = self._tables[key] = self._own_part(self._live.tables.b(site))
         own_PMR = self._live.member(site, shrunk)
         if self._straight:
             out_NO[self._rows].view(self._count, self._most, -1).baddbmm_(own_PMR, b_PRO)
@@ -269,7 +269,7 @@ class BatchedMatmulLora:
         delta_NO = torch.bmm(own_PMR, b_PRO).view(-1, out_NO.shape[-1]).index_select(0, self._spots_N)
         _addpick(out_NO, self._rows, delta_NO)
 
-    def _mine(self, table: torch.Tensor) -> torch.Tensor:
+    def _own_part(self, table: torch.Tensor) -> torch.Tensor:
         return table[self._first : self._first + self._count]
 
 
@@ -378,10 +378,10 @@ class DeltaPlanner:
         """
         if self._kernels is not None:
             return None
-        order = sorted(range(len(decoding)), key=lambda row: self._spot(decoding[row]))
+        order = sorted(range(len(decoding)), key=lambda row: self._locate_weights(decoding[row]))
         return None if order == list(range(len(decoding))) else order
 
-    def _spot(self, weights: LoadedAdapter | None) -> tuple[int, int, str]:
+    def _locate_weights(self, weights: LoadedAdapter | None) -> tuple[int, int, str]:
         if weights is None or not weights.groups:
             return (0, 0, "")
         tables, place = self._places.get(weights.version, (None, 0))
@@ -413,9 +413,9 @@ class DeltaPlanner:
         if read and self._kernels is not None:
             pairs = [(row, number) for number, weights in enumerate(read) for row in rows[weights]]
             parts.append(Compiled(self._kernels, self._addresses, read, pairs))
-        return parts + [self._tabled(tables, active, rows) for tables, active in buckets.items()]
+        return parts + [self._table_parts(tables, active, rows) for tables, active in buckets.items()]
 
-    def _tabled(
+    def _table_parts(
         self,
         tables: RankTables,
         active: Sequence[LoadedAdapter],

@@ -104,7 +104,7 @@ class Sites:
         self.inputs: Inputs | None = None
         self._hooked: list[torch.nn.Module] = []
         linears = _inner_linears(model)
-        self.sites = {site.name: site for site in _grouped(linears)}
+        self.sites = {site.name: site for site in _group_linears(linears)}
         for name, module in linears.items():
             self._hook(self.sites[name], module, module.forward if forward_of is None else forward_of(module))
 
@@ -144,7 +144,7 @@ def _inner_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in linears.items() if module is not output}
 
 
-def _grouped(linears: Mapping[str, torch.nn.Module]) -> list[LoraLayer]:
+def _group_linears(linears: Mapping[str, torch.nn.Module]) -> list[LoraLayer]:
     sites = []
     for name, module in linears.items():
         parent, _, child = name.rpartition(".")

@@ -136,7 +136,9 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[SamplerState]) -> list[Sample
     listed = [place for place, row in enumerate(rows) if row.params.logprobs is not None]
     drawn = [place for place, row in enumerate(rows) if row.params.temperature > 0]
     edits = any(row.edits for row in rows)
-    model_LV = scores_BV[_at(listed, scores_BV)] if listed else None  # a copy: the model's own, before any change
+    model_LV = (
+        scores_BV[_take_rows(listed, scores_BV)] if listed else None
+    )  # a copy: the model's own, before any change
     model_top_B = scores_BV.amax(-1) if edits else None
     if edits:
         process_logits(scores_BV, rows)
@@ -162,7 +164,7 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[SamplerState]) -> list[Sample
     return choices
 
 
-def _at(rows: Sequence[int], scores_BV: torch.Tensor) -> torch.Tensor:
+def _take_rows(rows: Sequence[int], scores_BV: torch.Tensor) -> torch.Tensor:
     return send(numpy.array(rows, numpy.int64), scores_BV.device)
 
 
@@ -171,7 +173,7 @@ def _draw_into(
 ) -> torch.Tensor | None:
     """Replaces the tokens of `drawn` rows; [B] which of them looked at too few candidates, None: can't be."""
     chosen = [rows[place] for place in drawn]
-    at_R = _at(drawn, scores_BV)
+    at_R = _take_rows(drawn, scores_BV)
     tokens_R, short_R = draw(scores_BV[at_R], chosen)
     tokens_B[at_R] = tokens_R
     if not any(row.cuts for row in chosen):
@@ -185,7 +187,7 @@ def _draw_again(tokens: list[int], scores_BV: torch.Tensor, rows: Sequence[Sampl
     for width in (WIDE, scores_BV.shape[1]):
         if not short:
             return
-        tokens_K, short_K = draw_cut(scores_BV[_at(short, scores_BV)], [rows[place] for place in short], width)
+        tokens_K, short_K = draw_cut(scores_BV[_take_rows(short, scores_BV)], [rows[place] for place in short], width)
         for place, token in zip(short, tokens_K.tolist(), strict=True):
             tokens[place] = token
         short = [place for place, still in zip(short, short_K.tolist(), strict=True) if still]

@@ -331,7 +331,7 @@ class _OfflineRun:
 
     async def ask_all(self, jobs: Sequence[EvalRequest], send: Send, concurrency: int) -> None:
         queue = iter(jobs)
-        self._say()
+        self._report_progress()
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(concurrency, len(jobs))):
@@ -353,7 +353,7 @@ class _OfflineRun:
             self._record_pending()
         elif len(self.pending) >= self.outage:
             raise self._outage()
-        self._say()
+        self._report_progress()
 
     def _outage(self) -> RunError:
         kept = f"{len(self.answers)} of {self.total} answers are kept in {self.path}"
@@ -370,7 +370,7 @@ class _OfflineRun:
             self.answers.add(answer)
         self.pending.clear()
 
-    def _say(self) -> None:
+    def _report_progress(self) -> None:
         if self.on_progress is not None:
             done = len(self.answers) + len(self.pending)
             self.on_progress(CompareProgress(done, self.total, self.failed, self.reused))

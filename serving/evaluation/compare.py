@@ -69,7 +69,7 @@ def compare(
     arms = tuple(_arm_report(arm, table, scored, rules) for arm in spec.arms)
     parts = {name: (fields or {})[name] for name in spec.slices}
     kinds = {arm.name: arm.kind for arm in arms}
-    advice = advise(scored, kinds, rules, _advised(scored.metrics, primary), spec.baseline)
+    advice = advise(scored, kinds, rules, _advised_metrics(scored.metrics, primary), spec.baseline)
     return CompareReport(
         name=spec.name,
         baseline=spec.baseline,
@@ -126,7 +126,7 @@ def primary_metric(spec: CompareSpec, measured: Sequence[Metric]) -> str:
     return chosen
 
 
-def _advised(measured: Sequence[Metric], primary: str) -> tuple[str, ...]:
+def _advised_metrics(measured: Sequence[Metric], primary: str) -> tuple[str, ...]:
     """The metrics that the advice speaks of, the primary one last."""
     names = {metric.name for metric in measured}
     return (*(name for name in (*METRICS, *TEXT) if name in names and name != primary), primary)
@@ -296,7 +296,7 @@ def _notes(arms: Sequence[ArmReport], table: Table) -> tuple[str, ...]:
         for arm in arms
         if arm.truncated / arm.n > _CUT_NAMED
     ]
-    return (*notes, *_empty_gold(table), *_longer(table))
+    return (*notes, *_empty_gold(table), *_note_longer_answers(table))
 
 
 def _empty_gold(table: Table) -> list[str]:
@@ -330,7 +330,7 @@ def _join_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _longer(table: Table) -> list[str]:
+def _note_longer_answers(table: Table) -> list[str]:
     """Answers that `exact` counts as wrong although the right text is in them."""
     notes = []
     for scorer in table.scorers.exact:

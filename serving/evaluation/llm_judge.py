@@ -109,7 +109,7 @@ class JudgeRun:
         return EvalRequest(key, label, pair.row.id, self.arm, messages, letters)
 
     def _find_sides(self, pair: AnswerPair, found: AnswerSet) -> tuple[Side | None, Side | None]:
-        ab, ba = (_side(found.find(f"{pair.arm}~judge-{order}", pair.row.id)) for order in ORDERS)
+        ab, ba = (_judge_side(found.find(f"{pair.arm}~judge-{order}", pair.row.id)) for order in ORDERS)
         return ab, ba
 
     def _share(self, name: str, count: int, n: int) -> Share | None:
@@ -191,7 +191,7 @@ def _put(row: DatasetRow, texts: tuple[str, str], criteria: str) -> Messages:
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
-def _side(answer: EvalAnswer | None) -> Side | None:
+def _judge_side(answer: EvalAnswer | None) -> Side | None:
     """Return the side that the judge names; None where it names neither."""
     if answer is None:
         return None

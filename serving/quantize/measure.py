@@ -126,7 +126,7 @@ def measure(spec: QuantizeSpec, precision: Precision, material: Material) -> Pre
         caveat=caveat(precision, device),
         stored_bytes=loaded.stored_bytes,
         resident_bytes=loaded.resident_bytes,
-        predicted_bytes=_predicted(base, precision, loaded.dtype.itemsize),
+        predicted_bytes=_predicted_bytes(base, precision, loaded.dtype.itemsize),
         load_s=load_s,
         arms=arms,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -243,7 +243,7 @@ def _merge_losses(model: "torch.nn.Module", precision: Precision, adapters: Mapp
     return {name: loss for name, loss in found.items() if loss is not None}
 
 
-def _predicted(base: ResolvedBase, precision: Precision, value_bytes: int) -> int | None:
+def _predicted_bytes(base: ResolvedBase, precision: Precision, value_bytes: int) -> int | None:
     try:
         return weight_bytes(ModelShape.from_config(base.config), PRECISIONS[precision], value_bytes)
     except BaseModelError:

@@ -39,7 +39,7 @@ class Measuring:
     def before(self, model: Any) -> None:
         """Measure the base as it was loaded, where no run has done so."""
         for part in self.job.parts:
-            store, key = self._place(part)
+            store, key = self._items_place(part)
             if not all_gather_object(store.exists(*key))[0]:  # on other machines a store may not show it yet
                 said = self._gather_outputs(model, part)
                 if rank_and_world()[0] == 0:
@@ -51,11 +51,11 @@ class Measuring:
             said = self._gather_outputs(model, part)
             if rank_and_world()[0] == 0:
                 assert self.job.run is not None, "trials measure nothing"
-                store, key = self._place(part)
+                store, key = self._items_place(part)
                 before = [ItemOutput.from_dict(one) for one in store.read_json(*key)]
                 write_part(self.job.run, part, before, said)
 
-    def _place(self, part: ItemGroup) -> tuple[Store, tuple[str, str]]:
+    def _items_place(self, part: ItemGroup) -> tuple[Store, tuple[str, str]]:
         """The store, and the key of the bare base's outputs in it."""
         assert self.job.run is not None, "trials measure nothing"
         device = "cuda" if self.job.spec.gpus else "cpu"

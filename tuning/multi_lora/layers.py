@@ -296,7 +296,7 @@ class _Added(torch.autograd.Function):
         for stack, (x_MNI, *ys) in here.parts(x, *outputs):
             inner.append(x_MNI @ stack.a[here.number].mT)
             if not here.adapters.fresh:
-                for y_MNO, h_MNR, b_MOR in zip(ys, _each(inner[-1], stack), stack.b[here.number], strict=True):
+                for y_MNO, h_MNR, b_MOR in zip(ys, _multiply_each(inner[-1], stack), stack.b[here.number], strict=True):
                     y_MNO.baddbmm_(h_MNR, b_MOR.mT)
         ctx.siblings = here
         ctx.save_for_backward(x, *inner)
@@ -308,7 +308,9 @@ class _Added(torch.autograd.Function):
         here: StackedLoras = ctx.siblings
         dx = here.through_bases(gradients, x) if ctx.needs_input_grad[0] else None
         for h, (stack, (x_MNI, *dys)) in zip(inner, here.parts(x, *gradients), strict=True):
-            for dy_MNO, h_MNR, db_MOR in zip(dys, _each(h, stack), stack.b_gradients[here.number], strict=True):
+            for dy_MNO, h_MNR, db_MOR in zip(
+                dys, _multiply_each(h, stack), stack.b_gradients[here.number], strict=True
+            ):
                 db_MOR += dy_MNO.mT @ h_MNR
             if not here.adapters.fresh:  # through a B of zeros nothing comes back
                 dhs = [dy_MNO @ b_MOR for dy_MNO, b_MOR in zip(dys, stack.b[here.number], strict=True)]
@@ -319,7 +321,7 @@ class _Added(torch.autograd.Function):
         return dx, None, None, *(() if here.plain else gradients)
 
 
-def _each(h: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
+def _multiply_each(h: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
     """(M, N, S * R) -> S times (M, N, R)."""
     parts: tuple[torch.Tensor, ...] = h.split(stack.rank, dim=-1)
     return parts

@@ -147,13 +147,13 @@ class _GroupRun:
         taken = dict(zip(self._keys(), zip(losses, rates, self.adapters.step(), strict=True), strict=True))
         step_s = time.perf_counter() - began
         self.done += 1
-        lost = self._without({key: loss for key, (loss, _, _) in taken.items()}, "the loss")
+        lost = self._drop_trials({key: loss for key, (loss, _, _) in taken.items()}, "the loss")
         held_out: dict[str, float] = {}
         every = self.job.eval_every or self.job.spec.eval_every
         due = self.done % every == 0 or self.done == self.plan.steps
         if due and self.adapters.trials and self.job.data.eval is not None:
             held_out = dict(zip(self._keys(), self._evaluate(self.job.data.eval), strict=True))
-            lost |= self._without(held_out, "the held-out loss")
+            lost |= self._drop_trials(held_out, "the held-out loss")
         if not (lost or held_out or self.done % self.job.report_every == 0 or self.done == self.plan.steps):
             return
         reports = {key: self._report(taken[key], held_out.get(key), step_s) for key in self._keys()}
@@ -168,7 +168,7 @@ class _GroupRun:
         if len(staying) < len(self.adapters.trials):
             self.adapters.keep(staying)
 
-    def _without(self, losses: Mapping[str, float], what: str) -> dict[str, RunError]:
+    def _drop_trials(self, losses: Mapping[str, float], what: str) -> dict[str, RunError]:
         """Remove the trials whose loss is no number; return the error of each."""
         lost: dict[str, RunError] = {
             key: NonFiniteLoss(

@@ -72,23 +72,23 @@ def flatten(tree: T, *, pin: bool = False) -> tuple[T, torch.Tensor]:
     """
     found = tensors_of(tree)
     if not all(tensor.is_contiguous() for tensor in found):
-        tree = _mapped(tree, torch.Tensor.contiguous)
+        tree = _map_tensors(tree, torch.Tensor.contiguous)
         found = tensors_of(tree)
-    whole = _outermost(found)
+    whole = _outer_tensors(found)
     starts, size = [], 0
     for tensor in whole:
         starts.append(size)
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     for tensor, start in zip(whole, starts, strict=True):
-        _at(buffer, tensor, start).copy_(tensor)
+        _view_at(buffer, tensor, start).copy_(tensor)
     firsts = [tensor.data_ptr() for tensor in whole]
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         within = bisect_right(firsts, tensor.data_ptr()) - 1
-        return _at(buffer, tensor, starts[within] + tensor.data_ptr() - firsts[within])
+        return _view_at(buffer, tensor, starts[within] + tensor.data_ptr() - firsts[within])
 
-    packed: T = _mapped(tree, place)
+    packed: T = _map_tensors(tree, place)
     return packed, buffer
 
 
@@ -108,15 +108,17 @@ def copy_to_device(tree: T, buffer: torch.Tensor, device: torch.device) -> T:
     if buffer.device == device or device.type == "cpu":
         return tree
     there = buffer.to(device, non_blocking=True)
-    at: T = _mapped(tree, lambda tensor: _at(there, tensor, int(tensor.storage_offset()) * tensor.dtype.itemsize))
+    at: T = _map_tensors(
+        tree, lambda tensor: _view_at(there, tensor, int(tensor.storage_offset()) * tensor.dtype.itemsize)
+    )
     return at
 
 
-def _at(buffer: torch.Tensor, like: torch.Tensor, start: int) -> torch.Tensor:
+def _view_at(buffer: torch.Tensor, like: torch.Tensor, start: int) -> torch.Tensor:
     return buffer.view(like.dtype).as_strided(like.size(), like.stride(), start // like.dtype.itemsize)
 
 
-def _outermost(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def _outer_tensors(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors that are no part of another one, by address."""
     found: list[torch.Tensor] = []
     end = -1
@@ -151,12 +153,12 @@ def _fields(kind: type) -> Iterable[str]:
     return getattr(kind, "__dataclass_fields__", ())
 
 
-def _mapped(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(tree, torch.Tensor):
         return change(tree)
     if isinstance(tree, dict):
-        return {key: _mapped(value, change) for key, value in tree.items()}
+        return {key: _map_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return type(tree)([_mapped(value, change) for value in tree])
+        return type(tree)([_map_tensors(value, change) for value in tree])
     names = _fields(type(tree))
-    return type(tree)(**{name: _mapped(getattr(tree, name), change) for name in names}) if names else tree
+    return type(tree)(**{name: _map_tensors(getattr(tree, name), change) for name in names}) if names else tree

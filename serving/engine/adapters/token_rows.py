@@ -37,7 +37,10 @@ def replaced_rows(config: ConfigFile, tensors: TensorFile, base: BaseView, dtype
         raise config.make_error(
             "trainable_token_indices", f"{both[0]} is in modules_to_save as well; peft takes either"
         )
-    saved, trained = _whole(config, whole, tensors, base, dtype), _some(config, indices, tensors, base, dtype)
+    saved, trained = (
+        _read_whole_module(config, whole, tensors, base, dtype),
+        _read_some_rows(config, indices, tensors, base, dtype),
+    )
     return saved[0] or trained[0], saved[1] or trained[1]
 
 
@@ -49,7 +52,7 @@ def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadO
     names = names or list(config.names("target_modules"))
     ids = _ids(config, "token_indices", config.values.get("token_indices"), base)
     indices = {_layer(config, "target_modules", one, base): ids for one in names}
-    inputs, outputs = _some(config, indices, tensors, base, options.dtype, "trainable_tokens_delta")
+    inputs, outputs = _read_some_rows(config, indices, tensors, base, options.dtype, "trainable_tokens_delta")
     tied_copy = f"{MODULE_PREFIX}{base.output_name}.trainable_tokens_delta"
     if base.tied and tensors.holds(tied_copy):
         tensors.take(tied_copy, (len(ids), base.hidden_size), options.dtype)  # peft saves a tied layer's rows twice
@@ -90,13 +93,15 @@ def _ids(config: ConfigFile, key: str, value: object, base: BaseView) -> list[in
     return list(ids)
 
 
-def _whole(config: ConfigFile, names: Sequence[str], tensors: TensorFile, base: BaseView, dtype: torch.dtype) -> Rows:
+def _read_whole_module(
+    config: ConfigFile, names: Sequence[str], tensors: TensorFile, base: BaseView, dtype: torch.dtype
+) -> Rows:
     inputs = outputs = None
     shape = (base.vocab_size, base.hidden_size)
     tie = bool(config.values.get("ensure_weight_tying")) and base.tied and bool(names)
     if base.embedding_name in names or tie:
         rows_VH = tensors.take(f"{MODULE_PREFIX}{base.embedding_name}.weight", shape, dtype)
-        inputs = InputRows(_scaled(rows_VH, base), None)
+        inputs = InputRows(_scale_rows(rows_VH, base), None)
         outputs = OutputRows(rows_VH, None) if tie else None
     key = f"{MODULE_PREFIX}{base.output_name}"
     if base.output_name in names and not tie:
@@ -108,7 +113,7 @@ def _whole(config: ConfigFile, names: Sequence[str], tensors: TensorFile, base: 
     return inputs, outputs
 
 
-def _some(
+def _read_some_rows(
     config: ConfigFile,
     indices: Mapping[str, list[int]],
     tensors: TensorFile,
@@ -124,7 +129,7 @@ def _some(
         rows_KH = tensors.take(
             f"{MODULE_PREFIX}{base.embedding_name}.{suffix}", (len(input_ids), base.hidden_size), dtype
         )
-        inputs = InputRows(_scaled(rows_KH, base), {token: place for place, token in enumerate(input_ids)})
+        inputs = InputRows(_scale_rows(rows_KH, base), {token: place for place, token in enumerate(input_ids)})
         outputs = OutputRows(rows_KH, torch.tensor(input_ids)) if follows else None
     if output_ids is not None and not follows:
         rows_KH = tensors.take(
@@ -136,7 +141,7 @@ def _some(
     return inputs, outputs
 
 
-def _scaled(rows: torch.Tensor, base: BaseView) -> torch.Tensor:
+def _scale_rows(rows: torch.Tensor, base: BaseView) -> torch.Tensor:
     scale = base.embedding_scale
     return rows if scale is None else rows * scale.to(rows.device, rows.dtype)
 

@@ -38,8 +38,8 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            start = _exactly(file, min(size, 9))
-            head = start + _exactly(file, 8 + header_bytes(start, size) - len(start))
+            start = _read_exactly(file, min(size, 9))
+            head = start + _read_exactly(file, 8 + header_bytes(start, size) - len(start))
             infos = parse_header(head, size)
             dtypes = {_DTYPES[info.dtype] for info in infos.values()}
             data, digest, finite = _read(file, head, size, dtypes.pop() if len(dtypes) == 1 else None)
@@ -83,7 +83,7 @@ def _read(file: BinaryIO, head: bytes, size: int, dtype: torch.dtype | None) -> 
     return data, digest.hexdigest(), dtype is not None and all_finite(data.view(dtype))
 
 
-def _exactly(file: BinaryIO, count: int) -> bytes:
+def _read_exactly(file: BinaryIO, count: int) -> bytes:
     parts = b""
     while len(parts) < count:
         part = file.read(count - len(parts))

@@ -63,14 +63,14 @@ class SlotTable:
                 self._slot_of[weights] = self._slot_of.pop(weights)
         for weights in wanted:
             if weights not in self._slot_of:
-                self._seat(weights, wanted)
+                self._place_weights(weights, wanted)
         return [-1 if weights is None else self._slot_of[weights] for weights in adapters]
 
     def forget(self, version: str) -> None:
         """Drops the reference to a freed adapter, so that its memory goes back."""
         self._slot_of = {weights: slot for weights, slot in self._slot_of.items() if weights.version != version}
 
-    def _seat(self, weights: LoadedAdapter, wanted: Mapping[LoadedAdapter, None]) -> None:
+    def _place_weights(self, weights: LoadedAdapter, wanted: Mapping[LoadedAdapter, None]) -> None:
         free = set(range(len(self.entries))) - set(self._slot_of.values())
         if not free:
             idle = next((one for one in self._slot_of if one not in wanted), None)

@@ -298,9 +298,9 @@ class _Card:
         for cause in CAUSES:
             rows[cause] = [one.failure.row.id for one in self.own if cause in one.causes]
         others = [arm for arm in self.spec.arms if arm.name != self.prober.reference]
-        return tuple(self._lift(arm, cause, ids) for cause, ids in rows.items() if ids for arm in others)
+        return tuple(self._lift_of(arm, cause, ids) for cause, ids in rows.items() if ids for arm in others)
 
-    def _lift(self, arm: ArmSpec, cause: str, rows: Sequence[str]) -> Lift:
+    def _lift_of(self, arm: ArmSpec, cause: str, rows: Sequence[str]) -> Lift:
         mended = sum(self.prober.rights[arm.name][row].whole for row in rows)
         found = self._share(f"mended_{cause}", mended, len(rows), by=arm.name)
         remedy = example_of(arm_kind(arm), grammar=arm.grammar is not None)

@@ -141,7 +141,7 @@ class Prober:
     @cached_property
     def rights(self) -> Mapping[str, Mapping[str, Correctness]]:
         """Arm -> row id -> what is right; a failed request has nothing right."""
-        return {arm.name: {row.id: self._right(arm.name, row) for row in self.rows} for arm in self.spec.arms}
+        return {arm.name: {row.id: self._check_answer(arm.name, row) for row in self.rows} for arm in self.spec.arms}
 
     @cached_property
     def failures(self) -> tuple[WrongAnswer, ...]:
@@ -151,7 +151,7 @@ class Prober:
 
     def first_requests(self) -> list[EvalRequest]:
         """Gold passage, grammar, and the base before the adapter."""
-        return [job for failure in self.failures for job in self._first(failure)]
+        return [job for failure in self.failures for job in self._first_requests(failure)]
 
     def followup_requests(self, found: AnswerSet) -> list[EvalRequest]:
         """Likelihoods without context, where they decide, and for the reference's missing facts."""
@@ -174,10 +174,10 @@ class Prober:
             oracle_right=self._value_of(f"{arm.name}~oracle", row, found),
             grammar_right=self._under_grammar(failure, found),
             closed_book=_prefers_first(found.find(f"{arm.name}~closed", row.id)),
-            right_before=self._before(failure, found),
+            right_before=self._right_before_adapter(failure, found),
         )
 
-    def _right(self, arm: str, row: DatasetRow) -> Correctness:
+    def _check_answer(self, arm: str, row: DatasetRow) -> Correctness:
         answer = self.answers.find(arm, row.id)
         return self.judge.check(row, answer.text) if answer else Correctness(False, False, False)
 
@@ -192,7 +192,7 @@ class Prober:
         drawn = random.Random(f"{self.spec.seed} {arm.name}").sample(range(len(failed)), self.probes.max_failures)
         return [failed[index] for index in sorted(drawn)]
 
-    def _first(self, failure: WrongAnswer) -> Iterator[EvalRequest]:
+    def _first_requests(self, failure: WrongAnswer) -> Iterator[EvalRequest]:
         arm, row, right = failure.arm, failure.row, failure.right
         alone = arm.with_({"retriever": None})
         if not right.value and (context := self._gold_context(failure)):
@@ -202,7 +202,7 @@ class Prober:
             context = None if right.value else self._gold_context(failure)
             base = alone if context else arm
             yield self._job(f"{arm.name}~grammar", base.with_({"grammar": strict}), row, context or question(row))
-        if not right.value and arm.adapter and not arm.retriever and not self._twins(arm):
+        if not right.value and arm.adapter and not arm.retriever and not self._arms_without_adapter(arm):
             yield self._job(f"{arm.name}~before", arm.with_({"adapter": None}), row, question(row))
 
     def _gold_context(self, failure: WrongAnswer) -> Messages | None:
@@ -255,14 +255,14 @@ class Prober:
         answer = found.find(f"{failure.arm.name}~grammar", failure.row.id)
         return self.judge.check(failure.row, answer.text).whole if answer else None
 
-    def _twins(self, arm: ArmSpec) -> list[str]:
+    def _arms_without_adapter(self, arm: ArmSpec) -> list[str]:
         """Arms of the comparison that are this one without its adapter."""
         return [other.name for other in self.spec.arms if other.adapter is None and other.retriever == arm.retriever]
 
-    def _before(self, failure: WrongAnswer, found: AnswerSet) -> bool | None:
+    def _right_before_adapter(self, failure: WrongAnswer, found: AnswerSet) -> bool | None:
         if failure.arm.adapter is None:
             return None
-        twins = self._twins(failure.arm)
+        twins = self._arms_without_adapter(failure.arm)
         if twins:
             return any(self.rights[name][failure.row.id].value for name in twins)
         return self._value_of(f"{failure.arm.name}~before", failure.row, found)

@@ -59,10 +59,10 @@ def multiply(x_NI: torch.Tensor, weight: PackedWeight, bias_O: torch.Tensor | No
         weight.codes,
         weight.book,
         weight.scales,
-        _or(weight.book2, some),
-        _or(weight.scales2, some),
-        _or(weight.offset, some),
-        _or(bias_O, some),
+        _tensor_or(weight.book2, some),
+        _tensor_or(weight.scales2, some),
+        _tensor_or(weight.offset, some),
+        _tensor_or(bias_O, some),
         sums,
         count,
         weight.outputs,
@@ -81,7 +81,7 @@ def multiply(x_NI: torch.Tensor, weight: PackedWeight, bias_O: torch.Tensor | No
     if parts > 1:
         _sum_kernel[(count, triton.cdiv(weight.outputs, 1024))](
             sums,
-            _or(bias_O, some),
+            _tensor_or(bias_O, some),
             out_NO,
             count,
             weight.outputs,
@@ -92,7 +92,7 @@ def multiply(x_NI: torch.Tensor, weight: PackedWeight, bias_O: torch.Tensor | No
     return out_NO
 
 
-def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+def _tensor_or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if tensor is None else tensor
 
 
