@@ -55,7 +55,7 @@ class QuantMethod:
     shards_in_fsdp2: bool = False
     training_advice: str = ""
     """Warning of a training plan."""
-    vllm_problem: str = "vLLM's bitsandbytes quantises a base at the start to nf4 alone"
+    vllm_problem: str = "vLLM's in-flight bitsandbytes quantization supports only nf4"
     """Reason why vLLM does not serve it; empty where it does."""
 
 
@@ -110,7 +110,7 @@ METHODS: dict[QuantKind, QuantMethod] = {
         config=_eight_bit_config,
         note="inputs are rounded to fp16",
         training_advice="trains slower than none and nf4 and needs more memory than nf4: take one of them",
-        vllm_problem="vLLM quantises to bitsandbytes' int8 no base that is not so on disk",
+        vllm_problem="vLLM loads bitsandbytes int8 only from a checkpoint that is already int8",
     ),
     "nf4": four_bit("nf4", vllm_problem=""),
 }

@@ -15,7 +15,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from graftwork.cli.options import ClusterConfig, JsonFlag, Target, cluster_of
+from graftwork.cli.options import ClusterConfig, JsonFlag, cluster_of
 from graftwork.cli.render import (
     details,
     echo,
@@ -136,7 +136,7 @@ def wait(
     root: Root = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Wait until a job ends, and exit with its exit code. Retries a lost job according to `retry` of its config."""
+    """Wait until a job ends, and exit with its exit code. Resubmits a lost job as `retry` of its config allows."""
     where, job_id, _ = _named(job, root)
     try:
         seconds = seconds_of(timeout)
@@ -204,7 +204,17 @@ def export(
 
 
 def doctor(
-    target: Target = "local", root: Root = None, cluster_config: ClusterConfig = None, as_json: JsonFlag = False
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            metavar="TARGET",
+            help="Target to diagnose: local, http(s)://HOST:PORT (Ray dashboard), or k8s:CONTEXT/NAMESPACE.",
+        ),
+    ] = "local",
+    root: Root = None,
+    cluster_config: ClusterConfig = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Diagnose a target, its object store and the connection to it, and suggest fixes. Starts no job.
 

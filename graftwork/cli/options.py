@@ -41,7 +41,9 @@ ClusterConfig = Annotated[
 Deadline = Annotated[
     str | None,
     typer.Option(
-        "--deadline", metavar="TIME", help="Time limit, e.g. 2h. At the limit the job saves a checkpoint and stops."
+        "--deadline",
+        metavar="TIME",
+        help="Time limit, e.g. 2h. At the limit the job stops; a training run saves a checkpoint first.",
     ),
 ]
 Budget = Annotated[

@@ -52,7 +52,8 @@ def tune(
     options: LaunchOptions,
     trial_target: TrialTarget = None,
 ) -> None:
-    """Search hyperparameters; print the trials and the best one with its confidence. Trains the winner if requested.
+    """Search hyperparameters; print the trials and the best one with its uncertainty. Trains the winner if
+    the spec has `winner`.
 
     `graftwork plan FILE` predicts time and memory. A finished sweep is reused; an unfinished one resumes.
     """
