@@ -66,7 +66,7 @@ def read_adapter(
     config = ConfigFile.read(folder, known.get(CONFIG_FILE))
     kind = config.values.get("peft_type")
     served = f"served are {', '.join(SERVED)}"
-    if isinstance(kind, str) and kind in _DELTAS:
+    if isinstance(kind, str) and kind in _DELTAS and kind not in SERVED:
         move = "convert it with peft's convert_to_lora, or merge it into the base and serve that as a base of its own"
         raise config.make_error("peft_type", f"{kind} is not computed row by row; {served}", move)
     if not isinstance(kind, str) or kind not in SERVED:
