@@ -46,6 +46,7 @@ def test_adding_a_variant_edits_few_files(name: str) -> None:
     assert 1 <= len(files_of(diff)) <= MOST_FILES[name]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(sections()))
 def test_a_variant_works_after_its_diff(name: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"

@@ -93,7 +93,7 @@ def test_an_editable_install_imports_the_checkout_by_its_real_paths(tmp_path: Pa
     ("file", "function", "arguments"),
     [
         ("cluster/session.py", "is_loopback", ("127.0.0.1",)),
-        ("serving/models.py", "base_name", ("bases/small.gguf",)),
+        ("serving/arms.py", "base_name", ("bases/small.gguf",)),
         ("training/lr_schedule.py", "factor_at", (((0.5, 2.0),), 1, 4)),
         ("tuning/retry.py", "message_of", ("out of memory",)),
     ],

@@ -153,6 +153,7 @@ def continued(
     return spec, report, started
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
     whole: tuple[TuneSpec, TuneReport], continued: tuple[TuneSpec, TuneReport, set[str]]
 ) -> None:
@@ -162,6 +163,7 @@ def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
     assert report.best == whole[1].best
 
 
+@pytest.mark.long
 def test_a_finished_sweep_is_given_finals_and_its_winner_is_published(
     continued: tuple[TuneSpec, TuneReport, set[str]],
 ) -> None:
