@@ -222,3 +222,11 @@ def test_policies_and_scrapes_select_the_pods_that_are_built() -> None:
         assert {end["port"] for end in monitors[name]["podMetricsEndpoints"]} <= ports
     of_a_job = pod_labels(ClusterSpec(), "name", "name-0123456789", "train")
     assert set(monitors["graftwork-ray"]["podTargetLabels"]) <= {*pod, *of_a_job}
+
+
+def test_submitters_may_make_each_call_of_the_target() -> None:
+    """`renew` of cluster/targets/kuberay.py sends PUT, which is the verb `update`."""
+    [role] = [found for found in of_kind("base", "Role") if found["metadata"]["name"] == "graftwork-submitter"]
+    verbs = {name: set(rule["verbs"]) for rule in role["rules"] for name in rule["resources"]}
+    for name in ("rayservices", "poddisruptionbudgets"):
+        assert verbs[name] >= {"create", "get", "list", "update", "delete"}
