@@ -7,6 +7,7 @@ from typing import Any
 from graftwork.cluster.jobs.models import Attempt, Demand, Job
 from graftwork.cluster.kuberay.objects import build_rayjob, build_rayservice
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.serving.spec import ServeSpec
 
 IMAGE = "registry.example/graftwork@sha256:" + "0" * 63 + "1"
 ROOT = "s3://bucket/team-a"
@@ -24,12 +25,16 @@ GPUS: dict[str, Any] = {
 }
 
 
+SERVE = ServeSpec.model_validate({"name": "airport", "base": "b", "root": ROOT, "token_env": "KEYS"})
+
+
 def cluster(**changes: Any) -> ClusterSpec:
     return ClusterSpec.model_validate({**BASE, **changes})
 
 
 def job(spec: ClusterSpec, *, kind: str = "train", name: str = "airport", demand: Demand | None = None) -> Job:
-    return Job(name, kind, "ab" * 32, spec.storage.uri or "", {"name": name}, spec, demand or Demand())
+    stage = SERVE.with_({"name": name}).model_dump(mode="json") if kind == "serve" else {"name": name}
+    return Job(name, kind, "ab" * 32, spec.storage.uri or "", stage, spec, demand or Demand())
 
 
 def attempt(spec: ClusterSpec, **parts: Any) -> Attempt:

@@ -16,8 +16,8 @@ from urllib.parse import quote
 import yaml
 
 from graftwork.cluster.jobs.models import Finding, warn
-from graftwork.cluster.kuberay.object_view import KubeView, dig, listed
-from graftwork.cluster.kuberay.objects import JOB_LABEL
+from graftwork.cluster.kuberay.labels import pod_selector
+from graftwork.cluster.kuberay.object_view import KubeView, dig, listed, mapping
 from graftwork.errors import ClusterError, ConfigError
 
 TIMEOUT_S = (5.0, 10.0)
@@ -374,11 +374,11 @@ def _wait_until_gone(api: KubeApi, path: str, name: str, found: KubeView) -> Non
 
 def _holders(api: KubeApi, left: KubeView) -> str:
     """Return what keeps an object: its pods that are there, as far as they may be listed, and its finalizers."""
-    job = dig(left, "metadata", "labels", JOB_LABEL)
-    answer = api.ask(
-        "GET", namespaced("", "v1", api.place.namespace, "pods"), query={"labelSelector": f"{JOB_LABEL}={job}"}
-    )
-    pods = [str(dig(pod, "metadata", "name")) for pod in listed(answer.body.get("items"))] if answer.ok and job else []
+    selector = pod_selector(str(dig(left, "kind")), mapping(dig(left, "metadata", "labels")))
+    path = namespaced("", "v1", api.place.namespace, "pods")
+    answer = api.ask("GET", path, query={"labelSelector": selector}) if selector else None
+    found = listed(answer.body.get("items")) if answer is not None and answer.ok else []
+    pods = [str(dig(pod, "metadata", "name")) for pod in found]
     more = f" and {len(pods) - SHOWN} more" if len(pods) > SHOWN else ""
     said = [f"pods that end: {', '.join(pods[:SHOWN])}{more}"] if pods else []
     finalizers = dig(left, "metadata", "finalizers") or []

@@ -1,4 +1,4 @@
-"""Objects of a job for KubeRay: RayJob, RayService with its Serve config, labels and names.
+"""Objects of a job for KubeRay: RayJob, RayService with its Serve config and disruption budget, names.
 
 Ray Serve creates an application again when its `args`, import path or code change: engines start again, next to the old
 ones on the same cluster. It passes changes under `deployments` to running replicas. So `deployments` has all that
@@ -14,64 +14,21 @@ from typing import Any
 
 from graftwork.cluster.jobs.driver import LIMIT_GRACE_S
 from graftwork.cluster.jobs.models import Attempt, Finding, Job, refuse
+from graftwork.cluster.kuberay.labels import (
+    NAME_LABEL,
+    NODE_TYPE_LABEL,
+    PLAN_ANNOTATION,
+    label_value,
+    object_labels,
+    pod_labels,
+)
 from graftwork.cluster.kuberay.object_view import KubeObject
-from graftwork.cluster.kuberay.pods import CLOSED, GRACE_S, PodFacts, head_template, worker_template
+from graftwork.cluster.kuberay.pods import CLOSED, GRACE_S, PodSettings, head_template, worker_template
 from graftwork.cluster.session import JOB
-from graftwork.cluster.spec import ClusterSpec
+from graftwork.cluster.spec import ClusterSpec, WorkerSpec, quantity
 from graftwork.config import canonical_json
 from graftwork.errors import ConfigError
-
-# Labels of the objects: whose they are, which queue they wait in, which scheduler places all of their pods or none.
-
-
-JOB_LABEL, ATTEMPT, NAME, PLAN = (f"graftwork.dev/{word}" for word in ("job", "attempt", "name", "plan"))
-"""Job id, attempt id and name are labels; the plan's hash is an annotation."""
-KUEUE_QUEUE, KUEUE_PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
-VOLCANO_QUEUE, VOLCANO_PRIORITY = "volcano.sh/queue-name", "ray.io/priority-class-name"
-KAI_QUEUE = "kai.scheduler/queue"
-YUNIKORN_APP, YUNIKORN_QUEUE = "yunikorn.apache.org/app-id", "yunikorn.apache.org/queue"
-GANG = "ray.io/gang-scheduling-enabled"
-"""KubeRay's own; its presence alone makes YuniKorn's task groups. The other names above are each scheduler's."""
-GANG_QUEUES = {"volcano": VOLCANO_QUEUE, "kai": KAI_QUEUE, "yunikorn": YUNIKORN_QUEUE}
-
-
-def object_labels(
-    cluster: ClusterSpec, name: str, job_id: str, app: str, attempt_id: str | None = None
-) -> dict[str, str]:
-    """Of a RayJob or RayService; the operator hands the queues' on to the pods."""
-    own = {
-        **cluster.labels,
-        "app.kubernetes.io/name": "graftwork",
-        "app.kubernetes.io/instance": label_value(name),
-        "app.kubernetes.io/component": app,
-        "app.kubernetes.io/managed-by": "graftwork",
-        JOB_LABEL: label_value(job_id),
-        NAME: label_value(name),
-    }
-    if attempt_id is not None:
-        own[ATTEMPT] = label_value(attempt_id)
-    queue, gang_queue = cluster.queue, cluster.gang_queue
-    if queue is not None:
-        own |= {KUEUE_QUEUE: queue, **({KUEUE_PRIORITY: cluster.priority} if cluster.priority else {})}
-    if cluster.gang == "yunikorn":
-        own |= {GANG: "true", YUNIKORN_APP: attempt_id or name}
-    if cluster.gang != "none" and gang_queue:
-        own[GANG_QUEUES[cluster.gang]] = gang_queue
-    if cluster.gang == "volcano" and cluster.priority and queue is None:
-        own[VOLCANO_PRIORITY] = cluster.priority
-    return own
-
-
-def pod_labels(cluster: ClusterSpec, name: str, job_id: str, app: str) -> dict[str, str]:
-    """Of head and workers. `app.kubernetes.io/name` is left to the operator, whose services select by it."""
-    return {
-        **cluster.labels,
-        "app.kubernetes.io/component": app,
-        "app.kubernetes.io/part-of": "graftwork",
-        JOB_LABEL: label_value(job_id),
-        NAME: label_value(name),
-    }
-
+from graftwork.planning.hardware import resolved_count
 
 # Names of objects and their lengths: an attempt's RayJob has the attempt's id.
 
@@ -79,8 +36,6 @@ def pod_labels(cluster: ClusterSpec, name: str, job_id: str, app: str) -> dict[s
 MAX_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}
 """Longest names that KubeRay 1.7 takes (its controllers/ray/utils/constant.go): the pods' names append to them."""
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
-MAX_LABEL = 63
 
 
 def check_name(kind: str, name: str) -> list[Finding]:
@@ -110,11 +65,6 @@ def check_name(kind: str, name: str) -> list[Finding]:
     return found
 
 
-def label_value(text: str) -> str:
-    """As much of a text as a label's value holds."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", text)[:MAX_LABEL].strip("-_.")
-
-
 # The RayCluster within a RayJob or a RayService: a head that takes no work, groups of workers, who may speak to it.
 
 
@@ -124,9 +74,9 @@ IDLE_S = 300
 ROCKSDB_SIZE = "1Gi"
 
 
-def cluster_part(facts: PodFacts, *, autoscales: bool) -> KubeObject:
-    """What RayJob has as `rayClusterSpec` and RayService as `rayClusterConfig`."""
-    cluster = facts.cluster
+def ray_cluster_spec(settings: PodSettings, *, autoscales: bool) -> KubeObject:
+    """Return the `rayClusterSpec` of a RayJob or the `rayClusterConfig` of a RayService."""
+    cluster = settings.cluster
     groups = [
         {
             "groupName": group.name,
@@ -134,44 +84,44 @@ def cluster_part(facts: PodFacts, *, autoscales: bool) -> KubeObject:
             "minReplicas": group.count,
             "maxReplicas": group.max_count if autoscales and group.max_count is not None else group.count,
             "rayStartParams": {},
-            "template": worker_template(facts, group),
+            "template": worker_template(settings, group),
         }
         for group in cluster.workers
     ]
     auth: KubeObject = {"mode": cluster.auth.mode}
     if cluster.auth.secret is not None:
         auth["secretName"] = cluster.auth.secret
-    part: KubeObject = {
+    spec: KubeObject = {
         "rayVersion": cluster.ray_version,
         "authOptions": auth,
         "headGroupSpec": {
             "serviceType": "ClusterIP",
             "rayStartParams": {"num-cpus": "0"},
-            "template": head_template(facts, autoscales=autoscales),
+            "template": head_template(settings, autoscales=autoscales),
         },
         "workerGroupSpecs": groups,
     }
     if cluster.gcs.backend == "rocksdb":
-        part["gcsFaultToleranceOptions"] = {"backend": "rocksdb", "storage": {"size": ROCKSDB_SIZE}}
+        spec["gcsFaultToleranceOptions"] = {"backend": "rocksdb", "storage": {"size": ROCKSDB_SIZE}}
     elif cluster.gcs.backend == "redis":
         options: KubeObject = {"backend": "redis", "redisAddress": cluster.gcs.redis_address}
         if cluster.gcs.redis_secret is not None:
             reference = {"name": cluster.gcs.redis_secret, "key": "password"}
             options["redisPassword"] = {"valueFrom": {"secretKeyRef": reference}}
-        part["gcsFaultToleranceOptions"] = options
+        spec["gcsFaultToleranceOptions"] = options
     if autoscales:
-        part["enableInTreeAutoscaling"] = True
-        part["autoscalerOptions"] = {
+        spec["enableInTreeAutoscaling"] = True
+        spec["autoscalerOptions"] = {
             "version": "v2",
             "idleTimeoutSeconds": IDLE_S,
             "securityContext": dict(CLOSED),
             "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
         }
-    return part
+    return spec
 
 
-def grows(cluster: ClusterSpec) -> bool:
-    """Whether a group may have more machines than it starts with."""
+def has_autoscaling(cluster: ClusterSpec) -> bool:
+    """Return whether a worker group may grow beyond its first size."""
     return any(group.max_count is not None and group.max_count > group.count for group in cluster.workers)
 
 
@@ -186,7 +136,9 @@ BACKSTOP_S = 60
 def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> KubeObject:
     """The RayJob of an attempt. Equal attempts give equal objects; `graftwork.dev/plan` has their hash."""
     job, cluster = attempt.job, attempt.job.cluster
-    facts = PodFacts(cluster, pod_labels(cluster, job.name, job.job_id, job.kind), job.root, wheel_uri, serves=False)
+    settings = PodSettings(
+        cluster, pod_labels(cluster, job.name, job.job_id, job.kind), job.root, wheel_uri, serves=False
+    )
     spec: KubeObject = {
         "submissionMode": "HTTPMode",
         "entrypoint": f"python -m graftwork.cluster.jobs.driver {job.root} {job.job_id} {attempt.number} {JOB}",
@@ -196,7 +148,7 @@ def build_rayjob(attempt: Attempt, namespace: str, wheel_uri: str | None) -> Kub
         "preRunningDeadlineSeconds": math.ceil(cluster.limits.pending),
         "submitterConfig": {"backoffLimit": 0},
         "backoffLimit": int(cluster.retry.max_attempts > 1 and any(group.spot for group in cluster.workers)),
-        "rayClusterSpec": cluster_part(facts, autoscales=False),
+        "rayClusterSpec": ray_cluster_spec(settings, autoscales=False),
     }
     if cluster.limits.deadline is not None:  # the operator counts from the first pod, the driver from its own start
         longest_s = cluster.limits.pending + cluster.limits.deadline + LIMIT_GRACE_S
@@ -219,50 +171,46 @@ def with_plan(made: KubeObject) -> KubeObject:
 
     The hash is of what is asked for: without itself, and without what a queue or a person changes afterwards.
     """
-    whole: KubeObject = json.loads(json.dumps(made))
-    metadata = {key: value for key, value in whole["metadata"].items() if key in ("name", "namespace", "labels")}
-    spec = {key: value for key, value in whole["spec"].items() if key != "suspend"}
-    plan = hashlib.sha256(canonical_json([whole["kind"], metadata, spec]).encode()).hexdigest()[:16]
-    whole["metadata"].setdefault("annotations", {})[PLAN] = plan
-    return whole
+    planned: KubeObject = json.loads(json.dumps(made))
+    metadata = {key: value for key, value in planned["metadata"].items() if key in ("name", "namespace", "labels")}
+    spec = {key: value for key, value in planned["spec"].items() if key != "suspend"}
+    plan = hashlib.sha256(canonical_json([planned["kind"], metadata, spec]).encode()).hexdigest()[:16]
+    planned["metadata"].setdefault("annotations", {})[PLAN_ANNOTATION] = plan
+    return planned
 
 
 # A served endpoint as a RayService. What changes often (adapters, arms, weights) is in its `user_config` or in the
 # registry: a change of `serveConfigV2` alone is taken up by the replicas, a change of the rest makes a second cluster.
 
 
-LONGEST_REQUEST_S = 600.0
-"""Where the spec names none (`request_timeout_s`)."""
 MARGIN_S = 60
+"""Between the longest request and the deletion of the cluster that an upgrade replaced."""
 
 
 def service_objects(job: Job, namespace: str, wheel_uri: str | None) -> list[KubeObject]:
-    """All that a serve job is on Kubernetes. Raises ConfigError for an endpoint that would be open to anybody."""
-    made = build_rayservice(job, namespace, serve_config(job.spec), wheel_uri)
-    machines = sum(group.max_count or group.count for group in job.cluster.workers)
-    return [made, build_disruption_budget(job, namespace)] if machines > 1 else [made]  # one alone is not guarded by it
+    """Return the RayService of a serve job and its disruption budget. Raises ConfigError for one without a token."""
+    service = build_rayservice(job, namespace, serve_config(job.spec), wheel_uri)
+    return [service, build_disruption_budget(job, namespace)]
 
 
 def build_rayservice(job: Job, namespace: str, config: Mapping[str, Any], wheel_uri: str | None = None) -> KubeObject:
     """The RayService of a serve job, named by the job's name: the next version of its spec is the same service."""
     cluster = job.cluster
-    timeout_s = {"graceful_shutdown_timeout_s": 0, **job.spec}
-    facts = PodFacts(
+    settings = PodSettings(
         cluster,
-        pod_labels(cluster, job.name, job.name, job.kind),
+        pod_labels(cluster, job.name, None, job.kind),
         job.root,
         wheel_uri,
         serves=True,
-        grace_s=max(GRACE_S, termination_grace_s(timeout_s)),
+        grace_s=max(GRACE_S, termination_grace_s(job.spec)),
     )
-    longest = float(job.spec.get("request_timeout_s", LONGEST_REQUEST_S))
     spec = {
         "serveConfigV2": json.dumps(config, sort_keys=True, ensure_ascii=False, indent=1),
         "upgradeStrategy": {"type": "NewCluster"},
-        "rayClusterDeletionDelaySeconds": math.ceil(longest) + MARGIN_S,
+        "rayClusterDeletionDelaySeconds": math.ceil(job.spec["request_timeout_s"]) + MARGIN_S,
         "excludeHeadPodFromServeSvc": True,
         "serveService": {"spec": {"type": "ClusterIP"}},
-        "rayClusterConfig": cluster_part(facts, autoscales=grows(cluster)),
+        "rayClusterConfig": ray_cluster_spec(settings, autoscales=has_autoscaling(cluster)),
     }
     labels = object_labels(cluster, job.name, job.job_id, job.kind)
     return with_plan(
@@ -275,19 +223,47 @@ def build_rayservice(job: Job, namespace: str, config: Mapping[str, Any], wheel_
     )
 
 
+ROUNDING = 1e-9
+"""0.6 CPUs have room for 3 replicas of 0.2, which 0.6 / 0.2 = 2.9999999999999996 does not say."""
+
+
 def build_disruption_budget(job: Job, namespace: str) -> KubeObject:
-    """Lets nodes be emptied one pod of the service at a time."""
-    selector = {NAME: label_value(job.name)}
-    return {
-        "apiVersion": "policy/v1",
-        "kind": "PodDisruptionBudget",
-        "metadata": {
-            "name": job.name,
-            "namespace": namespace,
-            "labels": object_labels(job.cluster, job.name, job.job_id, job.kind),
-        },
-        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": selector}},
-    }
+    """Return the PodDisruptionBudget of a serve job: a drain of nodes evicts its workers one at a time.
+
+    `minAvailable` is a number: `maxUnavailable` and percentages need the scale subresource of the pods' owner, which
+    RayCluster lacks, and every eviction would be refused (kuberay#2662). The head is left out, since a budget for one
+    pod blocks the drain of its node. A worker without a replica is not ready: it may always be evicted.
+    """
+    return with_plan(
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": {
+                "name": job.name,
+                "namespace": namespace,
+                "labels": object_labels(job.cluster, job.name, job.job_id, job.kind),
+            },
+            "spec": {
+                "minAvailable": max(0, fewest_serving_workers(job) - 1),
+                "unhealthyPodEvictionPolicy": "AlwaysAllow",
+                "selector": {"matchLabels": {NAME_LABEL: label_value(job.name), NODE_TYPE_LABEL: "worker"}},
+            },
+        }
+    )
+
+
+def fewest_serving_workers(job: Job) -> int:
+    """Return the number of workers that have an engine replica however Serve places them, at the least load."""
+    spec, groups = job.spec, job.cluster.workers
+    replicas: int = spec["num_replicas"] if spec.get("autoscaling") is None else spec["autoscaling"]["min_replicas"]
+    per_worker = max([1, *(_replicas_that_fit(spec, group) for group in groups)])
+    most_workers = sum(group.max_count or group.count for group in groups)
+    return min(most_workers, math.ceil(replicas / per_worker))
+
+
+def _replicas_that_fit(spec: Mapping[str, Any], group: WorkerSpec) -> int:
+    by_cpu, gpus = quantity(group.cpu) / spec["num_cpus"], resolved_count(spec["num_gpus"])
+    return int((min(by_cpu, group.gpu / gpus) if gpus else by_cpu) + ROUNDING)
 
 
 LIVE = ("adapters", "arms", "limits", "experiments")
@@ -326,20 +302,20 @@ def serve_config(spec: Mapping[str, Any], working_dir: str | None = None) -> Kub
         **shared,
         "user_config": {key: spec[key] for key in LIVE},
     }
-    moved = {"host": SERVE_HOST, "port": SERVE_PORT}
-    made_of = {key: value for key, value in spec.items() if key not in (*LIVE, *SCALE)} | moved
+    http_options = {"host": SERVE_HOST, "port": SERVE_PORT}
+    engine_args = {key: value for key, value in spec.items() if key not in (*LIVE, *SCALE)} | http_options
     application: KubeObject = {
         "name": spec["name"],
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": {"spec": made_of},
+        "args": {"spec": engine_args},
         "deployments": [engine, ingress],
     }
     if working_dir is not None:
         application["runtime_env"] = {"working_dir": working_dir}
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": SERVE_HOST, "port": SERVE_PORT},
+        "http_options": http_options,
         "applications": [application],
     }
 

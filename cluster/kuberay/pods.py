@@ -37,8 +37,8 @@ SERVE_PORT = ("serve", 8000)
 
 
 @dataclass(frozen=True)
-class PodFacts:
-    """What all pods of an object share."""
+class PodSettings:
+    """Settings that all pods of an object share."""
 
     cluster: ClusterSpec
     labels: Mapping[str, str]
@@ -49,34 +49,34 @@ class PodFacts:
     """Between a pod's notice and its end."""
 
 
-def head_template(facts: PodFacts, *, autoscales: bool) -> KubeObject:
+def head_template(settings: PodSettings, *, autoscales: bool) -> KubeObject:
     """The head. One that autoscales talks to Kubernetes: it has a token, of an account that the operator makes."""
-    head = facts.cluster.head
-    ports = (*HEAD_PORTS, SERVE_PORT) if facts.serves else HEAD_PORTS
+    head = settings.cluster.head
+    ports = (*HEAD_PORTS, SERVE_PORT) if settings.serves else HEAD_PORTS
     container = {
         "name": "ray-head",
         "ports": [{"name": name, "containerPort": number} for name, number in ports],
         "resources": _resources({"cpu": head.cpu, "memory": head.memory}),
     }
-    template = _template(facts, container, head.memory)
+    template = _template(settings, container, head.memory)
     template["spec"]["automountServiceAccountToken"] = autoscales
     if autoscales:
         del template["spec"]["serviceAccountName"]
     return template
 
 
-def worker_template(facts: PodFacts, group: WorkerSpec) -> KubeObject:
+def worker_template(settings: PodSettings, group: WorkerSpec) -> KubeObject:
     """Template of a worker: on spot nodes if the group has `spot`, with a drain before its end."""
     amounts = {"cpu": group.cpu, "memory": group.memory, **({GPU: str(group.gpu)} if group.gpu else {})}
-    ports = (HEAD_PORTS[2], SERVE_PORT) if facts.serves else (HEAD_PORTS[2],)
-    drain = ["python", "-m", "graftwork.cluster.kuberay.prestop", str(facts.grace_s - END_S)]
+    ports = (HEAD_PORTS[2], SERVE_PORT) if settings.serves else (HEAD_PORTS[2],)
+    drain = ["python", "-m", "graftwork.cluster.kuberay.prestop", str(settings.grace_s - END_S)]
     container = {
         "name": "ray-worker",
         "ports": [{"name": name, "containerPort": number} for name, number in ports],
         "resources": _resources(amounts),
         "lifecycle": {"preStop": {"exec": {"command": drain}}},
     }
-    template = _template(facts, container, group.memory)
+    template = _template(settings, container, group.memory)
     selector = {**group.node_selector, **({group.spot_key: "true"} if group.spot else {})}
     tolerated = [*([GPU] if group.gpu else []), *([group.spot_key] if group.spot else [])]
     if selector:
@@ -86,8 +86,8 @@ def worker_template(facts: PodFacts, group: WorkerSpec) -> KubeObject:
     return template
 
 
-def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> KubeObject:
-    cluster = facts.cluster
+def _template(settings: PodSettings, container: Mapping[str, Any], memory: str) -> KubeObject:
+    cluster = settings.cluster
     shm = f"{int(quantity(memory) * SHM_PART) >> 20}Mi"
     volumes: list[KubeObject] = [
         {"name": "tmp", "emptyDir": {}},
@@ -101,7 +101,7 @@ def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> Kub
     ]
     if cluster.storage.claim is not None:
         volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": cluster.storage.claim}})
-        mounts.append({"name": "store", "mountPath": facts.root.removeprefix("file://")})
+        mounts.append({"name": "store", "mountPath": settings.root.removeprefix("file://")})
     spec: KubeObject = {
         "serviceAccountName": cluster.service_account,
         "automountServiceAccountToken": False,
@@ -112,10 +112,10 @@ def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> Kub
             "fsGroup": UID,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "terminationGracePeriodSeconds": facts.grace_s,
+        "terminationGracePeriodSeconds": settings.grace_s,
         "enableServiceLinks": False,
     }
-    if facts.wheel_uri is not None:
+    if settings.wheel_uri is not None:
         volumes.append({"name": "code", "emptyDir": {}})
         mounts.append({"name": "code", "mountPath": CODE_PATH})
         spec["initContainers"] = [  # fetches this code before Ray starts, without pip
@@ -123,31 +123,38 @@ def _template(facts: PodFacts, container: Mapping[str, Any], memory: str) -> Kub
                 "name": "code",
                 "image": cluster.image or "",
                 "securityContext": dict(CLOSED),
-                "command": ["python", "-m", "graftwork.cluster.jobs.packaging", "unpack", facts.wheel_uri, CODE_PATH],
+                "command": [
+                    "python",
+                    "-m",
+                    "graftwork.cluster.jobs.packaging",
+                    "unpack",
+                    settings.wheel_uri,
+                    CODE_PATH,
+                ],
                 "volumeMounts": list(mounts),
                 "resources": _resources({"cpu": "1", "memory": "1Gi"}),
-                **_environment(facts),
+                **_environment(settings),
             }
         ]
-    whole = {"image": cluster.image or "", "securityContext": dict(CLOSED), **_environment(facts), **container}
-    spec["containers"] = [{**whole, "volumeMounts": mounts}]
+    shared = {"image": cluster.image or "", "securityContext": dict(CLOSED), **_environment(settings), **container}
+    spec["containers"] = [{**shared, "volumeMounts": mounts}]
     spec["volumes"] = volumes
     if cluster.image_pull_secret is not None:
         spec["imagePullSecrets"] = [{"name": cluster.image_pull_secret}]
     if cluster.priority is not None and cluster.queue is None:
         spec["priorityClassName"] = cluster.priority
-    return {"metadata": {"labels": dict(facts.labels)}, "spec": spec}
+    return {"metadata": {"labels": dict(settings.labels)}, "spec": spec}
 
 
-def _environment(facts: PodFacts) -> KubeObject:
-    cluster, storage = facts.cluster, facts.cluster.storage
+def _environment(settings: PodSettings) -> KubeObject:
+    cluster, storage = settings.cluster, settings.cluster.storage
     plain = {"HOME": SCRATCH_PATH, "AWS_DEFAULT_REGION": storage.region, **cluster.env}
     if storage.endpoint is not None:
         plain["AWS_ENDPOINT_URL"] = storage.endpoint
     if storage.secret is not None:
         plain["AWS_EC2_METADATA_DISABLED"] = "true"  # else each client queries an absent host for credentials
-    if facts.wheel_uri is not None:
-        plain |= {WHEEL: facts.wheel_uri, "PYTHONPATH": CODE_PATH}
+    if settings.wheel_uri is not None:
+        plain |= {WHEEL: settings.wheel_uri, "PYTHONPATH": CODE_PATH}
     env: list[KubeObject] = [{"name": name, "value": value} for name, value in sorted(plain.items())]
     for name, reference in sorted(cluster.secret_env.items()):
         secret, _, key = reference.partition("/")

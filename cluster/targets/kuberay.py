@@ -8,9 +8,10 @@ from collections.abc import Collection
 from graftwork.cluster.jobs.models import Attempt, Finding, Job, ObservedState, TargetMachines, refuse
 from graftwork.cluster.jobs.packaging import publish_wheel, wheel_uri
 from graftwork.cluster.kuberay.client import KubeApi, namespaced, remove
+from graftwork.cluster.kuberay.labels import JOB_LABEL, PLAN_ANNOTATION, label_value
 from graftwork.cluster.kuberay.live_checks import PLURALS, diagnose, live_crd, live_findings, object_path
 from graftwork.cluster.kuberay.object_view import KubeView, dig, listed, mapping
-from graftwork.cluster.kuberay.objects import JOB_LABEL, PLAN, build_rayjob, label_value, service_objects
+from graftwork.cluster.kuberay.objects import build_rayjob, service_objects
 from graftwork.cluster.kuberay.pending_reasons import reasons
 from graftwork.cluster.kuberay.preflight import machines_of, preflight
 from graftwork.cluster.kuberay.schema import METADATA
@@ -155,7 +156,7 @@ def is_ours(found: KubeView) -> bool:
 
 def renew(api: KubeApi, planned: KubeView, found: KubeView) -> None:
     """Have an endpoint that is there be as planned; the operator changes what can be changed under load."""
-    plans = [dig(one, "metadata", "annotations", PLAN) for one in (planned, found)]
+    plans = [dig(one, "metadata", "annotations", PLAN_ANNOTATION) for one in (planned, found)]
     is_same = plans[0] == plans[1] if plans[0] else planned.get("spec") == found.get("spec")
     if is_same or planned["kind"] not in {kind for _, kind in KINDS}:
         return

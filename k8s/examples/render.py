@@ -41,7 +41,7 @@ def rayjob(path: Path) -> dict[str, Any]:
 
 
 def service(path: Path) -> list[dict[str, Any]]:
-    """The RayService of an endpoint that grows to as many machines as the cluster has, and what guards it."""
+    """The RayService of an endpoint that grows to as many machines as the cluster has, and its disruption budget."""
     job = a_job(path, "serve", grows=True)
     return service_objects(job, NAMESPACE, f"{job.root}/{WHEEL}")
 
@@ -52,10 +52,10 @@ def a_job(path: Path, kind: str, *, grows: bool = False) -> Job:
     assert isinstance(cluster, ClusterSpec)
     spec: dict[str, Any] = {}
     if grows:
-        groups = [group.model_copy(update={"count": 1, "max_count": group.count}) for group in cluster.workers]
+        groups = [group.model_copy(update={"count": 2, "max_count": group.count}) for group in cluster.workers]
         secrets = {**cluster.secret_env, TOKEN_ENV: TOKEN}
         cluster = cluster.model_copy(update={"workers": tuple(groups), "secret_env": secrets})
-        named = {"name": "airport-card", "token_env": TOKEN_ENV, "root": cluster.storage.uri}
+        named = {"name": "airport-card", "token_env": TOKEN_ENV, "root": cluster.storage.uri, "num_replicas": 2}
         served, _ = with_gpus(load(SERVED, expect="serve").with_(named), machines_of(cluster).accelerators)
         spec = served.model_dump(mode="json")
     gpus = 1.0 if machines_of(cluster).gpus else 0.0

@@ -10,6 +10,7 @@ from graftwork.cluster.jobs.models import Job
 from graftwork.cluster.targets import backend_of
 from graftwork.config import validate
 from graftwork.serving.spec import ServeSpec
+from tests.k8s.budgets import Budgets
 from tests.k8s.cluster import KubeCluster, kube_cluster
 from tests.k8s.server import NAMESPACE
 from tests.kuberay_objects import cluster
@@ -22,6 +23,16 @@ SERVICES = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayservices"
 def kube() -> Iterator[KubeCluster]:
     with kube_cluster(ray=False) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def budgets(kube: KubeCluster) -> Iterator[Budgets]:
+    with Budgets(kube.server) as made:
+        yield made
+
+
+def jobs_of(budgets: Budgets) -> list[str]:
+    return [one["metadata"]["labels"]["graftwork.dev/job"] for one in budgets.objects.values()]
 
 
 def serve_job(root: Path, **changes: Any) -> Job:
@@ -47,11 +58,12 @@ def services(kube: KubeCluster) -> list[str]:
     return [one["metadata"]["name"] for one in found["items"]]
 
 
-def test_an_endpoint_is_one_object_through_its_versions(kube: KubeCluster, tmp_path: Path) -> None:
+def test_an_endpoint_is_one_object_through_its_versions(kube: KubeCluster, budgets: Budgets, tmp_path: Path) -> None:
     first = serve_job(tmp_path)
     backend = backend_of(kube.on, first.root, first.cluster)
     assert backend.submit(first).state == "pending"
     assert services(kube) == ["airport"]
+    assert jobs_of(budgets) == [first.job_id]
 
     ready = {
         "type": "Ready",
@@ -74,15 +86,18 @@ def test_an_endpoint_is_one_object_through_its_versions(kube: KubeCluster, tmp_p
     assert after["spec"]["rayClusterConfig"] == before["spec"]["rayClusterConfig"]
     assert after["spec"]["serveConfigV2"] != before["spec"]["serveConfigV2"]
 
+    backend.cancel(first.job_id)
+    assert (services(kube), jobs_of(budgets)) == (["airport"], [second.job_id])
     assert backend.cancel(second.job_id).state == "cancelled"
-    assert services(kube) == []
+    assert services(kube) == jobs_of(budgets) == []
 
 
+@pytest.mark.usefixtures("budgets")
 def test_the_same_endpoint_again_writes_nothing(kube: KubeCluster, tmp_path: Path) -> None:
     asked = serve_job(tmp_path)
     backend = backend_of(kube.on, asked.root, asked.cluster)
     plan = backend.plan(asked)
-    assert [made["kind"] for made in plan.objects] == ["RayService"]
+    assert [made["kind"] for made in plan.objects] == ["RayService", "PodDisruptionBudget"]
     assert [found for found in plan.findings if found.level == "error"] == []
     backend.submit(asked)
     written = kube.server.ask("GET", f"{SERVICES}/airport")[1]["metadata"]["resourceVersion"]

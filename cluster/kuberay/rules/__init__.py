@@ -10,12 +10,12 @@ from graftwork.cluster.jobs.models import Finding
 from graftwork.cluster.kuberay.object_view import ClusterView, KubeView, dig, mapping
 from graftwork.cluster.kuberay.objects import MAX_NAME, check_name
 from graftwork.cluster.kuberay.rules.cluster import CLUSTER_RULES, check_manager
-from graftwork.cluster.kuberay.rules.features import FEATURE_RULES
+from graftwork.cluster.kuberay.rules.gcs_fault_tolerance import GCS_RULES
 from graftwork.cluster.kuberay.rules.job import JOB_RULES
 from graftwork.cluster.kuberay.rules.pods import POD_RULES
 from graftwork.cluster.kuberay.rules.service import SERVICE_RULES
 
-PART_RULES = (*CLUSTER_RULES, *FEATURE_RULES, *POD_RULES)
+PART_RULES = (*CLUSTER_RULES, *GCS_RULES, *POD_RULES)
 OBJECT_RULES = {"RayJob": JOB_RULES, "RayService": SERVICE_RULES}
 PART_PATHS = {"RayJob": ("spec", "rayClusterSpec"), "RayService": ("spec", "rayClusterConfig"), "RayCluster": ("spec",)}
 

@@ -1,11 +1,26 @@
-"""Rules for the autoscaler, and for head and worker groups: containers, labels, resources and replicas."""
+"""Rules for a RayCluster: autoscaler, head and worker groups, network policies, TLS and the history server.
+
+A default install of the operator refuses network policies, TLS and the history server; where a gate is on, each field
+has rules of its own.
+"""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from graftwork.cluster.jobs.models import Findings, refuse, warn
-from graftwork.cluster.kuberay.object_view import ClusterView, containers, dig, listed, mapping, number, version_of
-from graftwork.cluster.kuberay.objects import LABEL_VALUE, MAX_LABEL
+from graftwork.cluster.kuberay.labels import LABEL_VALUE, MAX_LABEL
+from graftwork.cluster.kuberay.object_view import (
+    ClusterView,
+    containers,
+    dig,
+    env_of,
+    listed,
+    mapping,
+    number,
+    version_of,
+)
+from graftwork.cluster.kuberay.objects import DNS_1035
 
 AUTOSCALER_V2_ENV = "RAY_enable_autoscaler_v2"
 START_ENV = "KUBERAY_GEN_AUTOSCALER_START_CMD"
@@ -15,6 +30,14 @@ PRIORITY_SINCE = (2, 56)
 RESERVED = "ray.io/"
 SETTABLE = ("ray.io/accelerator-type", "ray.io/availability-zone", "ray.io/market-type", "ray.io/region")
 """Of Ray's own labels, those that its guide on labels has a group set."""
+GATED = {
+    "networkPolicy": "RayClusterNetworkPolicy",
+    "tlsOptions": "RayClusterMTLS",
+    "historyServerOptions": "RayClusterHistoryServer",
+}
+TLS_ENV = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
+ONE_WAY = {"DenyAllEgress": "ingressRules", "DenyAllIngress": "egressRules"}
+"""Rules without an effect in that mode."""
 _LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
@@ -267,7 +290,89 @@ def check_manager(part: ClusterView) -> Findings:
         )
 
 
+def check_gates(part: ClusterView) -> Findings:
+    for field, gate in GATED.items():
+        if part.spec.get(field) is not None:
+            yield warn(
+                "GATE-OFF",
+                f"{part.where}.{field}",
+                "set",
+                f"the operator's gate {gate} is off by default",
+                f"start the operator with --feature-gates={gate}=true, or remove the field",
+            )
+
+
+def check_network_policy(part: ClusterView) -> Findings:
+    policy = part.spec.get("networkPolicy")
+    if not isinstance(policy, Mapping):
+        return
+    where, names = f"{part.where}.networkPolicy", {str(group.get("groupName")) for group in part.groups}
+    silent = ONE_WAY.get(str(policy.get("mode")))
+    sides = [("head", mapping(policy.get("head"))), ("worker", mapping(policy.get("worker")))]
+    for index, group in enumerate(listed(policy.get("workerGroups"))):
+        sides.append((f"workerGroups[{index}]", group))
+        if group.get("groupName") not in names:
+            yield refuse(
+                "NETWORK-GROUP",
+                f"{where}.workerGroups[{index}]",
+                repr(group.get("groupName")),
+                "network rules name a worker group of the cluster",
+                f"set groupName to one of: {', '.join(sorted(names)) or 'none'}",
+            )
+    for name, side in sides:
+        if silent is not None and side.get(silent):
+            yield refuse(
+                "NETWORK-MODE",
+                f"{where}.{name}.{silent}",
+                f"mode {policy.get('mode')}",
+                "the mode leaves that direction open, so the rules have no effect",
+                f"remove {silent}, or set mode: DenyAll",
+            )
+    for name in sorted(names):
+        if not DNS_1035.fullmatch(name.lstrip("0123456789")) or name != name.lower() or len(name) > 63:
+            yield refuse(
+                "GROUP-NAME",
+                f"{part.where}.workerGroupSpecs",
+                repr(name),
+                "with networkPolicy a group's name becomes part of an object's name (RFC 1035, at most 63)",
+                "rename the group with small letters, digits and hyphens, e.g. groupName: gpu-workers",
+            )
+
+
+def check_tls(part: ClusterView) -> Findings:
+    if dig(part.spec, "tlsOptions") is None or dig(part.spec, "tlsOptions", "enabled") is False:
+        return
+    for where, pod in part.pods():
+        for container in containers(pod)[:1]:
+            for name in TLS_ENV:
+                if name in env_of(container):
+                    yield refuse(
+                        "TLS-MANAGED",
+                        f"{where}.containers[0].env",
+                        name,
+                        "the operator sets this variable from tlsOptions",
+                        f"remove {name} from the container's env, or set tlsOptions.enabled: false",
+                    )
+
+
+def check_history_server(part: ClusterView) -> Findings:
+    if part.spec.get("historyServerOptions") is None:
+        return
+    options = mapping(dig(part.spec, "historyServerOptions", "collectorOptions"))
+    missing = [] if options.get("image") else ["image"]
+    missing += [] if "STORAGE_BACKEND" in env_of(options) else ["env STORAGE_BACKEND"]
+    for what in missing:
+        yield refuse(
+            "HISTORY-COLLECTOR",
+            f"{part.where}.historyServerOptions.collectorOptions",
+            f"no {what}",
+            "the collector needs an image and the variable STORAGE_BACKEND",
+            "collectorOptions: {image: IMAGE, env: [{name: STORAGE_BACKEND, value: s3}]}",
+        )
+
+
 CLUSTER_RULES = (
     *(check_autoscaler, check_pods, check_labels, check_replicas),
     *(check_group_scaling, check_suspended_groups, check_names, check_manager),
+    *(check_gates, check_network_policy, check_tls, check_history_server),
 )

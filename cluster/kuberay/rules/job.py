@@ -9,8 +9,8 @@ import yaml
 
 from graftwork.cluster.jobs.checks import secrets_in, why_secret_text
 from graftwork.cluster.jobs.models import Findings, refuse, warn
+from graftwork.cluster.kuberay.labels import KAI_QUEUE, KUEUE_QUEUE, VOLCANO_QUEUE
 from graftwork.cluster.kuberay.object_view import KubeView, dig, listed, mapping, number
-from graftwork.cluster.kuberay.objects import KAI_QUEUE, KUEUE_QUEUE, VOLCANO_QUEUE
 
 MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 LEAST = {"activeDeadlineSeconds": 1, "preRunningDeadlineSeconds": 1, "backoffLimit": 0, "ttlSecondsAfterFinished": 0}

@@ -205,12 +205,12 @@ def test_dashboards_are_those_of_their_source() -> None:
 
 def test_policies_and_scrapes_select_the_pods_that_are_built() -> None:
     """Labels and port names of the manifests are those of `cluster/kuberay`."""
-    from graftwork.cluster.kuberay.objects import pod_labels
-    from graftwork.cluster.kuberay.pods import HEAD_PORTS, SERVE_PORT, PodFacts, head_template
+    from graftwork.cluster.kuberay.labels import pod_labels
+    from graftwork.cluster.kuberay.pods import HEAD_PORTS, SERVE_PORT, PodSettings, head_template
     from graftwork.cluster.spec import ClusterSpec
 
-    labels = pod_labels(ClusterSpec(), "name", "name-0123456789", "serve")
-    facts = PodFacts(ClusterSpec(), labels, "s3://bucket/prefix", None, serves=True)
+    labels = pod_labels(ClusterSpec(), "name", None, "serve")
+    facts = PodSettings(ClusterSpec(), labels, "s3://bucket/prefix", None, serves=True)
     operators = {"ray.io/node-type": "head", "ray.io/cluster": "made-by-the-operator"}
     pod = {**head_template(facts, autoscales=True)["metadata"]["labels"], **operators}
     [autoscaler] = [f for f in of_kind("base", "NetworkPolicy") if f["metadata"]["name"] == "autoscaler-to-api"]
@@ -220,4 +220,13 @@ def test_policies_and_scrapes_select_the_pods_that_are_built() -> None:
     ports = {name for name, _ in (*HEAD_PORTS, SERVE_PORT)}
     for name in ("graftwork-endpoints", "graftwork-ray"):
         assert {end["port"] for end in monitors[name]["podMetricsEndpoints"]} <= ports
-    assert set(monitors["graftwork-ray"]["podTargetLabels"]) <= set(pod)
+    of_a_job = pod_labels(ClusterSpec(), "name", "name-0123456789", "train")
+    assert set(monitors["graftwork-ray"]["podTargetLabels"]) <= {*pod, *of_a_job}
+
+
+def test_submitters_may_make_each_call_of_the_target() -> None:
+    """`renew` of cluster/targets/kuberay.py sends PUT, which is the verb `update`."""
+    [role] = [found for found in of_kind("base", "Role") if found["metadata"]["name"] == "graftwork-submitter"]
+    verbs = {name: set(rule["verbs"]) for rule in role["rules"] for name in rule["resources"]}
+    for name in ("rayservices", "poddisruptionbudgets"):
+        assert verbs[name] >= {"create", "get", "list", "update", "delete"}

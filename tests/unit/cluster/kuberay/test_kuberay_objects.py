@@ -175,18 +175,63 @@ def test_an_old_cluster_stays_until_its_longest_request_has_ended() -> None:
 
 
 def test_pods_of_a_service_live_as_long_as_its_replicas_may_take_to_finish() -> None:
-    spec = {"name": "airport", "token_env": "T", "graceful_shutdown_timeout_s": 300.0, "request_timeout_s": 900.0}
-    asked = replace(job(cluster(), kind="serve"), spec=spec)
+    asked = job(cluster(), kind="serve")
+    asked = replace(asked, spec={**asked.spec, "graceful_shutdown_timeout_s": 300.0, "request_timeout_s": 900.0})
     made = build_rayservice(asked, "team-a", {})
     assert made["spec"]["rayClusterDeletionDelaySeconds"] > 900
     assert {pod["terminationGracePeriodSeconds"] for pod in pods(made)} == {315}
 
 
-def test_the_disruption_budget_covers_the_services_pods() -> None:
-    asked = job(cluster(), kind="serve")
-    (selector,) = build_disruption_budget(asked, "team-a")["spec"]["selector"].values()
-    part = build_rayservice(asked, "team-a", {})["spec"]["rayClusterConfig"]
-    assert selector.items() <= part["workerGroupSpecs"][0]["template"]["metadata"]["labels"].items()
+ONE_GPU: dict[str, Any] = {**GPUS, "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("workers", "spec", "least"),
+    [
+        ([GPUS], {"num_replicas": 2, "num_gpus": 1.0}, 1),
+        ([{**GPUS, "count": 4}], {"num_replicas": 4, "num_gpus": 1.0}, 3),
+        ([ONE_GPU], {"num_replicas": 1, "num_gpus": 1.0}, 0),  # one worker: a drain evicts it
+        ([GPUS], {"num_replicas": 1, "num_gpus": 1.0}, 0),  # the second worker has no replica and is not ready
+        ([{**GPUS, "gpu": 4}], {"num_replicas": 4, "num_gpus": 1.0}, 0),  # all four may be on one worker
+        ([{**ONE_GPU, "max_count": 4}], {"num_replicas": 3, "num_gpus": 1.0}, 2),
+        ([{**ONE_GPU, "max_count": 4}], {"autoscaling": {"min_replicas": 1, "max_replicas": 4}, "num_gpus": 1.0}, 0),
+        ([{**ONE_GPU, "max_count": 4}], {"autoscaling": {"min_replicas": 2, "max_replicas": 4}, "num_gpus": 1.0}, 1),
+        ([{**GPUS, "count": 2}], {"num_replicas": 6, "num_gpus": 1.0}, 1),  # four replicas find no worker
+        ([{"count": 3, "cpu": "4"}], {"num_replicas": 3, "num_cpus": 4.0, "num_gpus": 0.0}, 2),
+        ([{"count": 3, "cpu": "600m"}], {"num_replicas": 3, "num_cpus": 0.2, "num_gpus": 0.0}, 0),
+        ([{"count": 3, "cpu": "8"}], {"num_replicas": 3, "num_cpus": 2.0, "num_gpus": 0.0}, 0),
+    ],
+)
+def test_the_disruption_budget_lets_one_serving_worker_go(
+    workers: list[dict[str, Any]], spec: dict[str, Any], least: int
+) -> None:
+    """The disruption controller compares ready workers with `minAvailable`: a drain goes on if one more is ready."""
+    made = job(cluster(workers=workers), kind="serve")
+    budget = build_disruption_budget(replace(made, spec={**made.spec, **spec}), "team-a")["spec"]
+    assert budget["minAvailable"] == least
+    assert type(budget["minAvailable"]) is int, "RayCluster has no scale subresource, which other forms need"
+    assert "maxUnavailable" not in budget
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+def test_the_disruption_budget_covers_workers_and_no_head() -> None:
+    """With the label that KubeRay 1.7 sets on a pod by its group."""
+    made = job(cluster(), kind="serve")
+    (selector,) = build_disruption_budget(made, "team-a")["spec"]["selector"].values()
+    part = build_rayservice(made, "team-a", {})["spec"]["rayClusterConfig"]
+    for group, kind in ((part["headGroupSpec"], "head"), (part["workerGroupSpecs"][0], "worker")):
+        labels = {**group["template"]["metadata"]["labels"], "ray.io/node-type": kind}
+        assert (selector.items() <= labels.items()) == (kind == "worker")
+
+
+def test_the_disruption_budget_of_another_version_is_another_plan() -> None:
+    """Otherwise the budget would keep the label of the first job, and go with it."""
+    first = job(cluster(), kind="serve")
+    plans = [
+        build_disruption_budget(one, "team-a")["metadata"]["annotations"]["graftwork.dev/plan"]
+        for one in (first, first, replace(first, digest="cd" * 32))
+    ]
+    assert plans[0] == plans[1] != plans[2]
 
 
 def test_equal_plans_have_equal_hashes() -> None:

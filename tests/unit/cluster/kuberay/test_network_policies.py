@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from graftwork.cluster.kuberay.objects import pod_labels
-from graftwork.cluster.kuberay.pods import PodFacts, head_template, worker_template
+from graftwork.cluster.kuberay.labels import pod_labels
+from graftwork.cluster.kuberay.pods import PodSettings, head_template, worker_template
 from graftwork.cluster.spec import ClusterSpec
 from tests.network_policies import Address, Pod, Policy, allowed
 from tests.process_races import ROOT
@@ -34,7 +34,9 @@ def ray_pod(node_type: str, kind: str = "train") -> Pod:
     """A pod with the labels of our builder and those that KubeRay 1.7 adds (controllers/ray/common/pod.go). The Job
     `redis-cleanup` has the head's, but for its node type (raycluster_controller.go, buildRedisCleanupJob)."""
     spec = ClusterSpec()
-    facts = PodFacts(spec, pod_labels(spec, "name", "name-0123456789", kind), "s3://b/p", None, serves=kind == "serve")
+    facts = PodSettings(
+        spec, pod_labels(spec, "name", "name-0123456789", kind), "s3://b/p", None, serves=kind == "serve"
+    )
     template = (
         worker_template(facts, spec.workers[0])
         if node_type == "worker"

@@ -205,7 +205,7 @@ def test_a_good_spec_has_no_findings(name: str) -> None:
 
 
 def test_a_service_that_grows_has_no_findings() -> None:
-    changes = workers(count=1, max_count=4)
+    changes = {**workers(count=1, max_count=4), "secret_env": {"KEYS": "endpoint/keys"}}
     serves = Attempt(job(cluster(**changes), kind="serve", demand=Demand(4, 1.0, 1.0)), 1)
     assert preflight(serves, "team-a", objects=[rayservice(**changes)]) == []
 

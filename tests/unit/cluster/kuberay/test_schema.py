@@ -89,8 +89,8 @@ def test_a_service_and_its_disruption_budget() -> None:
     assert check_schema(rayservice(workers=[{**GPUS, "max_count": 4}])) == []
     budget = build_disruption_budget(job(cluster(), kind="serve"), "team-a")
     assert check_schema(budget) == []
-    (found,) = check_schema(changed(budget, {"spec.maxUnavailible": 1}))
-    assert (found.code, found.hint) == ("E-SCHEMA-UNKNOWN", "remove it, or rename it to maxUnavailable")
+    (found,) = check_schema(changed(budget, {"spec.minAvailible": 1}))
+    assert (found.code, found.hint) == ("E-SCHEMA-UNKNOWN", "remove it, or rename it to minAvailable")
 
 
 def live_crd(spec: dict[str, Any], version: str = "v1") -> dict[str, Any]:

@@ -1,109 +1,15 @@
-"""Rules for optional features of a RayCluster: GCS fault tolerance, network policies, TLS, the history server.
-
-A default install of the operator refuses network policies, TLS and the history server; where a gate is on, each field
-has rules of its own. GCS fault tolerance is configured by gcsFaultToleranceOptions and nowhere else.
-"""
+"""Rules for GCS fault tolerance with Redis or RocksDB, which only `gcsFaultToleranceOptions` configures."""
 
 from collections.abc import Mapping
 
 from graftwork.cluster.jobs.models import Findings, refuse, warn
-from graftwork.cluster.kuberay.object_view import ClusterView, containers, dig, env_of, first_container, listed, mapping
-from graftwork.cluster.kuberay.objects import DNS_1035
+from graftwork.cluster.kuberay.object_view import ClusterView, dig, first_container, listed, mapping
 
-GATED = {
-    "networkPolicy": "RayClusterNetworkPolicy",
-    "tlsOptions": "RayClusterMTLS",
-    "historyServerOptions": "RayClusterHistoryServer",
-}
-TLS_ENV = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
-ONE_WAY = {"DenyAllEgress": "ingressRules", "DenyAllIngress": "egressRules"}
-"""Rules without an effect in that mode."""
 OPTIONS = "gcsFaultToleranceOptions"
 FT_ANNOTATION, NAMESPACE_ANNOTATION = "ray.io/ft-enabled", "ray.io/external-storage-namespace"
 ROCKSDB_VOLUME, ROCKSDB_PATH = "gcs-storage", "/data/gcs"
 ROCKSDB_ENV = ("RAY_gcs_storage", "RAY_gcs_storage_path")
 REDIS_FIELDS = ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace")
-
-
-def check_gates(part: ClusterView) -> Findings:
-    for field, gate in GATED.items():
-        if part.spec.get(field) is not None:
-            yield warn(
-                "GATE-OFF",
-                f"{part.where}.{field}",
-                "set",
-                f"the operator's gate {gate} is off by default",
-                f"start the operator with --feature-gates={gate}=true, or remove the field",
-            )
-
-
-def check_network_policy(part: ClusterView) -> Findings:
-    policy = part.spec.get("networkPolicy")
-    if not isinstance(policy, Mapping):
-        return
-    where, names = f"{part.where}.networkPolicy", {str(group.get("groupName")) for group in part.groups}
-    silent = ONE_WAY.get(str(policy.get("mode")))
-    sides = [("head", mapping(policy.get("head"))), ("worker", mapping(policy.get("worker")))]
-    for index, group in enumerate(listed(policy.get("workerGroups"))):
-        sides.append((f"workerGroups[{index}]", group))
-        if group.get("groupName") not in names:
-            yield refuse(
-                "NETWORK-GROUP",
-                f"{where}.workerGroups[{index}]",
-                repr(group.get("groupName")),
-                "network rules name a worker group of the cluster",
-                f"set groupName to one of: {', '.join(sorted(names)) or 'none'}",
-            )
-    for name, side in sides:
-        if silent is not None and side.get(silent):
-            yield refuse(
-                "NETWORK-MODE",
-                f"{where}.{name}.{silent}",
-                f"mode {policy.get('mode')}",
-                "the mode leaves that direction open, so the rules have no effect",
-                f"remove {silent}, or set mode: DenyAll",
-            )
-    for name in sorted(names):
-        if not DNS_1035.fullmatch(name.lstrip("0123456789")) or name != name.lower() or len(name) > 63:
-            yield refuse(
-                "GROUP-NAME",
-                f"{part.where}.workerGroupSpecs",
-                repr(name),
-                "with networkPolicy a group's name becomes part of an object's name (RFC 1035, at most 63)",
-                "rename the group with small letters, digits and hyphens, e.g. groupName: gpu-workers",
-            )
-
-
-def check_tls(part: ClusterView) -> Findings:
-    if dig(part.spec, "tlsOptions") is None or dig(part.spec, "tlsOptions", "enabled") is False:
-        return
-    for where, pod in part.pods():
-        for container in containers(pod)[:1]:
-            for name in TLS_ENV:
-                if name in env_of(container):
-                    yield refuse(
-                        "TLS-MANAGED",
-                        f"{where}.containers[0].env",
-                        name,
-                        "the operator sets this variable from tlsOptions",
-                        f"remove {name} from the container's env, or set tlsOptions.enabled: false",
-                    )
-
-
-def check_history_server(part: ClusterView) -> Findings:
-    if part.spec.get("historyServerOptions") is None:
-        return
-    options = mapping(dig(part.spec, "historyServerOptions", "collectorOptions"))
-    missing = [] if options.get("image") else ["image"]
-    missing += [] if "STORAGE_BACKEND" in env_of(options) else ["env STORAGE_BACKEND"]
-    for what in missing:
-        yield refuse(
-            "HISTORY-COLLECTOR",
-            f"{part.where}.historyServerOptions.collectorOptions",
-            f"no {what}",
-            "the collector needs an image and the variable STORAGE_BACKEND",
-            "collectorOptions: {image: IMAGE, env: [{name: STORAGE_BACKEND, value: s3}]}",
-        )
 
 
 def check_redis(part: ClusterView) -> Findings:
@@ -233,7 +139,4 @@ def _managed_findings(part: ClusterView) -> Findings:
         )
 
 
-FEATURE_RULES = (
-    *(check_redis, check_redis_credentials, check_gcs_backend),
-    *(check_gates, check_network_policy, check_tls, check_history_server),
-)
+GCS_RULES = (check_redis, check_redis_credentials, check_gcs_backend)
