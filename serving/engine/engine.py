@@ -122,10 +122,10 @@ class NativeEngine:
         return self.spec.max_seq_len - (self.pool.virtual_tokens(version) if version is not None else 0)
 
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
-        """Queues a request. `on_event` is called in the engine's thread and must not block.
+        """Queues a request. `on_event` is called in the engine's thread, or in that of `stop`, and must not block.
 
-        Raises DataError (prompt empty or too long, token id out of range, bad sampling value, id in use) or
-        ArtifactError (adapter not loaded or retired) before anything is queued.
+        Raises DataError (prompt empty or too long, token id out of range, bad sampling value, id in use, engine
+        stopped) or ArtifactError (adapter not loaded or retired) before anything is queued.
         """
         check_request(
             request,
@@ -134,33 +134,45 @@ class NativeEngine:
             decodes=self._decode is not None,
         )
         adapter = self.pool.acquire(request.adapter) if request.adapter is not None else None
+        try:
+            self._enqueue(self._new_running(request, on_event, adapter))
+        except BaseException:  # Ctrl-C as well: the adapter could never be freed
+            if adapter is not None:
+                self.pool.release(adapter.version)
+            raise
+
+    def _new_running(
+        self, request: GenerateRequest, on_event: Callable[[TokenEvent], None], adapter: LoadedAdapter | None
+    ) -> RunningRequest:
         if adapter is not None and adapter.virtual_tokens is not None:
-            self._check_virtual_tokens(request, adapter.version, adapter.virtual_tokens)
+            self._check_virtual_tokens(request, adapter.virtual_tokens)
         arrived = request.arrived if request.arrived is not None else time.perf_counter()
         arrival = (request.idle_only, arrived, next(self._arrivals))
         running = RunningRequest(arrival, request, on_event, adapter)
         if self._cache is not None:
             prefix = running.tokens[: running.prompt_end - 1]
             running.prefix_keys = block_keys(request.adapter, prefix, request.cache_salt)
+        return running
+
+    def _enqueue(self, running: RunningRequest) -> None:
+        name = running.request.request_id
         with self._wake:
-            if self._stopping or request.request_id in self._live:
-                found = "the engine is stopped" if self._stopping else "in use"
-                if request.adapter is not None:
-                    self.pool.release(request.adapter)
-                raise DataError(f"request_id {request.request_id!r}", found, "ids of running requests differ")
-            self._live[request.request_id] = running
+            if self._stopping:
+                raise DataError(f"request {name!r}", "the engine is stopped", "a stopped engine takes no requests")
+            if name in self._live:
+                raise DataError(f"request_id {name!r}", "in use", "ids of running requests differ")
+            self._live[name] = running
             self._inbox.append(partial(self._scheduler.add, running))
             self._wake.notify()
 
-    def _check_virtual_tokens(self, request: GenerateRequest, version: str, lead: VirtualTokens) -> None:
-        """The places before the prompt count too; lets the adapter go where they do not fit."""
+    def _check_virtual_tokens(self, request: GenerateRequest, lead: VirtualTokens) -> None:
+        """Raises DataError where virtual tokens, prompt and answer together are too long."""
         answer = len(request.continuation) or request.sampling.max_new_tokens
         total, limit = lead.count + len(request.prompt_ids) + answer, self.spec.max_seq_len
         if total > limit:
-            self.pool.release(version)
             found = f"{lead.count} virtual tokens of the adapter, prompt and answer: {total} together"
-            move = "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len"
-            raise DataError(f"request {request.request_id!r}", found, f"they fit into engine.max_seq_len={limit}", move)
+            hint = "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len"
+            raise DataError(f"request {request.request_id!r}", found, f"they fit into engine.max_seq_len={limit}", hint)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request with finish_reason="cancelled" before the next step; unknown ids are ignored."""
@@ -178,8 +190,14 @@ class NativeEngine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancels what is queued or running, ends the thread and gives the model back."""
+        """Cancels what is queued or running, ends the thread and gives the model back. A second call does nothing.
+
+        Blocks until the step under way has ended. `on_event` of the cancelled requests is called in the caller's
+        thread: the engine's own has ended by then, or was never started.
+        """
         with self._wake:
+            if self._stopping:
+                return
             self._stopping = True
             self._wake.notify()
         if self._thread is not None:
@@ -223,7 +241,10 @@ class NativeEngine:
                 self._step()
 
     def _step(self) -> None:
-        """One forward pass. An exception in it fails the requests that took part, not the engine."""
+        """One forward pass. An exception in it fails the requests that took part, not the engine.
+
+        An exception in the delivery of a token (`_deliver`) fails the request of that token alone.
+        """
         started = time.perf_counter()
         involved = [*self._scheduler.running, *self._scheduler.waiting]
         try:
@@ -272,10 +293,23 @@ class NativeEngine:
         return {one: next(tokens) if one.given is None else _total(one.given) for one in ready}
 
     def _deliver(self, running: RunningRequest, choice: SampledToken) -> None:
-        """Hands one token or score out, and ends the request where it is the last."""
+        """Hands one token or score out, and ends the request where it is the last or an exception keeps it back."""
         if choice.error is not None:
             self._end(running, "error", choice.error)
             return
+        try:
+            event = self._record(running, choice)
+        except Exception as error:  # top of the thread: the tokenizer, the grammar or a copy into the prefix cache
+            _log.exception("token of request %s cannot be delivered; the request ends", running.request.request_id)
+            self._end(running, "error", f"{type(error).__name__}: {error}")
+            return
+        if event.finish_reason is not None:
+            self._release(running, event.finish_reason)
+        if not self._emit(running, event) and event.finish_reason is None:
+            self._release(running, "error")
+
+    def _record(self, running: RunningRequest, choice: SampledToken) -> TokenEvent:
+        """Adds the token to its request, and the prompt computed just now to the prefix cache; returns the event."""
         cached = 0
         if running.given is not None or len(running.tokens) == running.prompt_end:  # its prompt was computed just now
             if self._cache is not None and running.row is not None:
@@ -287,12 +321,8 @@ class NativeEngine:
         if running.given is None:
             self._counts.generated_tokens += 1
             reason = running.append(choice.token_id, self._decode)
-        if reason is not None:
-            self._release(running, reason)
         name = running.request.request_id
-        event = TokenEvent(name, choice.token_id, choice.logprob, reason, cached_tokens=cached, top=choice.top)
-        if not self._emit(running, event) and reason is None:
-            self._release(running, "error")
+        return TokenEvent(name, choice.token_id, choice.logprob, reason, cached_tokens=cached, top=choice.top)
 
     def _end(self, running: RunningRequest, reason: FinishReason, error: str | None = None) -> None:
         """Ends a request without a token."""
