@@ -35,7 +35,7 @@ class Engine(Protocol):
     def adapters(self) -> list[SlotState]:
         """Loaded versions."""
 
-    def room(self, version: str | None) -> int:
+    def max_request_tokens(self, version: str | None) -> int:
         """Prompt and answer tokens together that a request of a loaded version, or of the base, may have."""
 
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:

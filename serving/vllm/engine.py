@@ -189,7 +189,7 @@ class VllmEngine:
         """Loaded versions, least recently used first."""
         return self._loras.states()
 
-    def room(self, version: str | None) -> int:
+    def max_request_tokens(self, version: str | None) -> int:
         """engine.max_seq_len: no adapter that vLLM serves has virtual tokens."""
         return self.spec.max_seq_len
 
