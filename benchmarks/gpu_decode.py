@@ -164,13 +164,13 @@ def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def host_to_slot_ms(engine: NativeEngine, adapters: int, synchronise: Callable[[], None]) -> list[float]:
     """Milliseconds from host memory to a slot, for each adapter once; the engine's thread does not run yet."""
-    taken = []
+    taken, graph_decode = [], engine.runner.graph_decode
     for number in range(adapters):
         engine.pool.acquire(f"v{number}")
-        move = partial(engine.pool.copy_to_device, f"v{number}", engine.runner.device)
+        copy = partial(engine.pool.copy_to_device, f"v{number}", engine.runner.device)
         synchronise()
         started = time.perf_counter()
-        weights = move() if engine.runner.path is None else engine.runner.path.bring(move)
+        weights = copy() if graph_decode is None else graph_decode.copy_adapter(copy)
         synchronise()
         taken.append((time.perf_counter() - started) * 1e3)
         engine.runner.forget(weights.version)

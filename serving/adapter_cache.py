@@ -155,7 +155,7 @@ FETCH_THREADS = 8
 READ_THREADS = 2
 
 
-class Slots(Protocol):
+class AdapterLoader(Protocol):
     """The part of the engine that holds adapters."""
 
     def load_adapter(self, version: str, folder: Path, digests: Mapping[str, str] | None = None) -> int:
@@ -204,10 +204,10 @@ class AdapterCache:
     """Loads on demand, one load a version however many wait for it, within `max_bytes` of memory: see `ByteBudget`."""
 
     def __init__(
-        self, slots: Slots, source: Source, *, max_bytes: int, fetch_timeout_s: float = 60.0, bypass: int = 64
+        self, loader: AdapterLoader, source: Source, *, max_bytes: int, fetch_timeout_s: float = 60.0, bypass: int = 64
     ) -> None:
-        self._slots, self._source, self._fetch_timeout_s = slots, source, fetch_timeout_s
-        self._budget = ByteBudget(max_bytes, bypass, slots.retire_adapter)
+        self._loader, self._source, self._fetch_timeout_s = loader, source, fetch_timeout_s
+        self._budget = ByteBudget(max_bytes, bypass, loader.retire_adapter)
         self._refs: dict[str, AdapterManifest] = {}
         self._resolving: dict[str, asyncio.Task[AdapterManifest]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -351,7 +351,7 @@ class AdapterCache:
         read = None
         try:
             digests = {name: entry.sha256 for name, entry in manifest.files.items()}
-            loop, load = asyncio.get_running_loop(), self._slots.load_adapter
+            loop, load = asyncio.get_running_loop(), self._loader.load_adapter
             read = await loop.run_in_executor(self._reads, load, manifest.version, folder, digests)
         except ArtifactError:
             await self._from_store(self._source.discard_damaged, manifest)

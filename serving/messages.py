@@ -33,7 +33,7 @@ class ArmRequest:
     ignore_eos: bool = False
     """The base's own stop tokens do not end the answer."""
     grammar: GrammarText | None = None
-    idle_only: bool = False
+    background: bool = False
     """Shadow traffic: computed only while no other request is."""
     max_prompt_tokens: int | None = None
     """The endpoint's limit when the request was admitted; a longer prompt is refused."""
@@ -44,7 +44,7 @@ class ArmRequest:
         """Return the same question to another arm, answered once and in idle time."""
         sampling = replace(self.sampling, logprobs=None)
         return replace(
-            self, arm=arm, request_id=f"{self.request_id}-{arm.name}", sampling=sampling, n=1, idle_only=True
+            self, arm=arm, request_id=f"{self.request_id}-{arm.name}", sampling=sampling, n=1, background=True
         )
 
 

@@ -258,7 +258,7 @@ class EngineReplica:
 
     async def _admit(self, request: ArmRequest, *, grammar: bool = True) -> _Admitted:
         arm, question = request.arm, request.question
-        require_bytes(size_of(question), self._template.longest_token_bytes, self._engine.room(None))
+        require_bytes(size_of(question), self._template.longest_token_bytes, self._engine.max_request_tokens(None))
         with ExitStack() as hold:
             pin = await self._adapter_cache.pin(arm.adapter) if arm.adapter else None
             if pin is not None:
@@ -270,7 +270,7 @@ class EngineReplica:
                 arm,
                 question,
                 self._template.on(pin.manifest.template_date) if pin else self._template,
-                max_seq_len=self._engine.room(version),
+                max_seq_len=self._engine.max_request_tokens(version),
                 trained=trained_prompt(pin.manifest) if pin else None,
                 max_new_tokens=request.max_new_tokens,
                 max_prompt_tokens=request.max_prompt_tokens,
@@ -294,7 +294,7 @@ class EngineReplica:
                 stop_ids,
                 admitted.version,
                 grammar=admitted.grammar,
-                idle_only=request.idle_only,
+                background=request.background,
                 cache_salt="" if self._spec.engine.share_prefix_cache else request.cache_salt,
                 arrived=arrived,
             )

@@ -2,7 +2,7 @@
 
 Nothing here is on the response path: a request is copied after its caller has the answer, and what goes wrong with a
 copy is a row in the log. Copies are sent while no caller's request is on its way, and our engine computes them only in
-steps that have nothing else to do (`ArmRequest.idle_only`), so that a caller who comes meanwhile does not wait.
+steps that have nothing else to do (`ArmRequest.background`), so that a caller who comes meanwhile does not wait.
 """
 
 import asyncio

@@ -35,12 +35,12 @@ class Engine(Protocol):
     def adapters(self) -> list[SlotState]:
         """Loaded versions."""
 
-    def room(self, version: str | None) -> int:
+    def max_request_tokens(self, version: str | None) -> int:
         """Prompt and answer tokens together that a request of a loaded version, or of the base, may have."""
 
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
         """Queues a request: an answer to be generated, or (`GenerateRequest.continuation`) one to be scored. `on_event`
-        is called in a thread of the engine and must not block.
+        is called in a thread of the engine, or in that of `stop`, and must not block.
 
         Raises DataError or ArtifactError before anything is queued; what goes wrong later ends the request with an
         event.
@@ -53,7 +53,7 @@ class Engine(Protocol):
         """Begins to decode. Called once."""
 
     def stop(self) -> None:
-        """Cancels what is queued or running and ends. Blocks until that is done."""
+        """Cancels what is queued or running and ends. Blocks until that is done. A second call does nothing."""
 
     def alive(self) -> bool:
         """Return True while requests are decoded: False before `start`, after `stop`, and once the engine has died."""

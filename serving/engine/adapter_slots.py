@@ -183,12 +183,14 @@ class AdapterSlots:
     are enough for any mix of adapters. On the CPU a slot is the host copy and a place in the tables that decoding
     reads (`lora_batch`); on another device it is a copy there. The engine's thread alone uses them.
 
-    bring: an acquired version on the engine's device. on_left: called with each version that has lost its slot; its
-    host copy and its cached prefixes stay.
+    copy_in: copies an acquired version to the engine's device. on_left: called with each version that has lost its
+    slot; its host copy and its cached prefixes stay.
     """
 
-    def __init__(self, max_loaded: int, bring: Callable[[str], LoadedAdapter], on_left: Callable[[str], None]) -> None:
-        self._max_loaded, self._bring, self._on_left = max_loaded, bring, on_left
+    def __init__(
+        self, max_loaded: int, copy_in: Callable[[str], LoadedAdapter], on_left: Callable[[str], None]
+    ) -> None:
+        self._max_loaded, self._copy_in, self._on_left = max_loaded, copy_in, on_left
         self._slots: dict[str, LoadedAdapter] = {}  # least recently used first
         self._rows: dict[str, int] = {}
 
@@ -204,7 +206,7 @@ class AdapterSlots:
                 idle = self._first_idle()
                 assert idle is not None, "acquired without `can_acquire`"
                 self.empty(idle)
-            adapter = self._bring(version)
+            adapter = self._copy_in(version)
         self._slots[version] = adapter
         self._rows[version] = self._rows.get(version, 0) + 1
         return adapter

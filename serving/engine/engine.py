@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # imports Triton
 
 _log = logging.getLogger(__name__)
-_CACHE_SHARE = 4
+_PREFIX_CACHE_DIVISOR = 4
 """One token in four of engine.kv_tokens belongs to the prefix cache, where it is on."""
 
 
@@ -54,36 +54,41 @@ class NativeEngine:
     """Decodes requests for the base and for every loaded adapter in one batch, in its own thread.
 
     model: a loaded transformers decoder (`AutoModelForCausalLM`) on `device`; the engine uses it alone until `stop`.
-    decode: token ids to text; needed only for requests with stop strings. path: decodes on a GPU; None makes it.
+    decode: token ids to text; needed only for requests with stop strings. graph_decode: decodes on a GPU; made if None.
     """
 
     def __init__(
-        self, model: Any, spec: EngineSpec, device: str, decode: Decode | None = None, path: "GraphDecode | None" = None
+        self,
+        model: Any,
+        spec: EngineSpec,
+        device: str,
+        decode: Decode | None = None,
+        graph_decode: "GraphDecode | None" = None,
     ) -> None:
         self.spec, self._decode = spec, decode
         keep_few_kernels()
-        if path is None and torch.device(device).type == "cuda":
+        if graph_decode is None and torch.device(device).type == "cuda":
             from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # Triton: on CUDA alone
 
-            path = GraphDecode(torch.device(device))
-        self._path = path
-        self.runner = Runner(model, device, self._path, places=0 if self._path else spec.max_loaded)
+            graph_decode = GraphDecode(torch.device(device))
+        self._graph_decode = graph_decode
+        self.runner = Runner(model, device, graph_decode, places=0 if graph_decode else spec.max_loaded)
         try:
-            self._kv, self._cache = _memory(self.runner, spec)
+            self._kv, self._cache = _allocate_kv(self.runner, spec)
         except ConfigError:
             self.runner.close()
             raise
-        if self._path is not None:
-            self._path.attach(self.runner, self._kv, max_batch=spec.max_batch, max_rank=spec.max_rank)
+        if self._graph_decode is not None:
+            self._graph_decode.attach(self.runner, self._kv, max_batch=spec.max_batch, max_rank=spec.max_rank)
         self.pool = AdapterPool(
             self.runner.sites.groups(),
             self.runner.base,
             ReadOptions(spec.max_rank, self.runner.dtype, narrow=self.runner.planner.reads_in_place),
             device=self.runner.device,
-            stacked=self._path is not None,
+            stacked=self._graph_decode is not None,
             on_freed=lambda version: self._post(partial(self._forget, version)),
         )
-        self._slots = AdapterSlots(spec.max_loaded, self._bring, self.runner.forget)
+        self._slots = AdapterSlots(spec.max_loaded, self._copy_adapter_to_device, self.runner.forget)
         self._scheduler = Scheduler(
             self._kv, self._cache, self._slots, max_batch=spec.max_batch, prefill_tokens=spec.prefill_tokens
         )
@@ -117,15 +122,15 @@ class NativeEngine:
         """Loaded versions, least recently used first."""
         return self.pool.states(self._slots.versions())
 
-    def room(self, version: str | None) -> int:
+    def max_request_tokens(self, version: str | None) -> int:
         """engine.max_seq_len, less the virtual tokens of the adapter."""
         return self.spec.max_seq_len - (self.pool.virtual_tokens(version) if version is not None else 0)
 
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
-        """Queues a request. `on_event` is called in the engine's thread and must not block.
+        """Queues a request. `on_event` is called in the engine's thread, or in that of `stop`, and must not block.
 
-        Raises DataError (prompt empty or too long, token id out of range, bad sampling value, id in use) or
-        ArtifactError (adapter not loaded or retired) before anything is queued.
+        Raises DataError (prompt empty or too long, token id out of range, bad sampling value, id in use, engine
+        stopped) or ArtifactError (adapter not loaded or retired) before anything is queued.
         """
         check_request(
             request,
@@ -134,33 +139,45 @@ class NativeEngine:
             decodes=self._decode is not None,
         )
         adapter = self.pool.acquire(request.adapter) if request.adapter is not None else None
+        try:
+            self._enqueue(self._new_running(request, on_event, adapter))
+        except BaseException:  # Ctrl-C as well: the adapter could never be freed
+            if adapter is not None:
+                self.pool.release(adapter.version)
+            raise
+
+    def _new_running(
+        self, request: GenerateRequest, on_event: Callable[[TokenEvent], None], adapter: LoadedAdapter | None
+    ) -> RunningRequest:
         if adapter is not None and adapter.virtual_tokens is not None:
-            self._check_virtual_tokens(request, adapter.version, adapter.virtual_tokens)
+            self._check_virtual_tokens(request, adapter.virtual_tokens)
         arrived = request.arrived if request.arrived is not None else time.perf_counter()
-        arrival = (request.idle_only, arrived, next(self._arrivals))
+        arrival = (request.background, arrived, next(self._arrivals))
         running = RunningRequest(arrival, request, on_event, adapter)
         if self._cache is not None:
             prefix = running.tokens[: running.prompt_end - 1]
             running.prefix_keys = block_keys(request.adapter, prefix, request.cache_salt)
+        return running
+
+    def _enqueue(self, running: RunningRequest) -> None:
+        name = running.request.request_id
         with self._wake:
-            if self._stopping or request.request_id in self._live:
-                found = "the engine is stopped" if self._stopping else "in use"
-                if request.adapter is not None:
-                    self.pool.release(request.adapter)
-                raise DataError(f"request_id {request.request_id!r}", found, "ids of running requests differ")
-            self._live[request.request_id] = running
+            if self._stopping:
+                raise DataError(f"request {name!r}", "the engine is stopped", "a stopped engine takes no requests")
+            if name in self._live:
+                raise DataError(f"request_id {name!r}", "in use", "ids of running requests differ")
+            self._live[name] = running
             self._inbox.append(partial(self._scheduler.add, running))
             self._wake.notify()
 
-    def _check_virtual_tokens(self, request: GenerateRequest, version: str, lead: VirtualTokens) -> None:
-        """The places before the prompt count too; lets the adapter go where they do not fit."""
+    def _check_virtual_tokens(self, request: GenerateRequest, lead: VirtualTokens) -> None:
+        """Raises DataError where virtual tokens, prompt and answer together are too long."""
         answer = len(request.continuation) or request.sampling.max_new_tokens
         total, limit = lead.count + len(request.prompt_ids) + answer, self.spec.max_seq_len
         if total > limit:
-            self.pool.release(version)
             found = f"{lead.count} virtual tokens of the adapter, prompt and answer: {total} together"
-            move = "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len"
-            raise DataError(f"request {request.request_id!r}", found, f"they fit into engine.max_seq_len={limit}", move)
+            hint = "shorten the prompt, lower max_new_tokens or raise engine.max_seq_len"
+            raise DataError(f"request {request.request_id!r}", found, f"they fit into engine.max_seq_len={limit}", hint)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request with finish_reason="cancelled" before the next step; unknown ids are ignored."""
@@ -169,8 +186,8 @@ class NativeEngine:
     def start(self) -> None:
         """Starts the engine's thread; on a GPU, captures its graphs first."""
         assert self._thread is None, "an engine is started once"
-        if self._path is not None:
-            self._path.warm_up()
+        if self._graph_decode is not None:
+            self._graph_decode.warm_up()
         if self.runner.device.type == "cpu":
             keep_freed_memory()
         spare_old_objects()
@@ -178,8 +195,14 @@ class NativeEngine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancels what is queued or running, ends the thread and gives the model back."""
+        """Cancels what is queued or running, ends the thread and gives the model back. A second call does nothing.
+
+        Blocks until the step under way has ended. `on_event` of the cancelled requests is called in the caller's
+        thread: the engine's own has ended by then, or was never started.
+        """
         with self._wake:
+            if self._stopping:
+                return
             self._stopping = True
             self._wake.notify()
         if self._thread is not None:
@@ -223,11 +246,14 @@ class NativeEngine:
                 self._step()
 
     def _step(self) -> None:
-        """One forward pass. An exception in it fails the requests that took part, not the engine."""
+        """One forward pass. An exception in it fails the requests that took part, not the engine.
+
+        An exception in the delivery of a token (`_deliver`) fails the request of that token alone.
+        """
         started = time.perf_counter()
         involved = [*self._scheduler.running, *self._scheduler.waiting]
         try:
-            decoding, prompts = self._scheduler.plan()
+            decoding, prompts = self._scheduler.schedule()
             involved = [*decoding, *prompts]
             choices = self._compute(decoding, prompts) if involved else {}
         except Exception as error:  # top of the thread: whatever the model raises ends these requests, and only these
@@ -243,56 +269,67 @@ class NativeEngine:
         counts.steps += bool(involved)
         counts.most_adapters_in_step = max(counts.most_adapters_in_step, len(adapters))
         seconds = time.perf_counter() - started
-        slot = bisect_left(STEP_S, seconds)
+        bucket, times = bisect_left(STEP_S, seconds), counts.step_times
         counts.step_s += seconds
-        counts.step_times = (*counts.step_times[:slot], counts.step_times[slot] + 1, *counts.step_times[slot + 1 :])
+        counts.step_times = (*times[:bucket], times[bucket] + 1, *times[bucket + 1 :])
 
     def _compute(
         self, decoding: Sequence[RunningRequest], prompts: Sequence[RunningRequest]
     ) -> dict[RunningRequest, SampledToken]:
         """Runs the plan; returns the next token, or the score of a continuation, of requests that are ready for it."""
+        requests = (*decoding, *prompts)
         chunks: list[Chunk] = []
-        counts: list[int] = []  # logits that each request needs
+        counts: list[int] = []  # logits that each request needs: of the last tokens of its chunk
         wanted: list[int] = []
-        first = 0
-        for one in (*decoding, *prompts):
+        end = 0
+        for one in requests:
             start = one.row.length if one.row is not None else 0
             chunks.append(Chunk(one.tokens[start : start + one.scheduled], start, one.row))
-            counts.append(len(one.scored) if one.given is not None else int(one.scheduled == one.remaining))
-            first += one.scheduled
-            wanted += range(first - counts[-1], first)
+            count = len(one.scored) if one.scoring is not None else int(one.scheduled == one.remaining)
+            end += one.scheduled
+            wanted += range(end - count, end)
+            counts.append(count)
         adapters = [one.slot for one in decoding], [one.slot for one in prompts]
         split = len(decoding)
         logits_NV = self.runner.step(self._kv, chunks[:split], chunks[split:], adapters, wanted)
-        ready = [one for one in (*decoding, *prompts) if one.scheduled == one.remaining]
-        choosing = [one for one in ready if one.given is None]
-        if len(choosing) < len(wanted):
-            logits_NV = _score((*decoding, *prompts), logits_NV.split(counts))
-        tokens = iter(choose(logits_NV, [one.choosing for one in choosing]) if choosing else ())
-        return {one: next(tokens) if one.given is None else _total(one.given) for one in ready}
+        if any(count for one, count in zip(requests, counts, strict=True) if one.scoring is not None):
+            logits_NV = _take_scores(requests, logits_NV.split(counts))
+        ready = [one for one in requests if one.scheduled == one.remaining]
+        samplers = [one.sampler for one in ready if one.scoring is None]
+        tokens = iter(choose(logits_NV, samplers) if samplers else ())
+        return {one: next(tokens) if one.scoring is None else _total_score(one.scoring) for one in ready}
 
     def _deliver(self, running: RunningRequest, choice: SampledToken) -> None:
-        """Hands one token or score out, and ends the request where it is the last."""
+        """Hands one token or score out, and ends the request where it is the last or an exception keeps it back."""
         if choice.error is not None:
             self._end(running, "error", choice.error)
             return
+        try:
+            event = self._record(running, choice)
+        except Exception as error:  # top of the thread: the tokenizer, the grammar or a copy into the prefix cache
+            _log.exception("token of request %s cannot be delivered; the request ends", running.request.request_id)
+            self._end(running, "error", f"{type(error).__name__}: {error}")
+            return
+        if event.finish_reason is not None:
+            self._release(running, event.finish_reason)
+        if not self._emit(running, event) and event.finish_reason is None:
+            self._release(running, "error")
+
+    def _record(self, running: RunningRequest, choice: SampledToken) -> TokenEvent:
+        """Adds the token to its request, and the prompt computed just now to the prefix cache; returns the event."""
         cached = 0
-        if running.given is not None or len(running.tokens) == running.prompt_end:  # its prompt was computed just now
+        if running.scoring is not None or len(running.tokens) == running.prompt_end:  # its prompt was computed just now
             if self._cache is not None and running.row is not None:
                 self._cache.insert(running.prefix_keys, running.row, running.version)
             cached = running.cached_tokens
             self._counts.prompt_tokens += len(running.request.prompt_ids)
             self._counts.prompt_tokens_from_cache += cached
         reason: FinishReason | None = "scored"
-        if running.given is None:
+        if running.scoring is None:
             self._counts.generated_tokens += 1
             reason = running.append(choice.token_id, self._decode)
-        if reason is not None:
-            self._release(running, reason)
         name = running.request.request_id
-        event = TokenEvent(name, choice.token_id, choice.logprob, reason, cached_tokens=cached, top=choice.top)
-        if not self._emit(running, event) and reason is None:
-            self._release(running, "error")
+        return TokenEvent(name, choice.token_id, choice.logprob, reason, cached_tokens=cached, top=choice.top)
 
     def _end(self, running: RunningRequest, reason: FinishReason, error: str | None = None) -> None:
         """Ends a request without a token."""
@@ -322,9 +359,9 @@ class NativeEngine:
         if running is not None:
             self._end(running, "cancelled")
 
-    def _bring(self, version: str) -> LoadedAdapter:
-        move = partial(self.pool.copy_to_device, version, self.runner.device)
-        weights = move() if self._path is None else self._path.bring(move)
+    def _copy_adapter_to_device(self, version: str) -> LoadedAdapter:
+        copy = partial(self.pool.copy_to_device, version, self.runner.device)
+        weights = copy() if self._graph_decode is None else self._graph_decode.copy_adapter(copy)
         if weights.groups:
             self.runner.planner.admit(weights)
         return weights
@@ -340,26 +377,26 @@ class NativeEngine:
             self._wake.notify()
 
 
-def _memory(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | None]:
+def _allocate_kv(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | None]:
     """Key-value memory of the rows and of the prefix cache, together engine.kv_tokens."""
     if runner.max_positions is not None and spec.max_seq_len > runner.max_positions:
         raise ConfigError("engine.max_seq_len", str(spec.max_seq_len), runner.position_rule, "lower engine.max_seq_len")
-    cache_tokens = spec.kv_tokens // _CACHE_SHARE if spec.prefix_cache else 0
+    cache_tokens = spec.kv_tokens // _PREFIX_CACHE_DIVISOR if spec.prefix_cache else 0
     kv = runner.new_kv(spec.kv_tokens - cache_tokens, spec.max_seq_len)
     return kv, PrefixCache(kv, cache_tokens) if spec.prefix_cache else None
 
 
-def _score(requests: Sequence[RunningRequest], logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Notes the scores of given continuations; returns the logits of the other requests."""
+def _take_scores(requests: Sequence[RunningRequest], logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Record the scores of given continuations; returns the logits of the other requests."""
     left = []
     for one, logits_NV in zip(requests, logits, strict=True):
-        if one.given is None:
+        if one.scoring is None:
             left.append(logits_NV)
         elif len(logits_NV):
-            one.given.take(one.scored, logits_NV)
+            one.scoring.take(one.scored, logits_NV)
     return torch.cat(left) if left else logits[0][:0]
 
 
-def _total(given: ScoredContinuation) -> SampledToken:
-    error = None if math.isfinite(given.total) else "the model's logits are not finite"
-    return SampledToken(-1, given.total, error=error)
+def _total_score(scoring: ScoredContinuation) -> SampledToken:
+    error = None if math.isfinite(scoring.total) else "the model's logits are not finite"
+    return SampledToken(-1, scoring.total, error=error)

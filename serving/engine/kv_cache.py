@@ -297,7 +297,7 @@ class PrefixCache:
                 break
             if key not in protected:
                 self._evict(key)
-        places = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+        places = self._free[::-1][:wanted]
         stop = known + len(places)
         if not places:
             return
@@ -306,6 +306,7 @@ class PrefixCache:
             for cached, view in zip(halves, self._store.row_view(row, layer), strict=True):
                 computed = view[:, : stop * BLOCK].view(len(view), stop, BLOCK, -1)
                 cached[blocks] = computed[:, known:].transpose(0, 1)
+        del self._free[-len(places) :]  # after the copies: an exception in one costs no block
         for key, place in reversed(list(zip(keys[known:stop], places, strict=True))):
             self._index[key] = place
             self._owner[key] = version

@@ -135,11 +135,11 @@ KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 class Runner:
     """Owns the prepared model. BaseModelError for a decoder whose attention is not called through transformers.
 
-    path: computes decoding tokens in its own way; None computes them with the prompts. places: how many adapters of a
-    rank bucket are laid out for that.
+    graph_decode: computes decoding tokens in its own way; None computes them with the prompts. places: how many
+    adapters of a rank bucket are laid out for that.
     """
 
-    def __init__(self, model: Any, device: str, path: "GraphDecode | None" = None, places: int = 0) -> None:
+    def __init__(self, model: Any, device: str, graph_decode: "GraphDecode | None" = None, places: int = 0) -> None:
         self.model, self.device = model, torch.device(device)
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
@@ -150,8 +150,8 @@ class Runner:
         self._was_training = model.training
         set_attention(self.config, attention.NAME)
         model.eval()
-        self.path = path
-        self.sites = Sites(model, None if path is None else path.forward_of)
+        self.graph_decode = graph_decode
+        self.sites = Sites(model, None if graph_decode is None else graph_decode.forward_of)
         self._output = PiecewiseOutput(model.get_output_embeddings())
         self._kernels = kernels_for(self.dtype) if self.device.type == "cpu" else None
         self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, self._kernels)
@@ -185,8 +185,8 @@ class Runner:
 
         adapters: of each decoding chunk and of each prompt chunk.
         """
-        if self.path is not None:
-            return self._step_by_path(self.path, kv, decoding, prompts, adapters, wanted)
+        if self.graph_decode is not None:
+            return self._step_by_graph(self.graph_decode, kv, decoding, prompts, adapters, wanted)
         decoders, prefills = adapters
         order = self.planner.order(decoders) if any(decoders) else None
         batch = pack(decoding, prompts, kv, self.device, order, self._kernels)
@@ -199,25 +199,25 @@ class Runner:
         with self._layers.decoding():
             return self.forward(batch, decoders, prefills, wanted)
 
-    def _step_by_path(
+    def _step_by_graph(
         self,
-        path: "GraphDecode",
+        graph_decode: "GraphDecode",
         kv: KvStore,
         decoding: Sequence[Chunk],
         prompts: Sequence[Chunk],
         adapters: tuple[Sequence[LoadedAdapter | None], Sequence[LoadedAdapter | None]],
         wanted: Sequence[int],
     ) -> torch.Tensor:
-        """Decoding tokens by the device's own path where it supports their adapters, the others with the prompts."""
-        fast = [n for n, weights in enumerate(adapters[0]) if path.supports(weights)]
-        slow = [n for n, weights in enumerate(adapters[0]) if not path.supports(weights)]
+        """Decoding tokens by `graph_decode` where it supports their adapters, the others with the prompts."""
+        fast = [n for n, weights in enumerate(adapters[0]) if graph_decode.supports(weights)]
+        slow = [n for n, weights in enumerate(adapters[0]) if not graph_decode.supports(weights)]
         parts = []
         if fast:
-            parts.append(path.logits([decoding[n] for n in fast], [adapters[0][n] for n in fast]))
+            parts.append(graph_decode.logits([decoding[n] for n in fast], [adapters[0][n] for n in fast]))
         if slow or prompts:
             batch = pack([decoding[n] for n in slow], prompts, kv, self.device)
             shift = len(slow) - len(decoding)
-            path.wait_uploads([*(adapters[0][n] for n in slow), *adapters[1]])
+            graph_decode.wait_uploads([*(adapters[0][n] for n in slow), *adapters[1]])
             ends = [*range(len(slow)), *(place + shift for place in wanted[len(decoding) :])]
             parts.append(self.forward(batch, [adapters[0][n] for n in slow], adapters[1], ends))
         logits_NV = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -269,8 +269,8 @@ class Runner:
         """Drops references to an adapter that has left the device."""
         self.planner.forget(version)
         self.kinds.forget(version)
-        if self.path is not None:
-            self.path.forget(version)
+        if self.graph_decode is not None:
+            self.graph_decode.forget(version)
 
     def close(self) -> None:
         """Gives the model back as it was."""

@@ -104,7 +104,7 @@ class GenerateRequest:
     continuation: tuple[int, ...] = ()
     """Tokens to score; where given, nothing is generated: the one event has finish_reason="scored" and, as its
     `logprob`, the sum over these tokens, each given the prompt and the ones before it."""
-    idle_only: bool = False
+    background: bool = False
     """Computed in steps that have nothing else to do: it holds no row, slot or memory that another one could use."""
     cache_salt: str = ""
     """Requests share cached prefixes with those of the same salt alone; at most 64 bytes."""

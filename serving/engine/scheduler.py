@@ -5,7 +5,7 @@ request the fetch and not its place; `Scheduler._admit` has three exceptions. Ev
 step; prompts are computed in chunks of at most `prefill_tokens` a step in all, so that running answers go on. When KV
 runs out, the latest arrival steps back into the queue and computes its tokens again later.
 
-Requests for idle steps (shadow traffic) come after all others. While there is any other they keep their rows and stand
+Background requests (shadow traffic) come after all others. While there is any other they keep their rows and stand
 still; they step back as soon as one of the others finds no row, slot or memory.
 Legend: N scored places, V vocabulary.
 """
@@ -13,7 +13,7 @@ Legend: N scored places, V vocabulary.
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 import torch
@@ -27,12 +27,12 @@ SCORED_A_STEP = 128
 """Scored places a step over all requests. Each has logits of the whole vocabulary: 25 MB together for 49,152 tokens."""
 _HEADROOM = 32
 """Tokens of answer a new row has room for at once, so that it does not move with its first tokens."""
-_IDLE_PREFILL = 16
-"""Prompt tokens of an idle step, so that a caller who comes in it waits about as long as for a decode step."""
+_BACKGROUND_PREFILL = 16
+"""Prompt tokens of a background step, so that a caller who comes in it waits about as long as for a decode step."""
 
 Decode = Callable[[Sequence[int]], str]
 Arrival = tuple[bool, float, int]
-"""Whether it is for idle steps only; when it came; a number that no other has. Smaller goes first."""
+"""True for a background request; when it came; a number that no other has. Smaller goes first."""
 
 
 class ScoredContinuation:
@@ -79,8 +79,8 @@ class RunningRequest:
         self.row: KvRow | None = None
         self.scheduled = 0
         """Tokens that the planned step computes, from `row.length` on."""
-        self.passed = 0
-        """Younger requests that came in before it while it had no slot."""
+        self.times_overtaken = 0
+        """Younger requests that were admitted before it while it had no slot."""
         self.cached_tokens = 0
         self.prefix_keys: Sequence[bytes] = ()
         """Of the whole blocks before the prompt's last token, which is always computed; () shares no prefix."""
@@ -88,9 +88,9 @@ class RunningRequest:
         self.tokens = [*[0] * self.virtual_tokens, *request.prompt_ids, *request.continuation[:-1]]
         """Virtual ones (0: they are not in the table), the prompt, the answer or all but the last to be scored."""
         self.prompt_end = self.virtual_tokens + len(request.prompt_ids)
-        self.given = ScoredContinuation(request.continuation, self.prompt_end - 1) if request.continuation else None
+        self.scoring = ScoredContinuation(request.continuation, self.prompt_end - 1) if request.continuation else None
         """The continuation that is scored; None where one is generated."""
-        self.choosing = SamplerState(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
+        self.sampler = SamplerState(request.sampling, request.prompt_ids, request.stop_ids, request.grammar)
         """State of the sampler; it stays when the request steps back into the queue."""
 
     @property
@@ -102,8 +102,8 @@ class RunningRequest:
     def scored(self) -> range:
         """Places of the planned step whose next token is given."""
         assert self.row is not None, "a running request has a KV row"
-        assert self.given is not None, "a continuation is scored"
-        return range(max(self.row.length, self.given.first), self.row.length + self.scheduled)
+        assert self.scoring is not None, "a continuation is scored"
+        return range(max(self.row.length, self.scoring.first), self.row.length + self.scheduled)
 
     def append(self, token_id: int, decode: Decode | None) -> FinishReason | None:
         """Takes the next token; the reason where the answer ends with it."""
@@ -111,8 +111,8 @@ class RunningRequest:
         sampling = self.request.sampling
         if token_id in self.request.stop_ids:
             return "stop"
-        self.choosing.take(token_id)
-        matcher = self.choosing.matcher
+        self.sampler.take(token_id)
+        matcher = self.sampler.matcher
         if (matcher is not None and matcher.finished) or (sampling.stop and decode and self._completes_stop(decode)):
             return "stop"
         return "length" if len(self.tokens) - self.prompt_end >= sampling.max_new_tokens else None
@@ -152,31 +152,21 @@ class Scheduler:
             self._slots.release(request.slot.version)
             request.slot = None
 
-    def plan(self) -> tuple[list[RunningRequest], list[RunningRequest]]:
-        """Return what the next step computes: decoding requests by KV place, then requests with a prompt by adapter.
+    def schedule(self) -> tuple[list[RunningRequest], list[RunningRequest]]:
+        """Decide what the next step computes: decoding requests by KV place, then requests with a prompt by adapter.
 
         Each computes `scheduled` tokens. Both are empty where nothing is queued or running. Allocates, moves KV rows.
         """
-        idle_step = all(one.request.idle_only for one in (*self.running[:1], *self.waiting[:1]))  # they sort last
-        for request in [one for one in self.running if one.request.idle_only == idle_step]:
-            while request.row is not None and not self._kv.grow(request.row, request.row.length + 1):
-                assert len(self.running) > 1, "a single request always fits: see KvStore"
-                self._preempt(self.running[-1])
-        self._tokens_left = min(self._prefill_tokens, _IDLE_PREFILL) if idle_step else self._prefill_tokens
+        background = all(one.request.background for one in (*self.running[:1], *self.waiting[:1]))  # they sort last
+        self._grow_or_preempt(background)
+        self._tokens_left = min(self._prefill_tokens, _BACKGROUND_PREFILL) if background else self._prefill_tokens
         self._scores_left = SCORED_A_STEP
-        prompts = []
-        for request in self.running:
-            if request.request.idle_only == idle_step and request.remaining > 1 and self._tokens_left > 0:
-                self._schedule(request)
-                prompts.append(request)
-        prompts += self._admit(idle_step)
-        idle = [one for one in self.running if one.request.idle_only]
-        if idle and self.waiting and not self.waiting[0].request.idle_only:
-            for request in idle:
-                self._preempt(request)
-            prompts += self._admit(idle_step)
+        prompts = self._continue_prefills(background)
+        prompts += self._admit(background)
+        if self._preempt_background():
+            prompts += self._admit(background)
         self._kv.close_gaps()
-        decoding = [one for one in self.running if one.request.idle_only == idle_step and one.remaining == 1]
+        decoding = [one for one in self._running_of(background) if one.remaining == 1]
         for request in decoding:
             request.scheduled = 1
         prompts = [request for request in prompts if request.remaining > 1 and request.scheduled > 0]
@@ -184,86 +174,140 @@ class Scheduler:
         prompts.sort(key=lambda request: request.version or "")
         return decoding, prompts
 
+    def _running_of(self, background: bool) -> list[RunningRequest]:
+        """Running requests that this kind of step computes."""
+        return [one for one in self.running if one.request.background == background]
+
+    def _grow_or_preempt(self, background: bool) -> None:
+        """Give each running request room for one more token; the latest arrivals step back where KV runs out."""
+        for request in self._running_of(background):
+            while request.row is not None and not self._kv.grow(request.row, request.row.length + 1):
+                assert len(self.running) > 1, "a single request always fits: see KvStore"
+                self._preempt(self.running[-1])
+
+    def _continue_prefills(self, background: bool) -> list[RunningRequest]:
+        """Assign tokens to running requests whose prompt is not computed yet; returns those requests."""
+        prompts = []
+        for request in self._running_of(background):
+            if request.remaining > 1 and self._tokens_left > 0:
+                self._assign_tokens(request)
+                prompts.append(request)
+        return prompts
+
+    def _preempt_background(self) -> bool:
+        """Preempt the background requests if any other request still waits. True: their rows and slots are free.
+
+        Background requests are queued after all others, so the first in the queue decides.
+        """
+        background = self._running_of(True)
+        if not background or not self.waiting or self.waiting[0].request.background:
+            return False
+        for request in background:
+            self._preempt(request)
+        return True
+
     def _preempt(self, request: RunningRequest) -> None:
         self.remove(request)
         self.add(request)
         self.preemptions += 1
 
-    def _schedule(self, request: RunningRequest) -> None:
-        """Sets how much of the request the step computes, within the step's limits, maybe nothing."""
+    def _assign_tokens(self, request: RunningRequest) -> None:
+        """Assign this step's token budget to the request (chunked prefill); may be 0."""
         request.scheduled = min(request.remaining, self._tokens_left)
-        if request.given is not None and request.row is not None:
-            before = max(request.given.first - request.row.length, 0)
+        if request.scoring is not None and request.row is not None:
+            before = max(request.scoring.first - request.row.length, 0)
             request.scheduled = min(request.scheduled, before + self._scores_left)
             self._scores_left -= len(request.scored)
         self._tokens_left -= request.scheduled
 
-    def _admit(self, idle_step: bool) -> list[RunningRequest]:
+    def _admit(self, background: bool) -> list[RunningRequest]:
         """Start waiting requests, the first to come first, while there are tokens, rows and memory left for them.
 
         A request whose next block is being computed by another one right now waits for it, and then shares it.
         Exceptions from first come, first served, each bounded:
 
-        1. No slot. A request whose adapter has no slot, where every slot is busy, lets younger ones pass that need
-           none, but not permanently: see `_versions_to_empty`.
-        2. Half the rows. While others wait, one adapter (or the base) takes at most half of the rows, so that a flood
-           of one tenant doubles the others' time at worst. Rows that nobody else can use go to the flood.
-        3. A request that the KV memory has no room for waits at the head: no other passes it, or a long one would
+        1. No slot: `_lacks_slot` lets younger ones overtake that need none.
+        2. Half the rows: `_candidates` offers the requests of a flood after all others.
+        3. A request that the KV memory has no room for waits at the head: no other overtakes it, or a long one would
            never run.
         """
-        waiting = [one for one in self.waiting if one.request.idle_only == idle_step]
+        waiting = [one for one in self.waiting if one.request.background == background]
         if not waiting:
             return []
         rows = Counter(one.version for one in self.running)
-        emptied = self._versions_to_empty(waiting)
-        computed = [one for one in self.running if one.request.idle_only == idle_step and one.remaining > 1]
-        underway = {key for one in computed for key in one.prefix_keys}
+        reserved = self._slots_reserved_for_overdue(waiting)
+        underway = {key for one in self._running_of(background) if one.remaining > 1 for key in one.prefix_keys}
         admitted: list[RunningRequest] = []
-        without_slot: list[RunningRequest] = []
-        offers = list(waiting)
-        for place, request in enumerate(offers):
+        skipped_for_slot: list[RunningRequest] = []
+        for request, deferred in self._candidates(waiting, rows):
             if self._tokens_left <= 0 or len(self.running) >= self._max_batch:
                 break
-            version, is_first_offer = request.version, place < len(waiting)
-            if is_first_offer and rows[version] >= max(1, self._max_batch // 2):
-                offers.append(request)  # once more after all others
+            if self._lacks_slot(request, reserved):
+                if not deferred:
+                    skipped_for_slot.append(request)
                 continue
-            if version is not None:
-                owner = emptied.get(version)
-                if not self._slots.can_acquire(version) or (owner is not None and owner.arrival < request.arrival):
-                    without_slot += [request] if is_first_offer else []
-                    continue
             keys = request.prefix_keys
             cached = self._cache.match(keys) if self._cache else 0
             if cached < len(keys) and keys[cached] in underway:
                 continue
             if not self._start(request, cached):
                 break
-            self._schedule(request)
+            self._assign_tokens(request)
             admitted.append(request)
-            rows[version] += 1
+            rows[request.version] += 1
             underway.update(keys)
-            for older in without_slot:
-                older.passed += older.arrival < request.arrival
+            _count_overtaken(skipped_for_slot, request)
         return admitted
 
-    def _versions_to_empty(self, waiting: Sequence[RunningRequest]) -> dict[str, RunningRequest]:
+    def _candidates(
+        self, waiting: Sequence[RunningRequest], rows: Counter[str | None]
+    ) -> Iterator[tuple[RunningRequest, bool]]:
+        """(waiting request, True where it was deferred), in the order in which they are offered a row.
+
+        While others wait, one adapter (or the base) takes at most half of the rows, so that a flood of one tenant
+        doubles the others' time at worst. Rows that nobody else can use go to the flood. rows: by version, kept up to
+        date by the caller between two candidates.
+        """
+        deferred = []
+        for request in waiting:
+            if rows[request.version] >= max(1, self._max_batch // 2):
+                deferred.append(request)
+            else:
+                yield request, False
+        for request in deferred:
+            yield request, True
+
+    def _lacks_slot(self, request: RunningRequest, reserved: Mapping[str, RunningRequest]) -> bool:
+        """True: its adapter has no slot and all are busy, or the adapter's slot is reserved for an older request.
+
+        Younger requests that need no slot overtake it, but not permanently: see `_slots_reserved_for_overdue`.
+        """
+        if request.version is None:
+            return False
+        owner = reserved.get(request.version)
+        return not self._slots.can_acquire(request.version) or (owner is not None and owner.arrival < request.arrival)
+
+    def _slots_reserved_for_overdue(self, waiting: Sequence[RunningRequest]) -> dict[str, RunningRequest]:
         """{busy version: the request that gets its slot next, until when the version admits no younger one}.
 
-        Once `max_batch` requests have passed one that has no slot, it gets that of the busy version with the fewest
+        Once `max_batch` requests have overtaken one that has no slot, it gets that of the busy version with the fewest
         running requests, which empties soonest. A version under constant traffic is never emptied for others that could
         wait for one of the many short ones, and no version blocks another permanently.
         """
         overdue: dict[str, RunningRequest] = {}
         for one in waiting:
-            if one.version is not None and one.passed >= self._max_batch and not self._slots.can_acquire(one.version):
+            if (
+                one.version is not None
+                and one.times_overtaken >= self._max_batch
+                and not self._slots.can_acquire(one.version)
+            ):
                 overdue.setdefault(one.version, one)
         return dict(zip(self._slots.by_load(), overdue.values(), strict=False)) if overdue else {}
 
     def _start(self, request: RunningRequest, cached: int) -> bool:
         """Gives the request a row with its `cached` blocks of prefix in it, and a slot. False: no memory now."""
         left = (
-            0 if request.given else request.request.sampling.max_new_tokens - len(request.tokens) + request.prompt_end
+            0 if request.scoring else request.request.sampling.max_new_tokens - len(request.tokens) + request.prompt_end
         )
         row = self._kv.allocate(len(request.tokens) + min(left, _HEADROOM))
         if row is None:
@@ -276,7 +320,13 @@ class Scheduler:
         if cached * BLOCK > row.length and self._cache is not None:
             self._cache.fetch(request.prefix_keys[:cached], row)
         request.cached_tokens = max(row.length - request.virtual_tokens, 0)
-        request.passed = 0
+        request.times_overtaken = 0
         self.waiting.remove(request)
         insort(self.running, request, key=attrgetter("arrival"))
         return True
+
+
+def _count_overtaken(skipped: Sequence[RunningRequest], admitted: RunningRequest) -> None:
+    for older in skipped:
+        if older.arrival < admitted.arrival:
+            older.times_overtaken += 1

@@ -189,7 +189,7 @@ class VllmEngine:
         """Loaded versions, least recently used first."""
         return self._loras.states()
 
-    def room(self, version: str | None) -> int:
+    def max_request_tokens(self, version: str | None) -> int:
         """engine.max_seq_len: no adapter that vLLM serves has virtual tokens."""
         return self.spec.max_seq_len
 
@@ -204,9 +204,11 @@ class VllmEngine:
             self._check_scored(request)
         sampling = self._words.sampling(sampling_arguments(request), grammar_arguments(request))
         with self._lock:
-            if self._stopping or request.request_id in self._live:
-                found = "the engine is stopped" if self._stopping else "in use"
-                raise DataError(f"request_id {request.request_id!r}", found, "ids of running requests differ")
+            name = request.request_id
+            if self._stopping:
+                raise DataError(f"request {name!r}", "the engine is stopped", "a stopped engine takes no requests")
+            if name in self._live:
+                raise DataError(f"request_id {name!r}", "in use", "ids of running requests differ")
             lora = self._loras.acquire(request.adapter) if request.adapter is not None else None
             translator = Translator(request.request_id, request.sampling.logprobs or 0, request.continuation)
             running = _Running(request, on_event, lora, sampling, translator)
@@ -235,7 +237,7 @@ class VllmEngine:
         self._on_loop(let_through())
 
     def stop(self) -> None:
-        """Cancels what is queued or running and ends vLLM's processes."""
+        """Cancels what is queued or running and ends vLLM's processes. A second call does nothing."""
         with self._lock:
             if self._stopping:
                 return

@@ -177,17 +177,17 @@ class GraphDecode:
                 self._inputs.fill([], [], rows)
                 self._step(rows, adapted)
 
-    def bring(self, move: Callable[[], LoadedAdapter]) -> LoadedAdapter:
-        """The adapter that `move` copies, on a side stream. Returns before the copy has ended; the step goes on.
+    def copy_adapter(self, copy: Callable[[], LoadedAdapter]) -> LoadedAdapter:
+        """The adapter that `copy` copies, on a side stream. Returns before the copy has ended; the step goes on.
 
         The side stream first waits for the work queued so far: the copy may go into memory that an adapter has just
         left, and that a prompt of it may still be reading.
         """
         if self._stream is None:
-            return move()
+            return copy()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            weights = move()
+            weights = copy()
             self._uploads[weights] = torch.cuda.Event()
             self._uploads[weights].record(self._stream)
         return weights

@@ -182,6 +182,20 @@ def test_a_bad_request_is_refused_at_the_door(engine: Engine, changed: dict[str,
     assert len(tokens(engine, name="bad", max_new_tokens=2)) == 2
 
 
+def test_a_stopped_engine_refuses_requests_and_may_be_stopped_again(fresh: Open, adapters: tuple[Path, Path]) -> None:
+    engine = fresh()
+    engine.load_adapter("v", adapters[0])
+    engine.start()
+    engine.stop()
+    engine.stop()
+    with pytest.raises(DataError) as refused:
+        engine.submit(engines.request("x", PROMPT, "v"), engines.Collector())
+    found = refused.value
+    assert (found.subject, found.problem) == ("request 'x'", "the engine is stopped")
+    assert "ids" not in found.rule
+    assert [state.running for state in engine.adapters()] == [0]
+
+
 def test_an_id_in_use_and_an_unknown_adapter_are_refused(engine: Engine) -> None:
     collector = engines.Collector()
     engine.submit(engines.request("one", PROMPT, max_new_tokens=200), collector)

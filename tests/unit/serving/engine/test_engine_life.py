@@ -1,7 +1,8 @@
 """The life of a request: its ends, its neighbours' ends, adapters that come and go, memory that runs out."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,47 @@ def test_an_exception_in_the_model_fails_its_requests_and_the_engine_lives(base:
     model.model.norm.forward = healthy
     assert engines.ask(engine, engines.request("x", PROMPT, max_new_tokens=4))[0].finish == "length"
     engine.stop()
+
+
+def test_an_exception_of_the_tokenizer_fails_its_request_alone(base: Path) -> None:
+    def broken(_: Sequence[int]) -> str:
+        raise ValueError("no text for these ids")
+
+    engine = NativeEngine(engines.load_model(base), engines.spec(), "cpu", broken)
+    engine.start()
+    good = engines.request("good", PROMPT, max_new_tokens=8)
+    expected = engines.ask(engine, good)[0].tokens
+    answers = engines.ask(engine, engines.request("bad", PROMPT, max_new_tokens=8, stop=("x",)), good)
+    assert (answers[0].finish, answers[0].error) == ("error", "ValueError: no text for these ids")
+    assert answers[1].tokens == expected
+    assert engine.alive()
+    assert (engine.stats().running, engine.stats().kv_tokens_used) == (0, 0)
+    engine.stop()
+
+
+def test_a_request_that_cannot_be_built_leaves_its_adapter_free(engine: NativeEngine, adapter: Path) -> None:
+    """BLAKE2b takes no key above 64 bytes, and the salt is its key."""
+    engine.load_adapter("v1", adapter)
+    salted = replace(engines.request("x", PROMPT, "v1"), cache_salt="s" * 65)
+    with pytest.raises(ValueError, match="64"):
+        engine.submit(salted, engines.Collector())
+    assert [state.running for state in engine.adapters()] == [0]
+    engine.retire_adapter("v1")
+    assert engine.adapters() == []
+
+
+def test_a_second_stop_leaves_the_next_engine_of_the_model_alone(base: Path) -> None:
+    model = engines.load_model(base)
+    first = NativeEngine(model, engines.spec(), "cpu")
+    first.start()
+    asked = engines.request("x", PROMPT, max_new_tokens=8)
+    expected = engines.ask(first, asked)[0].tokens
+    first.stop()
+    second = NativeEngine(model, engines.spec(), "cpu")
+    second.start()
+    first.stop()
+    assert [(answer.tokens, answer.error) for answer in engines.ask(second, asked)] == [(expected, None)]
+    second.stop()
 
 
 def test_when_memory_runs_out_the_latest_step_back_and_answers_stay_right(base: Path) -> None:

@@ -96,7 +96,7 @@ class World:
     async def step(self) -> None:
         """One engine step, or, where there is nothing to compute, the time up to the next load's end."""
         await settle()
-        decoding, prompts = self.scheduler.plan()
+        decoding, prompts = self.scheduler.schedule()
         work = [*decoding, *prompts]
         tokens = sum(request.scheduled for request in work)
         if tokens:

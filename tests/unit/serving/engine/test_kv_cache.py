@@ -154,3 +154,18 @@ def test_a_prompt_longer_than_the_cache_is_kept_in_part() -> None:
     keys = block_keys(None, list(range(100)))
     cache.insert(keys, row, None)
     assert cache.match(keys) == 2
+
+
+def test_a_prompt_that_cannot_be_copied_into_the_cache_costs_it_no_blocks() -> None:
+    kv = store()
+    cache = PrefixCache(kv, 8 * BLOCK)
+    row = kv.allocate(4 * BLOCK)
+    assert row is not None
+    with pytest.raises(RuntimeError):  # the row has 4 blocks
+        cache.insert(block_keys("v1", range(5 * BLOCK)), row, "v1")
+    assert cache.tokens == 0
+    longer = kv.allocate(8 * BLOCK)
+    assert longer is not None
+    write(kv, longer, 0, 8 * BLOCK, 1)
+    cache.insert(block_keys("v1", range(8 * BLOCK)), longer, "v1")
+    assert cache.tokens == 8 * BLOCK

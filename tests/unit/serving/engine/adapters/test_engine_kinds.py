@@ -283,7 +283,7 @@ def test_every_kind_is_published_and_served_from_what_was_published(
 
 def test_virtual_tokens_count_towards_the_longest_sequence(base: Path, adapters: dict[str, Path]) -> None:
     engine = started(engines.load_model(base), {"projected": adapters["projected"]}, max_seq_len=64)
-    assert (engine.room(None), engine.room("projected")) == (64, 44)
+    assert (engine.max_request_tokens(None), engine.max_request_tokens("projected")) == (64, 44)
     engines.ask(engine, engines.request("fits", [5] * 34, "projected", max_new_tokens=10))
     with pytest.raises(DataError, match=r"20 virtual tokens(.|\n)*65 together(.|\n)*max_seq_len=64"):
         engine.submit(engines.request("long", [5] * 35, "projected", max_new_tokens=10), engines.Collector())

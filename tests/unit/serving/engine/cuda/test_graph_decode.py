@@ -42,9 +42,11 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def gpu_engine(base: Path, **limits: int) -> NativeEngine:
     """The CUDA path; on a CPU its kernels are interpreted and its graphs are plain calls, the rest is the same."""
-    path = GraphDecode(torch.device(DEVICE), None if DEVICE == "cuda" else direct)
+    graph_decode = GraphDecode(torch.device(DEVICE), None if DEVICE == "cuda" else direct)
     model = engines.load_model(base).to(DEVICE)
-    return NativeEngine(model, engines.spec(**{"max_batch": 6, "max_seq_len": 128, **limits}), DEVICE, path=path)
+    return NativeEngine(
+        model, engines.spec(**{"max_batch": 6, "max_seq_len": 128, **limits}), DEVICE, graph_decode=graph_decode
+    )
 
 
 def test_mixed_adapters_answer_as_peft_does(base: Path, adapters: dict[str, Path]) -> None:
@@ -99,11 +101,11 @@ def test_a_captured_step_stays_right_when_rows_move_and_adapters_change(base: Pa
         captured.append(step)
         return GraphCapture()(step) if DEVICE == "cuda" else direct(step)
 
-    path = GraphDecode(torch.device(DEVICE), capture)
-    runner = Runner(engines.load_model(base).to(DEVICE), DEVICE, path)
+    graph_decode = GraphDecode(torch.device(DEVICE), capture)
+    runner = Runner(engines.load_model(base).to(DEVICE), DEVICE, graph_decode)
     kv = runner.new_kv(1024, 128)
-    path.attach(runner, kv, max_batch=4, max_rank=32)
-    path.warm_up()
+    graph_decode.attach(runner, kv, max_batch=4, max_rank=32)
+    graph_decode.warm_up()
     assert len(captured) == 6, "1, 2 and 4 rows, with adapters and without"
     a, b, c, _ = (loaded(runner, name, folder) for name, folder in adapters.items())
     rows = [prefilled(runner, kv, length, weights) for length, weights in ((20, a), (33, b), (5, None), (41, a))]
@@ -111,7 +113,7 @@ def test_a_captured_step_stays_right_when_rows_move_and_adapters_change(base: Pa
     place = rows[3].start
     assert kv.grow(rows[3], 100)
     assert rows[3].start != place
-    path.forget(a.version)
+    graph_decode.forget(a.version)
     check_step(runner, kv, rows[2:], [c, b])
     check_step(runner, kv, rows[2:], [None, None])
     check_step(runner, kv, rows[3:], [c])
@@ -145,10 +147,10 @@ def prefilled(runner: Runner, kv: KvStore, length: int, weights: LoadedAdapter |
 
 def check_step(runner: Runner, kv: KvStore, rows: list[KvRow], adapters: list[LoadedAdapter | None]) -> None:
     """One token each, by the captured step and by the plain pass, which writes the same keys and values again."""
-    assert runner.path is not None
+    assert runner.graph_decode is not None
     chunks = [Chunk([90 + n], row.length, row) for n, row in enumerate(sorted(rows, key=lambda row: row.start))]
     with torch.inference_mode():
-        ours = runner.path.logits(chunks, adapters).clone()
+        ours = runner.graph_decode.logits(chunks, adapters).clone()
     plain = runner.forward(pack(chunks, [], kv, runner.device), adapters, [], range(len(chunks)))
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
     for row in rows:

@@ -1,4 +1,4 @@
-"""Requests for idle steps (shadow traffic): they cost the others no step, row or memory, and lose nothing by it."""
+"""Background requests (shadow traffic): they cost the others no step, row or memory, and lose nothing by it."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,15 +28,15 @@ class Steps:
         self.scheduler = Scheduler(kv, None, seats, max_batch=rows, prefill_tokens=512)
         self._count = 0
 
-    def ask(self, name: str, answer: int = 4, *, idle: bool = False, version: str | None = None) -> None:
+    def ask(self, name: str, answer: int = 4, *, background: bool = False, version: str | None = None) -> None:
         self._count += 1
-        request = GenerateRequest(name, PROMPT, SamplingParams(answer), adapter=version, idle_only=idle)
+        request = GenerateRequest(name, PROMPT, SamplingParams(answer), adapter=version, background=background)
         adapter = LoadedAdapter(version, rank=8, groups={}) if version is not None else None
-        self.scheduler.add(RunningRequest((idle, self._count, self._count), request, lambda _: None, adapter))
+        self.scheduler.add(RunningRequest((background, self._count, self._count), request, lambda _: None, adapter))
 
     def step(self) -> set[str]:
         computed = set()
-        decoding, prompts = self.scheduler.plan()
+        decoding, prompts = self.scheduler.schedule()
         for request in (*decoding, *prompts):
             assert request.row is not None
             computed.add(request.request.request_id)
@@ -51,11 +51,11 @@ class Steps:
 
 def test_it_stands_still_while_another_is_there_and_goes_on_afterwards() -> None:
     steps = Steps()
-    steps.ask("idle", 6, idle=True)
-    assert [steps.step() for _ in range(2)] == [{"idle"}] * 2
+    steps.ask("background", 6, background=True)
+    assert [steps.step() for _ in range(2)] == [{"background"}] * 2
     steps.ask("caller", 4)
     assert [steps.step() for _ in range(4)] == [{"caller"}] * 4
-    assert [steps.step() for _ in range(4)] == [{"idle"}] * 4, "it kept its two tokens"
+    assert [steps.step() for _ in range(4)] == [{"background"}] * 4, "it kept its two tokens"
     assert steps.step() == set()
     assert steps.scheduler.preemptions == 0
 
@@ -63,29 +63,29 @@ def test_it_stands_still_while_another_is_there_and_goes_on_afterwards() -> None
 def test_it_waits_for_the_last_of_the_others() -> None:
     steps = Steps()
     steps.ask("caller", 3)
-    steps.ask("idle", 1, idle=True)
+    steps.ask("background", 1, background=True)
     steps.ask("late", 3)
-    assert [steps.step() for _ in range(4)] == [{"caller", "late"}] * 3 + [{"idle"}]
+    assert [steps.step() for _ in range(4)] == [{"caller", "late"}] * 3 + [{"background"}]
 
 
 @pytest.mark.parametrize(("rows", "kv_tokens", "slots"), [(2, 4096, 4), (8, 128, 4), (8, 4096, 2)])
-def test_a_caller_gets_the_row_memory_or_slot_that_idle_ones_hold(rows: int, kv_tokens: int, slots: int) -> None:
-    """Rows, memory and slots for two: both are taken by idle requests when a caller comes."""
+def test_a_caller_gets_the_row_memory_or_slot_that_background_ones_hold(rows: int, kv_tokens: int, slots: int) -> None:
+    """Rows, memory and slots for two: both are taken by background requests when a caller comes."""
     steps = Steps(rows=rows, kv_tokens=kv_tokens, slots=slots)
-    for name in ("idle1", "idle2"):
-        steps.ask(name, 40, idle=True, version=name)
-    assert steps.step() == {"idle1", "idle2"}
+    for name in ("background1", "background2"):
+        steps.ask(name, 40, background=True, version=name)
+    assert steps.step() == {"background1", "background2"}
     steps.ask("caller", 3, version="caller")
     assert [steps.step() for _ in range(3)] == [{"caller"}] * 3, "in the very next step"
-    assert [steps.step() for _ in range(30)] == [{"idle1", "idle2"}] * 30
+    assert [steps.step() for _ in range(30)] == [{"background1", "background2"}] * 30
 
 
-def test_a_step_for_idle_prompts_is_short() -> None:
+def test_a_step_for_background_prompts_is_short() -> None:
     """So that a caller who comes in the middle of it does not wait for a whole prompt."""
     steps = Steps()
     for number in range(3):
-        steps.ask(f"idle{number}", 1, idle=True)
-    assert [steps.step() for _ in range(2)] == [{"idle0", "idle1"}, {"idle2"}]
+        steps.ask(f"background{number}", 1, background=True)
+    assert [steps.step() for _ in range(2)] == [{"background0", "background1"}, {"background2"}]
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +98,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeEngine]:
 
 
 def test_answers_are_those_of_any_other_request(engine: NativeEngine) -> None:
-    """Four idle answers that callers interrupt, in two rows, against the same asked alone."""
-    idle = [engines.request(f"i{n}", list(LONG[n:]), max_new_tokens=24) for n in range(4)]
-    alone = [engines.ask(engine, replace(one, request_id=f"alone{one.request_id}"))[0].tokens for one in idle]
+    """Four background answers that callers interrupt, in two rows, against the same asked alone."""
+    background = [engines.request(f"i{n}", list(LONG[n:]), max_new_tokens=24) for n in range(4)]
+    alone = [engines.ask(engine, replace(one, request_id=f"alone{one.request_id}"))[0].tokens for one in background]
     seen = engines.Collector()
-    for one in idle:
-        engine.submit(replace(one, idle_only=True), seen)
+    for one in background:
+        engine.submit(replace(one, background=True), seen)
     for number in range(6):
         engines.ask(engine, engines.request(f"c{number}", list(LONG[number + 4 :]), max_new_tokens=3))
     assert [answer.tokens for answer in seen.wait("i0", "i1", "i2", "i3")] == alone
