@@ -197,7 +197,12 @@ def all_gather_object(value: T, group: Any = None) -> list[T]:
 
 
 def gather_results(call: Callable[[], T], group: Any = None) -> list[T]:
-    """The result of `call` on every rank, in order. Collective; the first rank's error is raised on all ranks."""
+    """The result of `call` on every rank, in order. Collective; the first rank's error is raised on all ranks.
+
+    An error that is no GraftworkError is raised as StorageError (an OSError) or RunError; on its own rank the original
+    is the cause. Without this the other ranks would wait for the group's timeout.
+    """
+    rank = rank_and_world()[0]
     outcome: T | GraftworkError
     try:
         outcome = call()
@@ -205,7 +210,12 @@ def gather_results(call: Callable[[], T], group: Any = None) -> list[T]:
         outcome = error
     except OSError as error:
         outcome = StorageError("the local copy", str(error))
+        outcome.__cause__ = error
+    except Exception as error:
+        outcome = RunError(f"worker {rank}", f"{type(error).__name__}: {error}")
+        outcome.__cause__ = error
     outcomes = all_gather_object(outcome, group)
+    outcomes[rank] = outcome  # the copy of this rank has lost its cause
     for found in outcomes:
         if isinstance(found, GraftworkError):
             raise found
