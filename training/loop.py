@@ -6,6 +6,7 @@ N rows of the set.
 
 import contextlib
 import errno
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -38,6 +39,8 @@ from graftwork.training.worker_messages import (
     rank_and_world,
 )
 
+log = logging.getLogger("graftwork.training")
+
 ON_ALL_RANKS: Final = (NonFiniteLoss, BadReward, CheckpointLost, SupersededError, ConfigError, StoreUnreachable)
 """Errors that every worker meets at the same step: returned, since another try would meet them again."""
 
@@ -50,19 +53,30 @@ def train_as_worker(job: TrainJob, report: Report | None, leaving: Callable[[], 
     """
     rank = rank_and_world()[0]
     monitor = FenceMonitor(job.fence) if job.fence is not None and rank == 0 else None
-    try:
-        asked = lambda: leaving() or (monitor is not None and monitor.stop_reason is not None)  # noqa: E731
-        result = run_steps(job, report or (lambda _: True), asked)
-        if report is None and rank == 0:
-            from graftwork.training.autotune import learn_peak
 
-            learn_peak(job, result)
+    def must_leave() -> bool:
+        return leaving() or (monitor is not None and monitor.stop_reason is not None)
+
+    try:
+        result = run_steps(job, report or (lambda _: True), must_leave)
+        if report is None and rank == 0:
+            _correct_plans(job, result)
         return result
     except ON_ALL_RANKS as error:
         return error
     finally:
         if monitor is not None:
             monitor.close()
+
+
+def _correct_plans(job: TrainJob, result: LoopResult) -> None:
+    """Correct later memory plans by the run's peak. Log an error of it: the run itself is complete."""
+    from graftwork.training.autotune import learn_peak
+
+    try:
+        learn_peak(job, result)
+    except Exception:
+        log.warning("training %s: its memory peak does not correct later plans", job.spec.name, exc_info=True)
 
 
 def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambda: False) -> LoopResult:

@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_from_s3_on_another_machine(
     # SeaweedFS goes on listing a prefix whose objects are all deleted, so ask for what is there.
     names = s3_store.list(*run.checkpoints())
     assert [n for n in names if s3_store.exists(*run.checkpoints(n))] == ["checkpoint-12", "checkpoint-8"]
-    with Checkpoints(run).adapter(12) as folder:
+    with Checkpoints(run).model_files(12) as folder:
         assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
