@@ -1,13 +1,13 @@
-"""Checkpoints of a run on its store: whole once their marker is there, which records the sha256 of every file.
+"""Checkpoints of a run on its store: complete once their marker is there, which records the sha256 of every file.
 
     runs/<run>/checkpoints/checkpoint-<step>/
         adapter_config.json, adapter_model.safetensors (all weights: config.json, model*.safetensors),
         optimizer.pt, scheduler.pt, rng_state_<rank>.pth, trainer_state.json, COMMITTED.json
         under DeepSpeed in place of optimizer.pt: latest, global_step<step>/ with the shards of each rank
 
-On a local root the trainer writes in place; on S3 it writes to a cache folder of its machine, which is sent
-(`Saver`). The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed;
-DeepSpeed 0.19 unpickles its own shards, so a root with such runs belongs to people who may run code.
+On a local root the trainer writes in place; on S3 it writes to a cache folder of its machine, which
+`AsyncCheckpointSaver` uploads. The .pt files are read with `weights_only=True` (by transformers), so nothing in them is
+executed; DeepSpeed 0.19 unpickles its own shards, so a root with such runs belongs to people who may run code.
 """
 
 import contextlib
@@ -139,11 +139,11 @@ class Checkpoints:
         return self.work_dir() / f"{PREFIX}{step}"
 
     def newest(self) -> CheckpointMark | None:
-        """The last whole checkpoint; None before the first."""
+        """The last complete checkpoint; None before the first."""
         return next(iter(self.marks(last=1)), None)
 
     def marks(self, last: int | None = None) -> list[CheckpointMark]:
-        """Whole checkpoints, by step; with `last` only so many of the newest."""
+        """Complete checkpoints, by step; with `last` only so many of the newest."""
         store, found = self.run.store, []
         names = [name for name in store.list(*self.run.checkpoints()) if name.startswith(PREFIX)]
         numbers = [int(number) for name in names if (number := name.removeprefix(PREFIX)).isdigit()]
@@ -155,7 +155,7 @@ class Checkpoints:
         return found
 
     def fetch(self, mark: CheckpointMark) -> list[str]:
-        """Bring a whole checkpoint's files to its folder of this machine. Returns what is not as the marker says."""
+        """Bring a complete checkpoint's files to its folder of this machine. Returns what is not as the marker says."""
         folder = self.folder(mark.step)
         if not self.run.store.is_local:
             there = {"/".join(parts) for parts in self.run.store.tree(*self._key(mark.step))}
@@ -165,7 +165,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def model_files(self, step: int) -> Iterator[Path]:
-        """A folder with the adapter of a whole checkpoint, or all weights with their config, and nothing else.
+        """A folder with the adapter of a complete checkpoint, or all weights with their config, and nothing else.
 
         Raises StorageError when the checkpoint is missing or a file is damaged.
         """
@@ -192,7 +192,7 @@ class Checkpoints:
             yield folder
 
     def clear_unfinished(self) -> list[CheckpointMark]:
-        """Remove what a killed run left without a marker; return the whole ones. Rank 0, before training."""
+        """Remove what a killed run left without a marker; return the complete ones. Rank 0, before training."""
         marks = self.marks()
         for name in set(self.run.store.list(*self.run.checkpoints())) - {f"{PREFIX}{mark.step}" for mark in marks}:
             self.run.store.delete(*self.run.checkpoints(name))
@@ -218,7 +218,7 @@ class Checkpoints:
         return sums
 
     def commit(self, mark: CheckpointMark) -> None:
-        """Write the marker: from now on the checkpoint is whole. Rank 0, once every file has been sent.
+        """Write the marker: from now on the checkpoint is complete. Rank 0, once every file has been sent.
 
         Figures that are NaN or infinite are left out: JSON has no such numbers.
         """
@@ -261,11 +261,11 @@ SEND_S = 3600
 
 
 class CheckpointLost(RunError):
-    """A checkpoint could not be made whole. Raised on all ranks at the same step."""
+    """A checkpoint could not be completed. Raised on all ranks at the same step."""
 
 
-class Saver:
-    """Makes checkpoints whole in the background, one at a time. Every rank has one and calls it alike."""
+class AsyncCheckpointSaver:
+    """Uploads and commits checkpoints in the background, one at a time. Every rank has one and calls it alike."""
 
     def __init__(
         self,
@@ -293,10 +293,10 @@ class Saver:
         """Take over files that every rank has written. Waits for the checkpoint before. Raises CheckpointLost, and
         SupersededError where another attempt of the job is at work."""
         self.wait()
-        self._pending = self._pool.submit(self._make_whole, mark)
+        self._pending = self._pool.submit(self._upload_and_commit, mark)
 
     def wait(self) -> None:
-        """Return once all checkpoints are whole. Raises CheckpointLost, and again in every later call of `save`."""
+        """Return once all checkpoints are complete. Raises CheckpointLost, and again in every later call of `save`."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -309,12 +309,12 @@ class Saver:
         if self._sends:
             self._checkpoints.clear_cache()
 
-    def _make_whole(self, mark: CheckpointMark) -> None:
+    def _upload_and_commit(self, mark: CheckpointMark) -> None:
         """Send the files of every machine, then commit on rank 0 and drop what the spec does not keep."""
         try:
             sent = gather_results(lambda: self._send(mark.step), self._group)
-            whole = replace(mark, files={name: kept for part in sent for name, kept in part.items()})
-            gather_results(lambda: self._commit(whole), self._group)
+            complete = replace(mark, files={name: kept for part in sent for name, kept in part.items()})
+            gather_results(lambda: self._commit(complete), self._group)
         except SupersededError:
             raise
         except GraftworkError as error:
@@ -341,7 +341,7 @@ class Saver:
 
     def _lost_error(self, step: int, cause: GraftworkError) -> CheckpointLost:
         last = max((known for known in self._marks if known < step), default=None)
-        kept = f"the checkpoint of step {last} is the last whole one" if last else "there is no whole checkpoint"
+        kept = f"the checkpoint of step {last} is the last complete one" if last else "there is no complete checkpoint"
         return CheckpointLost(
             f"checkpoint of step {step} of run {self._checkpoints.run.run_id}",
             f"{cause.subject}: {cause.problem}; {kept}",

@@ -166,10 +166,10 @@ class LoopResult:
     """Largest resident set of each rank's process."""
     peak_cuda_bytes_per_worker: tuple[int, ...]
     """Most memory that torch held on each rank's GPU; zeros on a CPU."""
-    taken: int = 0
-    """Optimizer steps of this attempt."""
-    left: bool = False
-    """A machine was about to be taken away: this is the checkpoint before it, not the end."""
+    steps_this_attempt: int = 0
+    """Optimizer steps that this attempt took, those before its resume point left out."""
+    preempted: bool = False
+    """The workers saved and exited early: a machine was about to be taken away, or the job was asked to end."""
     notes: tuple[str, ...] = ()
     """Values that the loop resolved, with the reason."""
 

@@ -15,10 +15,10 @@ from graftwork.errors import ConfigError, StorageError
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import (
     MARKER,
+    AsyncCheckpointSaver,
     CheckpointLost,
     CheckpointMark,
     Checkpoints,
-    Saver,
     Shapes,
     checksum_of,
     differences,
@@ -150,14 +150,14 @@ def test_weights_that_no_training_makes_are_no_checkpoint(
     save_file(tensors, weights)
     checkpoints.folder(12).rename(checkpoints.folder(14))
     file_of(job, 14, MARKER).unlink()
-    saver = Saver(checkpoints, job.spec.checkpoints, trained, StepLog(None), sends=True)
+    saver = AsyncCheckpointSaver(checkpoints, job.spec.checkpoints, trained, StepLog(None), sends=True)
     saver.save(CheckpointMark(14, 1.0, 1))
     with pytest.raises(CheckpointLost, match=said) as caught:
         saver.wait()
     with pytest.raises(CheckpointLost, match=said):
         saver.save(CheckpointMark(16, 1.0, 1))
     saver.close()
-    assert "the checkpoint of step 10 is the last whole one" in caught.value.problem
+    assert "the checkpoint of step 10 is the last complete one" in caught.value.problem
     assert [mark.step for mark in checkpoints.marks()] == [8, 10]
 
 
