@@ -28,7 +28,7 @@ def learn_peak(job: TrainJob, result: LoopResult) -> None:
 
     spec = job.spec
     shape = ModelShape.from_config(resolve(spec.base).config)
-    if result.taken < LEAST_STEPS or shape.unplanned:
+    if result.steps_this_attempt < LEAST_STEPS or shape.unplanned:
         return
     cuda = torch.cuda.is_available() and spec.gpus > 0
     value_bytes = compute_dtype(spec.quant, "cuda" if cuda else "cpu")[0].itemsize

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, set_seed
 
-from graftwork.training.checkpoint import CheckpointMark, Checkpoints, Saver
+from graftwork.training.checkpoint import AsyncCheckpointSaver, CheckpointMark, Checkpoints
 from graftwork.training.checkpoint_resume import ResumePoint, split_optimizer_groups
 from graftwork.training.loop import StepPlan
 from graftwork.training.lr_schedule import scale
@@ -43,13 +43,13 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         plan: StepPlan,
         log: StepLog,
         report: Report,
-        leaving: Callable[[], bool],
+        preemption_requested: Callable[[], bool],
         start: ResumePoint,
-        saver: Saver | None,
+        saver: AsyncCheckpointSaver | None,
     ) -> None:
-        self.job, self.plan, self.log, self.report, self.leaving = job, plan, log, report, leaving
-        self.start, self.saver = start, saver
-        self.stopped = self.left = False
+        self.job, self.plan, self.log, self.report = job, plan, log, report
+        self.preemption_requested, self.start, self.saver = preemption_requested, start, saver
+        self.stopped = self.preempted = False
         self._tokens = plan.tokens_S.cumsum()
         self._figures: Mapping[str, float] = {}
         self._started: float | None = None
@@ -118,15 +118,15 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             metrics=own | {key: value for key, value in evaluated.items() if key != "eval_loss"},
         )
         self._figures = {"loss": report.loss, **evaluated, **report.metrics}
-        goes_on, self.left = self._broadcast_answer(report)
-        if not goes_on or self.left:
+        goes_on, self.preempted = self._broadcast_answer(report)
+        if not goes_on or self.preempted:
             self.stopped = not last
             control.should_training_stop = True
         due = step % job.spec.checkpoint_every == 0 or last or self.stopped
         control.should_save = self.saver is not None and due
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer has written its files on every rank; make them one whole checkpoint."""
+        """The trainer has written its files on every rank; make them one complete checkpoint."""
         assert self.saver is not None, "only runs save"
         all_gather_object(None)  # every rank has written
         mark = CheckpointMark(
@@ -150,7 +150,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if args.process_index == 0:
             self.log.add(figures)
             stop = due and not self.report(figures)
-        said = torch.tensor([float(stop), float(self.leaving())], device=args.device)
+        said = torch.tensor([float(stop), float(self.preemption_requested())], device=args.device)
         if args.world_size > 1 and due:
             dist.all_reduce(said, op=dist.ReduceOp.MAX)
         elif args.world_size > 1:

@@ -1,17 +1,18 @@
-"""Checkpoints of a run on its store: whole once their marker is there, which records the sha256 of every file.
+"""Checkpoints of a run on its store: complete once their marker is there, which records the sha256 of every file.
 
     runs/<run>/checkpoints/checkpoint-<step>/
         adapter_config.json, adapter_model.safetensors (all weights: config.json, model*.safetensors),
         optimizer.pt, scheduler.pt, rng_state_<rank>.pth, trainer_state.json, COMMITTED.json
         under DeepSpeed in place of optimizer.pt: latest, global_step<step>/ with the shards of each rank
 
-On a local root the trainer writes in place; on S3 it writes to a cache folder of its machine, which is sent
-(`Saver`). The .pt files are read with `weights_only=True` (by transformers), so nothing in them is executed;
-DeepSpeed 0.19 unpickles its own shards, so a root with such runs belongs to people who may run code.
+On a local root the trainer writes in place; on S3 it writes to a cache folder of its machine, which
+`AsyncCheckpointSaver` uploads. The .pt files are read with `weights_only=True` (by transformers), so nothing in them is
+executed; DeepSpeed 0.19 unpickles its own shards, so a root with such runs belongs to people who may run code.
 """
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -43,7 +44,7 @@ class FileSum:
     sha256: str
 
 
-def sum_of(path: Path, *, sync: bool = False) -> FileSum:
+def checksum_of(path: Path, *, sync: bool = False) -> FileSum:
     """Size and sha256, read in blocks (which lets other threads compute). sync: the file is on the disk afterwards."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
@@ -64,7 +65,7 @@ def differences(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
             found.append(f"{name} is missing")
         elif path.stat().st_size != expected.size_bytes:
             found.append(f"{name} has {path.stat().st_size} bytes of {expected.size_bytes}")
-        elif sum_of(path) != expected:
+        elif checksum_of(path) != expected:
             found.append(f"{name} has another sha256")
     return found
 
@@ -92,7 +93,9 @@ def faults_of_weights(folder: Path, trained: Shapes) -> list[str]:
     lacking = trained - shapes
     if lacking:
         shape, count = next(iter(lacking.items()))
-        faults.append(f"{lacking.total()} of {trained.total()} trained tensors lack, {count} of shape {shape} for one")
+        faults.append(
+            f"{lacking.total()} of {trained.total()} trained tensors are missing, e.g. {count} of shape {shape}"
+        )
     if not nonzero:
         faults.append("every number is 0")
     return faults
@@ -136,22 +139,23 @@ class Checkpoints:
         return self.work_dir() / f"{PREFIX}{step}"
 
     def newest(self) -> CheckpointMark | None:
-        """The last whole checkpoint; None before the first."""
+        """The last complete checkpoint; None before the first."""
         return next(iter(self.marks(last=1)), None)
 
-    def marks(self, last: int = 0) -> list[CheckpointMark]:
-        """Whole checkpoints, by step; with `last` only so many of the newest."""
+    def marks(self, last: int | None = None) -> list[CheckpointMark]:
+        """Complete checkpoints, by step; with `last` only so many of the newest."""
         store, found = self.run.store, []
-        names = [name.removeprefix(PREFIX) for name in store.list(*self.run.checkpoints())]
-        steps = sorted(int(name) for name in names if name.isdigit() and store.exists(*self._key(int(name)), MARKER))
-        for step in steps[-last:]:
+        names = [name for name in store.list(*self.run.checkpoints()) if name.startswith(PREFIX)]
+        numbers = [int(number) for name in names if (number := name.removeprefix(PREFIX)).isdigit()]
+        steps = sorted(step for step in numbers if store.exists(*self._key(step), MARKER))
+        for step in steps if last is None else steps[len(steps) - min(last, len(steps)) :]:
             record = store.read_json(*self._key(step), MARKER)
             files = {name: FileSum(**sum_) for name, sum_ in record["files"].items()}
             found.append(CheckpointMark(**{**record, "files": files}))
         return found
 
     def fetch(self, mark: CheckpointMark) -> list[str]:
-        """Bring a whole checkpoint's files to its folder of this machine. Returns what is not as the marker says."""
+        """Bring a complete checkpoint's files to its folder of this machine. Returns what is not as the marker says."""
         folder = self.folder(mark.step)
         if not self.run.store.is_local:
             there = {"/".join(parts) for parts in self.run.store.tree(*self._key(mark.step))}
@@ -160,12 +164,19 @@ class Checkpoints:
         return differences(folder, mark.files)
 
     @contextlib.contextmanager
-    def adapter(self, step: int) -> Iterator[Path]:
-        """A folder with the adapter of a whole checkpoint, or all weights with their config, and nothing else.
+    def model_files(self, step: int) -> Iterator[Path]:
+        """A folder with the adapter of a complete checkpoint, or all weights with their config, and nothing else.
 
-        Raises StorageError when a file is damaged.
+        Raises StorageError when the checkpoint is missing or a file is damaged.
         """
-        [mark] = [mark for mark in self.marks() if mark.step == step]
+        mark = next((mark for mark in self.marks() if mark.step == step), None)
+        if mark is None:
+            raise StorageError(
+                f"checkpoint {self.run.store.path(*self._key(step))}",
+                f"it has no {MARKER}",
+                "a checkpoint is complete once its marker is written",
+                "run the same command: it continues from the newest complete checkpoint",
+            )
         files = {name: found for name, found in mark.files.items() if is_of_model(name)}
         with tempfile.TemporaryDirectory(prefix="gw-adapter-") as name:
             folder = Path(name)
@@ -181,7 +192,7 @@ class Checkpoints:
             yield folder
 
     def clear_unfinished(self) -> list[CheckpointMark]:
-        """Remove what a killed run left without a marker; return the whole ones. Rank 0, before training."""
+        """Remove what a killed run left without a marker; return the complete ones. Rank 0, before training."""
         marks = self.marks()
         for name in set(self.run.store.list(*self.run.checkpoints())) - {f"{PREFIX}{mark.step}" for mark in marks}:
             self.run.store.delete(*self.run.checkpoints(name))
@@ -199,7 +210,7 @@ class Checkpoints:
             return {}  # a machine whose workers write nothing of their own
         for name in _NOT_NEEDED:
             (folder / name).unlink(missing_ok=True)
-        sums = {"/".join(parts): sum_of(folder.joinpath(*parts), sync=True) for parts in files_under(folder)}
+        sums = {"/".join(parts): checksum_of(folder.joinpath(*parts), sync=True) for parts in files_under(folder)}
         if not self.run.store.is_local:
             for name in sums:
                 self.run.store.upload(folder / name, *self._key(step), *name.split("/"))
@@ -207,8 +218,12 @@ class Checkpoints:
         return sums
 
     def commit(self, mark: CheckpointMark) -> None:
-        """Write the marker: from now on the checkpoint is whole. Rank 0, once every file has been sent."""
-        self.run.store.write_json(asdict(mark), *self._key(mark.step), MARKER)
+        """Write the marker: from now on the checkpoint is complete. Rank 0, once every file has been sent.
+
+        Figures that are NaN or infinite are left out: JSON has no such numbers.
+        """
+        metrics = {name: value for name, value in mark.metrics.items() if math.isfinite(value)}
+        self.run.store.write_json(asdict(replace(mark, metrics=metrics)), *self._key(mark.step), MARKER)
 
     def drop(self, step: int) -> None:
         """Remove a checkpoint, its marker first."""
@@ -226,8 +241,11 @@ def is_of_model(name: str) -> bool:
 
 
 def surplus(marks: list[CheckpointMark], keep: CheckpointSpec) -> list[int]:
-    """Steps of the checkpoints that the spec does not keep: neither among the newest nor among the best."""
-    measured = [mark for mark in marks if keep.metric in mark.metrics]
+    """Steps of the checkpoints that the spec does not keep: neither among the newest nor among the best.
+
+    A metric that is NaN or infinite has no order: its checkpoint is none of the best.
+    """
+    measured = [mark for mark in marks if math.isfinite(mark.metrics.get(keep.metric, math.nan))]
     measured.sort(key=lambda mark: mark.metrics[keep.metric], reverse=keep.higher_is_better)
     kept = {mark.step for mark in measured[: keep.keep_best]}
     kept |= set(sorted(mark.step for mark in marks)[-keep.keep_last :])
@@ -243,11 +261,11 @@ SEND_S = 3600
 
 
 class CheckpointLost(RunError):
-    """A checkpoint could not be made whole. Raised on all ranks at the same step."""
+    """A checkpoint could not be completed. Raised on all ranks at the same step."""
 
 
-class Saver:
-    """Makes checkpoints whole in the background, one at a time. Every rank has one and calls it alike."""
+class AsyncCheckpointSaver:
+    """Uploads and commits checkpoints in the background, one at a time. Every rank has one and calls it alike."""
 
     def __init__(
         self,
@@ -275,13 +293,13 @@ class Saver:
         """Take over files that every rank has written. Waits for the checkpoint before. Raises CheckpointLost, and
         SupersededError where another attempt of the job is at work."""
         self.wait()
-        self._pending = self._pool.submit(self._make_whole, mark)
+        self._pending = self._pool.submit(self._upload_and_commit, mark)
 
     def wait(self) -> None:
-        """Return once all checkpoints are whole. Raises CheckpointLost."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Return once all checkpoints are complete. Raises CheckpointLost, and again in every later call of `save`."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def close(self) -> None:
         """Finish what was taken over and tidy up. Raises nothing: a run that failed has an error of its own."""
@@ -291,12 +309,12 @@ class Saver:
         if self._sends:
             self._checkpoints.clear_cache()
 
-    def _make_whole(self, mark: CheckpointMark) -> None:
+    def _upload_and_commit(self, mark: CheckpointMark) -> None:
         """Send the files of every machine, then commit on rank 0 and drop what the spec does not keep."""
         try:
             sent = gather_results(lambda: self._send(mark.step), self._group)
-            whole = replace(mark, files={name: kept for part in sent for name, kept in part.items()})
-            gather_results(lambda: self._commit(whole), self._group)
+            complete = replace(mark, files={name: kept for part in sent for name, kept in part.items()})
+            gather_results(lambda: self._commit(complete), self._group)
         except SupersededError:
             raise
         except GraftworkError as error:
@@ -323,7 +341,7 @@ class Saver:
 
     def _lost_error(self, step: int, cause: GraftworkError) -> CheckpointLost:
         last = max((known for known in self._marks if known < step), default=None)
-        kept = f"the checkpoint of step {last} is the last whole one" if last else "there is no whole checkpoint"
+        kept = f"the checkpoint of step {last} is the last complete one" if last else "there is no complete checkpoint"
         return CheckpointLost(
             f"checkpoint of step {step} of run {self._checkpoints.run.run_id}",
             f"{cause.subject}: {cause.problem}; {kept}",

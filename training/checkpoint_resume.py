@@ -84,7 +84,7 @@ def agree_resume_point(job: TrainJob) -> ResumePoint:
         raise StorageError(
             f"the checkpoint of {'/'.join(job.begin_from.file())}",
             "; ".join(notes) or "there is none",
-            "this run begins from a whole one",
+            "this run begins from a complete one",
         )
     if start.mark.world_size != world:
         notes.append(

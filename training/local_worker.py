@@ -50,7 +50,7 @@ log = logging.getLogger("graftwork.training")
 
 
 def newest_step(job: TrainJob) -> int:
-    """Step of the run's newest whole checkpoint; 0 without one."""
+    """Step of the run's newest complete checkpoint; 0 without one."""
     assert job.run is not None, "a trial is not resumed"
     mark = Checkpoints(job.run).newest()
     return mark.step if mark else 0
@@ -117,7 +117,7 @@ def fit_in_process(job: TrainJob) -> LoopResult:
                 if failures > MAX_FAILURES:
                     raise lost.cause or lost_worker(job, "its worker", lost.why) from lost
                 continue
-            if not result.left:
+            if not result.preempted:
                 return result
             require_wanted(job)
 

@@ -6,6 +6,7 @@ N rows of the set.
 
 import contextlib
 import errno
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from graftwork.errors import ConfigError, GraftworkError, StorageError, StoreUnr
 from graftwork.quantization import import_bitsandbytes
 from graftwork.storage.store import cache_root
 from graftwork.training import strategies
-from graftwork.training.checkpoint import CheckpointLost, Checkpoints, Saver, shapes_of
+from graftwork.training.checkpoint import AsyncCheckpointSaver, CheckpointLost, Checkpoints, shapes_of
 from graftwork.training.checkpoint_resume import ResumePoint, agree_resume_point, reshaped
 from graftwork.training.rewards import BadReward
 from graftwork.training.spec import OptimSpec, TrainSpec
@@ -38,25 +39,31 @@ from graftwork.training.worker_messages import (
     rank_and_world,
 )
 
+log = logging.getLogger("graftwork.training")
+
 ON_ALL_RANKS: Final = (NonFiniteLoss, BadReward, CheckpointLost, SupersededError, ConfigError, StoreUnreachable)
 """Errors that every worker meets at the same step: returned, since another try would meet them again."""
 
 
-def train_as_worker(job: TrainJob, report: Report | None, leaving: Callable[[], bool]) -> LoopResult | GraftworkError:
+def train_as_worker(
+    job: TrainJob, report: Report | None, preemption_requested: Callable[[], bool]
+) -> LoopResult | GraftworkError:
     """Run the loop in this process; return the errors of `ON_ALL_RANKS` and raise all others.
 
-    `report` None: a run, which writes its own records and whose peak corrects later memory plans. `leaving` returns
-    True once this process has notice to save and go; the attempt's stop requests (`job.fence`) are added on rank 0.
+    `report` None: a run, which writes its own records and whose peak corrects later memory plans.
+    `preemption_requested` returns True once this process has notice to save and exit; rank 0 adds the attempt's stop
+    requests (`job.fence`).
     """
     rank = rank_and_world()[0]
     monitor = FenceMonitor(job.fence) if job.fence is not None and rank == 0 else None
-    try:
-        asked = lambda: leaving() or (monitor is not None and monitor.stop_reason is not None)  # noqa: E731
-        result = run_steps(job, report or (lambda _: True), asked)
-        if report is None and rank == 0:
-            from graftwork.training.autotune import learn_peak
 
-            learn_peak(job, result)
+    def must_save_and_exit() -> bool:
+        return preemption_requested() or (monitor is not None and monitor.stop_reason is not None)
+
+    try:
+        result = run_steps(job, report or (lambda _: True), must_save_and_exit)
+        if report is None and rank == 0:
+            _correct_plans(job, result)
         return result
     except ON_ALL_RANKS as error:
         return error
@@ -65,11 +72,21 @@ def train_as_worker(job: TrainJob, report: Report | None, leaving: Callable[[], 
             monitor.close()
 
 
-def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambda: False) -> LoopResult:
+def _correct_plans(job: TrainJob, result: LoopResult) -> None:
+    """Correct later memory plans by the run's peak. Log an error of it: the run itself is complete."""
+    from graftwork.training.autotune import learn_peak
+
+    try:
+        learn_peak(job, result)
+    except Exception:
+        log.warning("training %s: its memory peak does not correct later plans", job.spec.name, exc_info=True)
+
+
+def run_steps(job: TrainJob, report: Report, preemption_requested: Callable[[], bool] = lambda: False) -> LoopResult:
     """Train on `job.data`, alone or as one of `torch.distributed`'s ranks if a process group is up.
 
-    Every rank of the group calls it with an equal job. `leaving` is called at each step and returns True once this
-    machine is about to be taken away: then all ranks save and return. Raises NonFiniteLoss, CheckpointLost,
+    Every rank of the group calls it with an equal job. `preemption_requested` is called at each step and returns True
+    once this machine is about to be taken away: then all ranks save and return. Raises NonFiniteLoss, CheckpointLost,
     BaseModelError, ConfigError (a checkpoint that the strategy can't load), StorageError (disk full).
     """
     rank, world = rank_and_world()
@@ -80,7 +97,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
     try:
         if start.mark.step < plan.steps:
             start.require_loadable(job.spec)
-            return _train(job, plan, start, log, report, leaving, folder)
+            return _train(job, plan, start, log, report, preemption_requested, folder)
         if job.parts:
             from graftwork.training.evaluation.run import measure_finished
 
@@ -92,7 +109,7 @@ def run_steps(job: TrainJob, report: Report, leaving: Callable[[], bool] = lambd
         raise StorageError(
             f"checkpoint in {folder}",
             f"no space left ({error})",
-            "the last whole checkpoint is untouched",
+            "the last complete checkpoint is untouched",
             "free disk space and run the same command: it continues from there",
         ) from error
 
@@ -103,7 +120,7 @@ def _train(
     start: ResumePoint,
     log: StepLog,
     report: Report,
-    leaving: Callable[[], bool],
+    preemption_requested: Callable[[], bool],
     folder: Path,
 ) -> LoopResult:
     """Load the base, attach the adapter, take the steps that `start` leaves. The slow imports take 5 to 10 s."""
@@ -117,7 +134,7 @@ def _train(
     spec, world = job.spec, rank_and_world()[1]
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
     base, kind = resolve(spec.base), spec.strategy.kind
-    holding = strategies.sharding(spec, plan, world, base) if kind == "zero3" else None
+    zero3_context = strategies.sharding(spec, plan, world, base) if kind == "zero3" else None
     shards = kind if kind in ("zero3", "fsdp2") else "none"
     loaded = load(base, spec.quant, device=device_of(spec), purpose="train", shards=shards)
     outcomes = Measuring(job, base) if job.parts else None
@@ -126,23 +143,25 @@ def _train(
     model = _with_adapter(job, loaded)
     start = reshaped(start, spec, world)
     saver = None
-    with contextlib.ExitStack() as at_end:
+    with contextlib.ExitStack() as stack:
         if job.run is not None:
-            saver = Saver(Checkpoints(job.run), spec.checkpoints, shapes_of(model), log, job.fence, sends=start.sends)
-            at_end.callback(saver.close)
-        watch = StepCallback(job, plan, log, report, leaving, start, saver)
-        training = build(TrainerContext(job, plan, base, model, folder, watch, start.universal))
-        del holding  # the trainer has a configuration of its own now
-        watch.training, trainer = training, training.trainer
+            saver = AsyncCheckpointSaver(
+                Checkpoints(job.run), spec.checkpoints, shapes_of(model), log, job.fence, sends=start.sends
+            )
+            stack.callback(saver.close)
+        callback = StepCallback(job, plan, log, report, preemption_requested, start, saver)
+        built = build(TrainerContext(job, plan, base, model, folder, callback, start.universal))
+        del zero3_context  # the trainer has a configuration of its own now
+        callback.training, trainer = built, built.trainer
         trainer.train(resume_from_checkpoint=str(start.folder) if start.folder else None)
         if saver is not None:
             saver.wait()
     batches = f"micro_batch={plan.micro_batch}, accumulation={plan.accumulation}"
-    notes = (loaded.reason, batches, *training.notes, *strategies.notes(kind, trainer.model, world), *start.notes)
-    done, wall_s = trainer.state.global_step, watch.elapsed_s()
-    if outcomes is not None and not watch.left:
+    notes = (loaded.reason, batches, *built.notes, *strategies.notes(kind, trainer.model, world), *start.notes)
+    done, wall_s = trainer.state.global_step, callback.elapsed_s()
+    if outcomes is not None and not callback.preempted:
         outcomes.after(trainer.model)
-    return _result(log, start, done, wall_s, notes, stopped=watch.stopped, left=watch.left)
+    return _result(log, start, done, wall_s, notes, stopped=callback.stopped, preempted=callback.preempted)
 
 
 def plan_of(job: TrainJob, world: int) -> "StepPlan":
@@ -183,18 +202,18 @@ def _result(
     notes: tuple[str, ...],
     *,
     stopped: bool = False,
-    left: bool = False,
+    preempted: bool = False,
 ) -> LoopResult:
-    """Collective: every rank adds its memory peaks."""
+    """Return the run's result so far: its logged steps and the memory peaks of all ranks. Collective."""
     import torch
 
-    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    peaks = all_gather_object((peak_rss_bytes(), cuda))
+    own_cuda_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    peaks = all_gather_object((peak_rss_bytes(), own_cuda_peak))
     return LoopResult(
         steps=steps,
         stopped=stopped,
-        taken=steps - start.mark.step,
-        left=left,
+        steps_this_attempt=steps - start.mark.step,
+        preempted=preempted,
         train_loss=tuple((known.step, known.loss) for known in log.steps),
         eval_loss=tuple((known.step, known.eval_loss) for known in log.steps if known.eval_loss is not None),
         tokens=log.steps[-1].tokens if log.steps else 0,

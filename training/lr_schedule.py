@@ -1,7 +1,18 @@
-"""The learning rate over the steps of a run: the schedule of the spec times the factors that it gives for parts."""
+"""The learning-rate schedule of a run: its scheduler and warm-up, and the factors that the spec gives for parts."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftwork.training.spec import OptimSpec
+
+
+def scheduler_arguments(optim: "OptimSpec", steps: int) -> tuple[str, int]:
+    """Return transformers' name of the scheduler (`lr_scheduler_type`) and its warm-up steps for a run of `steps`."""
+    name = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
+    return name, math.ceil(optim.warmup_ratio * steps)
+
 
 Factors = tuple[tuple[float, float], ...]
 """(share of the run's steps after which it holds, factor of the learning rate), shares rising."""

@@ -58,7 +58,7 @@ def fit(job: TrainJob, *, ray_train: bool | None = None) -> LoopResult:
         lost: Exception | None = None
         try:
             result = _run_attempt(job, workers)
-            if not result.left:
+            if not result.preempted:
                 return result
             require_wanted(job)
         except train.TrainingFailedError as error:

@@ -1,6 +1,7 @@
 """Report of a run: progress while it runs, the measured result, and the page with curves and predicted memory."""
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -116,15 +117,26 @@ class TrainReport:
         return "; ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready. A figure that is NaN or infinite becomes null."""
+        eval_loss = tuple((step, _finite(loss)) for step, loss in self.eval_loss)
+        eval_metrics = {name: _finite(value) for name, value in self.eval_metrics.items()}
+        return {**asdict(self), "eval_loss": eval_loss, "eval_metrics": eval_metrics}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], *, reused: bool) -> "TrainReport":
         """From what `as_dict` gave, through JSON."""
-        pairs = {key: tuple((int(s), float(v)) for s, v in record[key]) for key in ("train_loss", "eval_loss")}
+        pairs = {key: tuple((int(s), _number(v)) for s, v in record[key]) for key in ("train_loss", "eval_loss")}
         lists = {key: tuple(value) for key, value in record.items() if isinstance(value, list)}
-        return cls(**{**record, **lists, **pairs, "reused": reused})
+        metrics = {name: _number(value) for name, value in record.get("eval_metrics", {}).items()}
+        return cls(**{**record, **lists, **pairs, "eval_metrics": metrics, "reused": reused})
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _headline(name: str, value: float, rows: int) -> str:

@@ -142,25 +142,29 @@ def train_resolved(
             return _finalize_report(run, found, None)
         run, outage_s = run.with_auto_resolved(), run.spec.checkpoints.outage_s
         run = replace(run, paths=run.paths.patiently(outage_s))
-        _write_status(run, "running")
-        _write_facts(run)
-        try:
-            with follow_progress(run.paths, on_progress or (lambda _: None)):
-                result = workers(_job(run, fence))
+
+        def require_current() -> None:
             if fence is not None:
                 fence.require(outage_s)
+
+        try:
+            _write_status(run.paths, "running")
+            _write_run_inputs(run)
+            with follow_progress(run.paths, on_progress or (lambda _: None)):
+                result = workers(_job(run, fence))
+            require_current()
             steps = read_steps(run.paths)
-            report = _publish_result(run, result, steps)
+            report = _publish_result(run, result, steps, require_current)
+            _write_status(run.paths, "finished", report=report.as_dict())
         except (KeyboardInterrupt, Interrupted):
-            _write_status(run, "interrupted")
+            _record_end(run, "interrupted")
             raise _interrupted_error(run) from None
         except SupersededError:
             raise  # the run is another attempt's now, and so is its status
-        except (GraftworkError, OSError) as error:
-            with contextlib.suppress(StorageError):  # it must not hide what happened
-                _write_status(run, "failed", patience_s=0, error=str(error))
+        except BaseException as error:  # whatever it is: a status "running" would stay permanently
+            known = isinstance(error, GraftworkError | OSError)
+            _record_end(run, "failed", error=str(error) if known else f"{type(error).__name__}: {error}")
             raise
-        _write_status(run, "finished", report=report.as_dict())
         return _finalize_report(run, report, steps)
 
 
@@ -225,11 +229,16 @@ def _find_report(run: ResolvedRun) -> TrainReport | None:
     return report
 
 
-def _publish_result(run: ResolvedRun, result: LoopResult, steps: Sequence[StepReport]) -> TrainReport:
+def _publish_result(
+    run: ResolvedRun,
+    result: LoopResult,
+    steps: Sequence[StepReport],
+    require_current: Callable[[], None] = lambda: None,
+) -> TrainReport:
     """Publish the last checkpoint and put the report together."""
     peaks = result.peak_cuda_bytes_per_worker if run.spec.gpus else result.peak_rss_bytes_per_worker
     memory = memory_notes(run.paths, peaks)
-    made = publish(run, result, steps)
+    made = publish(run, result, steps, require_current)
     evaluated = [step.metrics for step in steps if step.eval_loss is not None]
     figures = evaluated[-1] if evaluated else {}
     return TrainReport(
@@ -255,7 +264,7 @@ def _publish_result(run: ResolvedRun, result: LoopResult, steps: Sequence[StepRe
     )
 
 
-class Facts(TypedDict):
+class ManifestFacts(TypedDict):
     """Origin of a model, as both kinds of manifest record it."""
 
     method: Mapping[str, object]
@@ -277,10 +286,15 @@ class PublishedModel:
     """A place, as `base:` takes it."""
 
 
-def publish(run: ResolvedRun, result: LoopResult, steps: Sequence[StepReport]) -> PublishedModel:
+def publish(
+    run: ResolvedRun,
+    result: LoopResult,
+    steps: Sequence[StepReport],
+    require_current: Callable[[], None] = lambda: None,
+) -> PublishedModel:
     """Publish the last checkpoint: an adapter version, or a new base where all weights were trained.
 
-    An adapter that was trained on top of another one is published as their sum, which works on the base alone.
+    `require_current` raises where another driver has taken over: called again before the manifest and the alias.
     Raises ArtifactError, StorageError.
     """
     spec, store, template = run.spec, run.paths.store, base_load.template(run.base)
@@ -292,7 +306,7 @@ def publish(run: ResolvedRun, result: LoopResult, steps: Sequence[StepReport]) -
     }
     if result.eval_loss:
         metrics["eval_loss"] = result.eval_loss[-1][1]
-    facts = Facts(
+    facts = ManifestFacts(
         method={**spec.adapter.model_dump(mode="json"), "objective": spec.objective.kind},
         prompt=spec.prompt.model_dump(mode="json"),
         data_fingerprint=run.data.fingerprint,
@@ -300,23 +314,37 @@ def publish(run: ResolvedRun, result: LoopResult, steps: Sequence[StepReport]) -
         run=run.paths.run_id,
         provenance=store.read_json(*run.paths.provenance()),
     )
-    with (
-        Checkpoints(run.paths).adapter(result.steps) as folder,
-        tempfile.TemporaryDirectory(prefix="gw-stack-") as sum_,
-    ):
-        if spec.adapter.trains_base:
-            made = base_publish.publish(store, spec.name, folder, run.base, template_date=template.date, **facts)
-            return PublishedModel(made.version, base=base_publish.place(store, spec.name, made.version))
-        if spec.base_adapter is not None:
-            from graftwork.training.adapters.attach import sum_of
+    with Checkpoints(run.paths).model_files(result.steps) as folder:
+        if not spec.adapter.trains_base:
+            return _publish_adapter(run, folder, facts, require_current)
+        base = base_publish.publish(
+            store,
+            spec.name,
+            folder,
+            run.base,
+            template_date=template.date,
+            require_current=require_current,
+            **facts,
+        )
+        return PublishedModel(base.version, base=base_publish.place(store, spec.name, base.version))
 
-            rank = sum_of(folder, folder_below(spec), Path(sum_))
+
+def _publish_adapter(
+    run: ResolvedRun, folder: Path, facts: ManifestFacts, require_current: Callable[[], None]
+) -> PublishedModel:
+    """Publish a PEFT folder. One trained on top of `base_adapter` is stacked with it, to work on the base alone."""
+    spec, template = run.spec, base_load.template(run.base)
+    with tempfile.TemporaryDirectory(prefix="gw-stack-") as stacked:
+        if spec.base_adapter is not None:
+            from graftwork.training.adapters.attach import stack_loras
+
+            rank = stack_loras(folder, folder_below(spec), Path(stacked))
             shape = {"rank": rank, "alpha": float(rank), "rslora": False, "targets": "mixed"}
             facts["method"] = {**facts["method"], **shape, "stacked_on": spec.base_adapter}
         manifest = artifact_publish.publish(
-            store,
+            run.paths.store,
             spec.name,
-            Path(sum_) if spec.base_adapter is not None else folder,
+            Path(stacked) if spec.base_adapter is not None else folder,
             base_digest=run.base.digest,
             quant=spec.quant.model_dump(mode="json"),
             template_digest=template.digest,
@@ -325,12 +353,13 @@ def publish(run: ResolvedRun, result: LoopResult, steps: Sequence[StepReport]) -
             parent=run.parent,
             merged_from=(spec.base_adapter,) if spec.base_adapter is not None else (),
             alias=spec.alias,
+            require_current=require_current,
             **facts,
         )
     return PublishedModel(manifest.version, adapter=manifest.ref)
 
 
-def _write_facts(run: ResolvedRun) -> None:
+def _write_run_inputs(run: ResolvedRun) -> None:
     """Write the resolved spec, its prediction and its environment, once, when the run first starts."""
     store = run.paths.store
     if store.exists(*run.paths.provenance()):
@@ -341,14 +370,23 @@ def _write_facts(run: ResolvedRun) -> None:
     store.write_json(environment.collect(run.spec.seed), *run.paths.provenance())
 
 
-def _write_status(run: ResolvedRun, state: str, *, patience_s: float | None = None, **more: Any) -> None:
-    store = run.paths.store if patience_s is None else run.paths.store.with_retries(patience_s)
-    store.write_json({"state": state, "run_id": run.paths.run_id, **more}, *run.paths.status())
+def _write_status(paths: RunPaths, state: str, **more: Any) -> None:
+    paths.store.write_json({"state": state, "run_id": paths.run_id, **more}, *paths.status())
+
+
+def _record_end(run: ResolvedRun, state: str, **more: Any) -> None:
+    """Write the status of a run that did not finish, in one try: an outage must neither hide nor delay its error."""
+    with contextlib.suppress(StorageError):
+        _write_status(run.paths.patiently(0), state, **more)
 
 
 def _interrupted_error(run: ResolvedRun) -> Interrupted:
-    mark = Checkpoints(run.paths).newest()
-    kept = f"the checkpoint of step {mark.step} is kept" if mark else "no checkpoint was made yet"
+    """Return the error of Ctrl-C, with the newest checkpoint where the store answers at once."""
+    try:
+        mark = Checkpoints(run.paths.patiently(0)).newest()
+        kept = f"the checkpoint of step {mark.step} is kept" if mark else "no checkpoint was made yet"
+    except StorageError as error:
+        kept = f"its checkpoints are kept, but could not be listed ({error.problem})"
     return Interrupted(
         f"run {run.paths.run_id}",
         f"stopped by Ctrl-C, SIGTERM or its job's end; {kept}",

@@ -24,7 +24,7 @@ class CheckpointSpec(Spec):
     """What becomes of the checkpoints that `checkpoint_every` makes."""
 
     keep_last: int = Field(default=2, ge=1)
-    """Newest whole checkpoints kept; one would do, the second is for the disk that lies."""
+    """Newest complete checkpoints kept; one would do, the second is for the disk that lies."""
     keep_best: int = Field(default=0, ge=0)
     """Checkpoints kept besides, by `metric`."""
     metric: str = "eval_loss"

@@ -166,10 +166,10 @@ class LoopResult:
     """Largest resident set of each rank's process."""
     peak_cuda_bytes_per_worker: tuple[int, ...]
     """Most memory that torch held on each rank's GPU; zeros on a CPU."""
-    taken: int = 0
-    """Optimizer steps of this attempt."""
-    left: bool = False
-    """A machine was about to be taken away: this is the checkpoint before it, not the end."""
+    steps_this_attempt: int = 0
+    """Optimizer steps that this attempt took, those before its resume point left out."""
+    preempted: bool = False
+    """The workers saved and exited early: a machine was about to be taken away, or the job was asked to end."""
     notes: tuple[str, ...] = ()
     """Values that the loop resolved, with the reason."""
 
@@ -197,7 +197,12 @@ def all_gather_object(value: T, group: Any = None) -> list[T]:
 
 
 def gather_results(call: Callable[[], T], group: Any = None) -> list[T]:
-    """The result of `call` on every rank, in order. Collective; the first rank's error is raised on all ranks."""
+    """The result of `call` on every rank, in order. Collective; the first rank's error is raised on all ranks.
+
+    An error that is no GraftworkError is raised as StorageError (an OSError) or RunError; on its own rank the original
+    is the cause. Without this the other ranks would wait for the group's timeout.
+    """
+    rank = rank_and_world()[0]
     outcome: T | GraftworkError
     try:
         outcome = call()
@@ -205,7 +210,12 @@ def gather_results(call: Callable[[], T], group: Any = None) -> list[T]:
         outcome = error
     except OSError as error:
         outcome = StorageError("the local copy", str(error))
+        outcome.__cause__ = error
+    except Exception as error:
+        outcome = RunError(f"worker {rank}", f"{type(error).__name__}: {error}")
+        outcome.__cause__ = error
     outcomes = all_gather_object(outcome, group)
+    outcomes[rank] = outcome  # the copy of this rank has lost its cause
     for found in outcomes:
         if isinstance(found, GraftworkError):
             raise found

@@ -66,11 +66,14 @@ def publish(
     merged_from: Sequence[str] = (),
     alias: str | None = None,
     template_date: date | None = None,
+    require_current: Callable[[], None] = lambda: None,
 ) -> AdapterManifest:
     """Make a PEFT folder a version of `task`, then point `alias` at it. Returns what is published.
 
     Publishing equal content again changes nothing but the alias and returns the manifest of the first time; a version
     found damaged is written again, with a warning. Killed at any moment it leaves the version whole or invisible.
+    `require_current` is called directly before the manifest is written and before the alias moves; it raises where the
+    caller has been replaced.
     Raises ArtifactError (the folder, a name, NaN in weights or metrics), StorageError (disk full, store unreachable).
     """
     check_names(task, *([alias] if alias else []))
@@ -98,13 +101,19 @@ def publish(
             "merged_from": list(merged_from),
         },
     )
-    published = adopt(store, manifest, files)
+    published = adopt(store, manifest, files, require_current)
     if alias:
+        require_current()
         promote(store, task, alias, published.version)
     return published
 
 
-def adopt(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes]) -> AdapterManifest:
+def adopt(
+    store: Store,
+    manifest: AdapterManifest,
+    files: Mapping[str, bytes],
+    require_current: Callable[[], None] = lambda: None,
+) -> AdapterManifest:
     """Add a version to this store, its files checked. Returns the manifest of this store.
 
     A version that is here already stays; a damaged one is written again. It is written until it reads back sound: a
@@ -121,7 +130,7 @@ def adopt(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes]) -
             except ArtifactError as error:
                 is_damaged = True
                 log.warning("%s is damaged (%s): written again", manifest.ref, error.problem)
-        _write(store, manifest, files, replace=is_damaged)
+        _write(store, manifest, files, require_current, replace=is_damaged)
     return open_sound(store, manifest.task, manifest.version)
 
 
@@ -197,12 +206,20 @@ def remove(store: Store, task: str, version: str) -> None:
     store.delete(*key)
 
 
-def _write(store: Store, manifest: AdapterManifest, files: Mapping[str, bytes], *, replace: bool) -> None:
+def _write(
+    store: Store,
+    manifest: AdapterManifest,
+    files: Mapping[str, bytes],
+    require_current: Callable[[], None] = lambda: None,
+    *,
+    replace: bool,
+) -> None:
     """Files first, manifest last. `replace` overwrites a manifest and deletes what does not belong there."""
     key = version_key(manifest.task, manifest.version)
     for name, data in files.items():
         store.write_bytes(data, *key, name)
     text = json_bytes(manifest.model_dump(mode="json"))
+    require_current()
     if not replace:
         store.create_bytes(text, *key, MANIFEST_FILE)
         return

@@ -6,7 +6,7 @@ The folder is one in Hugging Face form, so `base: <root>/bases/<name>/<version>`
 which the version is the beginning, is the one that `base_model.resolve` finds.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Literal
@@ -65,10 +65,12 @@ def publish(
     run: str,
     provenance: Mapping[str, object],
     template_date: date | None = None,
+    require_current: Callable[[], None] = lambda: None,
 ) -> BaseManifest:
     """Make the model in folder `weights` a base: its config and safetensors, with the parent's tokenizer and template.
 
-    Equal content published again is the manifest of the first time. The manifest is written last.
+    Equal content published again is the manifest of the first time. The manifest is written last, directly after
+    `require_current`, which raises where the caller has been replaced.
     Raises ArtifactError (no weights there), StorageError.
     """
     files = dict(_files(weights, parent.folder))
@@ -106,6 +108,7 @@ def publish(
         return found
     for file, path in files.items():
         store.upload(path, *_key(name, version), file)
+    require_current()
     store.create_bytes(json_bytes(manifest.model_dump(mode="json")), *_key(name, version), MANIFEST_FILE)
     return manifest
 

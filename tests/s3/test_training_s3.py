@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.errors import RunError
+from graftwork.errors import Interrupted, RunError
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import CheckpointLost, Checkpoints
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives.rows import prepare
+from graftwork.training.run import ResolvedRun, train_resolved
 from graftwork.training.run_lock import DEAD_AFTER_S, LOCK, run_lock
-from graftwork.training.worker_messages import StepReport, TrainJob, read_steps
+from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob, read_steps
 from tests.process_races import ROOT
 from tests.s3.conftest import use
 from tests.s3_server import S3Server
@@ -52,7 +53,7 @@ def test_a_killed_run_goes_on_from_s3_on_another_machine(
     # SeaweedFS goes on listing a prefix whose objects are all deleted, so ask for what is there.
     names = s3_store.list(*run.checkpoints())
     assert [n for n in names if s3_store.exists(*run.checkpoints(n))] == ["checkpoint-12", "checkpoint-8"]
-    with Checkpoints(run).adapter(12) as folder:
+    with Checkpoints(run).model_files(12) as folder:
         assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -105,11 +106,28 @@ def test_an_outage_only_delays_and_a_longer_one_names_the_last_checkpoint(
             own_s3_server.kill()
         return True
 
-    with pytest.raises(CheckpointLost, match="the checkpoint of step 8 is the last whole one") as caught:
+    with pytest.raises(CheckpointLost, match="the checkpoint of step 8 is the last complete one") as caught:
         run_steps(hurried, kill_at_nine)
     assert "checkpoints.outage_s=1 seconds" in caught.value.rule
     assert "cannot be reached" in caught.value.problem
     assert "continues from step 8" in caught.value.hint
+
+
+def test_ctrl_c_in_an_outage_ends_at_once_and_stays_interrupted(own_s3_server: S3Server, tmp_path: Path) -> None:
+    """The store is out of reach for longer than anyone waits after Ctrl-C; the driver would wait outage_s for it."""
+    changes = {"root": f"s3://{own_s3_server.bucket}/root", "num_workers": 1, "checkpoints.outage_s": 120}
+    run = ResolvedRun.resolve(task(tmp_path, **changes))
+    pressed: list[float] = []
+
+    def interrupt(_job: TrainJob) -> LoopResult:
+        own_s3_server.kill()
+        pressed.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="could not be listed") as caught:
+        train_resolved(run, workers=interrupt)
+    assert time.monotonic() - pressed[0] < 60
+    assert "cannot be reached" in caught.value.problem
 
 
 def test_the_lock_is_refused_while_its_owner_lives_and_taken_over_when_it_is_dead(s3_store: Store) -> None:

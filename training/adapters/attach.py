@@ -60,8 +60,9 @@ def load_adapter_weights(model: Any, adapter: Path) -> None:
 def attach_frozen_adapter(model: Any, folder: Path) -> None:
     """Let each linear of a loaded base add the published LoRA's delta, in fp32, before any adapter is attached.
 
-    `publish` adds it to the trained one (`sum_of`). By hooks: the weights are in no state dict, so no checkpoint copies
-    them, and a quantised base stays as it is. `adapter_disabled` leaves it on: training began from the base with it.
+    `publish` adds it to the trained one (`stack_loras`). By hooks: the weights are in no state dict, so no checkpoint
+    copies them, and a quantised base stays as it is. `adapter_disabled` leaves it on: training began from the base with
+    it.
     """
     lora = MergeSource.read("base_adapter", folder)
     for name, module in model.named_modules():
@@ -71,8 +72,8 @@ def attach_frozen_adapter(model: Any, folder: Path) -> None:
             module.register_forward_hook(_delta_hook(sides[1].to(device), sides[0].to(device) * lora.scale))
 
 
-def sum_of(trained: Path, below: Path, out: Path) -> int:
-    """Write the trained adapter and the one below as one to folder `out`; its rank. The deltas are added exactly."""
+def stack_loras(trained: Path, below: Path, out: Path) -> int:
+    """Write the trained adapter and the one below as one LoRA to folder `out`: their exact sum. Returns its rank."""
     both = [MergeSource.read("the trained adapter", trained), MergeSource.read("base_adapter", below)]
     rank, _ = merge(both, MergeSpec("cat", (1.0, 1.0)), out)
     return rank

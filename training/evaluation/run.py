@@ -82,7 +82,7 @@ def measure_finished(job: TrainJob, step: int, device: str) -> None:
     loaded = load(base, spec.quant, device=device, purpose="train")
     outcomes = Measuring(job, base)
     outcomes.before(loaded.model)
-    with Checkpoints(job.run).adapter(step) as folder:
+    with Checkpoints(job.run).model_files(step) as folder:
         if spec.adapter.trains_base:
             model = type(loaded.model).from_pretrained(folder, dtype=torch.float32).to(device)
         else:

@@ -16,6 +16,7 @@ from graftwork.base.support import PROBE_LENGTH, mixed_share, most_mixed, probe_
 from graftwork.compat.hf import step_figures
 from graftwork.errors import ConfigError
 from graftwork.training.loop import StepPlan
+from graftwork.training.lr_schedule import scheduler_arguments
 from graftwork.training.objectives.rows import IGNORED, AnsweredRows, pad_left
 from graftwork.training.strategies import strategy_arguments
 from graftwork.training.worker_messages import TrainJob, rank_and_world
@@ -186,6 +187,7 @@ def arguments(setting: TrainerContext) -> dict[str, Any]:
     """TrainingArguments, for TRL's config classes: steps, optimizer, precision, processes; no logs, no saving."""
     spec, plan, world = setting.job.spec, setting.plan, rank_and_world()[1]
     optim, cuda = spec.optim, spec.gpus > 0
+    scheduler, warmup_steps = scheduler_arguments(optim, plan.steps)
     shared = {
         "output_dir": str(setting.folder),
         "max_steps": plan.steps,
@@ -193,8 +195,8 @@ def arguments(setting: TrainerContext) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.accumulation,
         "train_sampling_strategy": "sequential",  # the plan is the order
         "learning_rate": optim.lr,
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule),
-        "warmup_steps": int(np.ceil(optim.warmup_ratio * plan.steps)),
+        "lr_scheduler_type": scheduler,
+        "warmup_steps": warmup_steps,
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.max_grad_norm,
         "seed": spec.seed,

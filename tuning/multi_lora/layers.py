@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from graftwork.adapters.lora import LoraSpec
 from graftwork.compat.hf import attention_name
 from graftwork.training.lr_schedule import scale as scale_rate
+from graftwork.training.lr_schedule import scheduler_arguments
 from graftwork.training.spec import OptimSpec
 from graftwork.tuning.multi_lora.group import LONGEST
 
@@ -49,8 +50,8 @@ class Trial:
 
         weights = torch.nn.Parameter(weights_P)
         optimizer = torch.optim.AdamW([weights], lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
-        name = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
-        schedule = get_scheduler(name, optimizer, math.ceil(optim.warmup_ratio * steps), steps)
+        name, warmup_steps = scheduler_arguments(optim, steps)
+        schedule = get_scheduler(name, optimizer, warmup_steps, steps)
         if optim.factors:
             scale_rate(optimizer, schedule, optim.factors, steps)
         scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)

@@ -268,10 +268,10 @@ def test_a_runs_final_peak_is_what_is_learned_from(tmp_path: Path, monkeypatch: 
     predicted = predict_training(
         asked, ModelShape.from_config(base_model.resolve(asked.base).config), sizes_of(job.data.train)
     ).peak_bytes
-    result = LoopResult(3, False, (), (), 10, 1.0, (predicted, round(1.25 * predicted)), (0, 0), taken=1)
+    result = LoopResult(3, False, (), (), 10, 1.0, (predicted, round(1.25 * predicted)), (0, 0), steps_this_attempt=1)
     learn_peak(job, result)
     assert read_corrections("cpu") == {}, "a run that goes on for one step has not reached its peak"
-    learn_peak(job, replace(result, taken=2))
+    learn_peak(job, replace(result, steps_this_attempt=2))
     assert read_corrections("cpu") == {kind_of(asked): Correction(1.25, 1)}
 
 

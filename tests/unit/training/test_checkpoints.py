@@ -1,5 +1,7 @@
 """Checkpoints on a disk: what is kept, what is refused before it counts, what is left out when a run goes on."""
 
+import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -13,21 +15,21 @@ from graftwork.errors import ConfigError, StorageError
 from graftwork.storage.store import RunPaths, Store
 from graftwork.training.checkpoint import (
     MARKER,
+    AsyncCheckpointSaver,
     CheckpointLost,
     CheckpointMark,
     Checkpoints,
-    Saver,
     Shapes,
+    checksum_of,
     differences,
     faults_of_weights,
-    sum_of,
     surplus,
 )
 from graftwork.training.checkpoint_resume import ResumePoint, read_starts
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.ray_resources import room_for
-from graftwork.training.run import ResolvedRun, _write_facts, _write_status, check
+from graftwork.training.run import ResolvedRun, _write_run_inputs, _write_status, check
 from graftwork.training.spec import CheckpointSpec, TrainSpec, world_sizes
 from graftwork.training.worker_messages import LoopResult, StepLog, StepReport, TrainJob
 from tests.training import task, write_rows
@@ -71,7 +73,7 @@ def test_the_marker_tells_each_files_sum_and_the_steps_figures(done: tuple[Train
     assert mark is not None
     there = {path.name for path in Checkpoints(job.run).folder(12).iterdir()} - {MARKER}
     assert set(mark.files) == there
-    assert mark.files["optimizer.pt"] == sum_of(file_of(job, 12, "optimizer.pt"))
+    assert mark.files["optimizer.pt"] == checksum_of(file_of(job, 12, "optimizer.pt"))
     assert mark.metrics == {"loss": result.train_loss[-1][1], "eval_loss": result.eval_loss[-1][1]}
 
 
@@ -107,7 +109,7 @@ def test_a_damaged_adapter_is_not_published(done: tuple[TrainJob, LoopResult], t
     job = copied(done, tmp_path)
     DAMAGES["has another sha256"](file_of(job, 12, "adapter_model.safetensors"))
     assert job.run is not None
-    with pytest.raises(StorageError, match="another sha256"), Checkpoints(job.run).adapter(12):
+    with pytest.raises(StorageError, match="another sha256"), Checkpoints(job.run).model_files(12):
         pass
 
 
@@ -122,7 +124,11 @@ def test_a_checkpoint_that_a_strategy_cannot_load_is_refused(spec: TrainSpec) ->
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("nan", "lora_A.weight is not finite"), ("zero", "every number is 0"), ("fewer", "1 of 28 trained tensors lack")],
+    [
+        ("nan", "lora_A.weight is not finite"),
+        ("zero", "every number is 0"),
+        ("fewer", "1 of 28 trained tensors are missing, e.g. 1 of shape"),
+    ],
 )
 def test_weights_that_no_training_makes_are_no_checkpoint(
     done: tuple[TrainJob, LoopResult], tmp_path: Path, fault: str, said: str
@@ -144,12 +150,14 @@ def test_weights_that_no_training_makes_are_no_checkpoint(
     save_file(tensors, weights)
     checkpoints.folder(12).rename(checkpoints.folder(14))
     file_of(job, 14, MARKER).unlink()
-    saver = Saver(checkpoints, job.spec.checkpoints, trained, StepLog(None), sends=True)
+    saver = AsyncCheckpointSaver(checkpoints, job.spec.checkpoints, trained, StepLog(None), sends=True)
     saver.save(CheckpointMark(14, 1.0, 1))
     with pytest.raises(CheckpointLost, match=said) as caught:
         saver.wait()
+    with pytest.raises(CheckpointLost, match=said):
+        saver.save(CheckpointMark(16, 1.0, 1))
     saver.close()
-    assert "the checkpoint of step 10 is the last whole one" in caught.value.problem
+    assert "the checkpoint of step 10 is the last complete one" in caught.value.problem
     assert [mark.step for mark in checkpoints.marks()] == [8, 10]
 
 
@@ -161,6 +169,45 @@ def test_the_newest_and_the_best_are_kept() -> None:
     assert surplus(marks, CheckpointSpec(keep_last=1, keep_best=1, higher_is_better=True)) == [2, 4, 6, 8]
     unmeasured = [*marks, CheckpointMark(12, 0.0, 1)]
     assert surplus(unmeasured, CheckpointSpec(keep_last=1, keep_best=1)) == [2, 6, 8, 10]
+
+
+@pytest.mark.parametrize("higher_is_better", [False, True])
+def test_a_checkpoint_whose_metric_is_nan_is_none_of_the_best(higher_is_better: bool) -> None:
+    figures = {2: math.nan, 4: 0.3, 6: math.nan, 8: math.inf if higher_is_better else -math.inf, 10: 0.7}
+    marks = [CheckpointMark(step, 0.0, 1, metrics={"eval_loss": figure}) for step, figure in figures.items()]
+    keep = CheckpointSpec(keep_last=1, keep_best=2, higher_is_better=higher_is_better)
+    assert surplus(marks, keep) == [2, 6, 8]
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_marker_is_json_whatever_was_measured(tmp_path: Path) -> None:
+    run = RunPaths(Store(str(tmp_path)), "colours", "0" * 64)
+    checkpoints = Checkpoints(run)
+    checkpoints.commit(CheckpointMark(4, 1.0, 1, metrics={"loss": 0.5, "eval_loss": math.nan, "eval_reward": math.inf}))
+    json.loads((checkpoints.folder(4) / MARKER).read_text(), parse_constant=refuse_constant)
+    assert [mark.metrics for mark in checkpoints.marks()] == [{"loss": 0.5}]
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    run = RunPaths(Store(str(tmp_path)), "colours", "0" * 64)
+    Checkpoints(run).folder(4).mkdir(parents=True)
+    with pytest.raises(StorageError, match=f"checkpoint-4: it has no {MARKER}"), Checkpoints(run).model_files(4):
+        pass
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path: Path) -> None:
+    run = RunPaths(Store(str(tmp_path)), "colours", "0" * 64)
+    checkpoints = Checkpoints(run)
+    for step in (2, 4):
+        checkpoints.commit(CheckpointMark(step, 1.0, 1))
+    (checkpoints.work_dir() / "4").mkdir()
+    assert [mark.step for mark in checkpoints.marks()] == [2, 4]
+    assert [mark.step for mark in checkpoints.marks(last=1)] == [4]
+    assert [mark.step for mark in checkpoints.marks(last=3)] == [2, 4]
+    assert checkpoints.marks(last=0) == []
 
 
 def test_a_run_keeps_its_best_checkpoint(folder: Path, spec: TrainSpec) -> None:
@@ -193,7 +240,7 @@ def test_a_run_goes_on_with_numbers_of_workers_that_share_a_step_evenly(spec: Tr
 
 def test_differences_are_named(tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(b"abc")
-    kept = {"kept": sum_of(tmp_path / "kept"), "sub/lost": sum_of(tmp_path / "kept")}
+    kept = {"kept": checksum_of(tmp_path / "kept"), "sub/lost": checksum_of(tmp_path / "kept")}
     assert differences(tmp_path, kept) == ["sub/lost is missing"]
 
 
@@ -203,14 +250,14 @@ def test_a_changed_spec_is_told_apart_from_the_unfinished_run(spec: TrainSpec, f
     begun = spec.with_({"root": str(folder / "relatives"), "data.eval": str(held_out)})
     assert check(begun) == []
     run = ResolvedRun.resolve(begun)
-    _write_facts(run)
-    _write_status(run, "interrupted")
+    _write_run_inputs(run)
+    _write_status(run.paths, "interrupted")
     assert check(begun) == [], "the same spec goes on"
     assert check(begun.with_({"num_workers": 1, "checkpoint_every": 4})) == [], "no part of a run's identity"
     (note,) = check(begun.with_({"optim.lr": 0.1, "seed": 5}))
     assert f"{run.paths.run_id} is unfinished at its start" in note
     assert "differs in optim.lr (0.005 there, 0.1 here), seed (0 there, 5 here)." in note
-    _write_status(run, "finished")
+    _write_status(run.paths, "finished")
     assert check(begun.with_({"seed": 5})) == [], "a finished run asks for nothing"
 
 

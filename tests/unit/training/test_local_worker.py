@@ -18,8 +18,8 @@ CARDS = "NVIDIA H100 80GB HBM3, 81559\nTesla T4, 15360\nNVIDIA H100 80GB HBM3, 8
 PEAK = """
 import subprocess, sys
 taken = bytearray(b"x") * (300 << 20)
-code = "from graftwork.environment import peak_rss_bytes; before = peak_rss_bytes(); own = b'x' * (100 << 20)"
-subprocess.run([sys.executable, "-c", f"{code}; del own; print(before >> 20, peak_rss_bytes() >> 20)"], check=True)
+code = "from graftwork.environment import peak_rss_bytes; before = peak_rss_bytes(); own = b'x' * (101 << 20)"
+subprocess.run([sys.executable, "-c", f"{code}; del own; print(before, peak_rss_bytes())"], check=True)
 """
 
 
@@ -96,5 +96,6 @@ def test_the_peak_of_a_process_leaves_out_what_its_parent_took() -> None:
         [sys.executable, "-c", PEAK], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     before, after = map(int, done.stdout.split())
-    assert before < 100, "the parent's 300 MiB are not in it"
-    assert before + 100 <= after < before + 110
+    assert before < 100 << 20, "the parent's 300 MiB are not in it"
+    # of 101 MiB: the kernel counts pages per CPU in batches, so that a past peak reads up to 0.3 MiB lower (Linux 6.18)
+    assert 100 << 20 <= after - before < 110 << 20, "its own memory is, though it was freed"

@@ -26,7 +26,7 @@ from graftwork.storage.store import Store
 from graftwork.training.adapters.merge import MergeSpec, merge_published
 from graftwork.training.checkpoint import Checkpoints
 from graftwork.training.loop import run_steps
-from graftwork.training.run import ResolvedRun, _job, _write_facts, publish, run_paths
+from graftwork.training.run import ResolvedRun, _job, _write_run_inputs, publish, run_paths
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, StepReport, read_steps
 from tests import engines
@@ -106,7 +106,7 @@ def test_a_run_is_the_same_one_on_the_next_day(
 def test_a_killed_run_goes_on_the_next_day(spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with clock(monkeypatch, WEST):
         run = ResolvedRun.resolve(spec)
-        _write_facts(run)
+        _write_run_inputs(run)
         run_steps(_job(run, None), lambda step: step.step < 4)
         assert Checkpoints(run.paths).newest()
     with clock(monkeypatch, EAST):
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_the_next_day(spec: TrainSpec, tmp_path: Path, monk
 
 def trained(spec: TrainSpec) -> tuple[ResolvedRun, LoopResult, list[StepReport]]:
     run = ResolvedRun.resolve(spec)
-    _write_facts(run)
+    _write_run_inputs(run)
     return run, run_steps(_job(run, None), lambda _: True), read_steps(run.paths)
 
 

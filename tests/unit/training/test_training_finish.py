@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from graftwork.artifacts.registry import resolve
 from graftwork.storage.store import Store
 from graftwork.training.loop import run_steps
-from graftwork.training.run import ResolvedRun, _job, _publish_result, _write_facts, _write_status, train
+from graftwork.training.run import ResolvedRun, _job, _publish_result, _write_run_inputs, _write_status, train
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import read_steps
 from tests.tiny import VOCAB_SIZE, write_tiny_tokenizer
@@ -21,9 +21,9 @@ from tests.training import task
 def publish(spec: TrainSpec) -> ResolvedRun:
     """Train a spec in this process up to its status `finished`: all that `train` does on Ray before the page."""
     run = ResolvedRun.resolve(spec).with_auto_resolved()
-    _write_facts(run)
+    _write_run_inputs(run)
     result = run_steps(_job(run, None), report=lambda _: True)
-    _write_status(run, "finished", report=_publish_result(run, result, read_steps(run.paths)).as_dict())
+    _write_status(run.paths, "finished", report=_publish_result(run, result, read_steps(run.paths)).as_dict())
     return run
 
 

@@ -85,7 +85,7 @@ def test_from_training_on_stretched_positions_to_serving_them(folder: Path, tmp_
     assert mean == pytest.approx(seen[-1].metrics["eval_exact_match"]), "equal groups, so their mean is the whole"
     similar = seen[-1].metrics["eval_edit_similarity"]
     assert similar > seen[0].metrics["before_edit_similarity"] + 0.1
-    with Checkpoints(run).adapter(result.steps) as adapter:
+    with Checkpoints(run).model_files(result.steps) as adapter:
         manifest = artifact.publish(run.store, "needle", adapter, **facts(base_digest=resolved.digest), alias="latest")
     assert manifest.base_digest.endswith(".yarn-4-of-128")
     unstretched = base_model.resolve(BaseSpec(uri=spec.base.uri))

@@ -29,7 +29,7 @@ def publish(spec: TrainSpec, run: RunPaths, step: int, parent: str | None = None
         "run": run.run_id,
         "parent": parent,
     }
-    with Checkpoints(run).adapter(step) as folder:
+    with Checkpoints(run).model_files(step) as folder:
         return artifact.publish(run.store, spec.name, folder, **known, alias="latest")
 
 

@@ -8,7 +8,7 @@ import pytest
 from graftwork.cluster.jobs.fencing import ENVIRONMENT, Fence, FenceMonitor, SupersededError
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.storage.store import RunPaths, Store
-from graftwork.training.checkpoint import CheckpointMark, Checkpoints, Saver
+from graftwork.training.checkpoint import AsyncCheckpointSaver, CheckpointMark, Checkpoints
 from graftwork.training.spec import CheckpointSpec
 from graftwork.training.worker_messages import StepLog
 from graftwork.tuning.trial_store import TRIALS_FILE, Ledger
@@ -62,7 +62,7 @@ def test_a_stale_attempt_commits_no_checkpoint(fence: Fence, tmp_path: Path, how
 
     run = RunPaths(Store(fence.root), "run", "0" * 64)
     checkpoints = Checkpoints(run)
-    saver = Saver(checkpoints, CheckpointSpec(), Counter(), StepLog(run), fence, sends=True)
+    saver = AsyncCheckpointSaver(checkpoints, CheckpointSpec(), Counter(), StepLog(run), fence, sends=True)
     for step in (1, 2):
         checkpoints.folder(step).mkdir(parents=True)
         save_file({"w": torch.ones(2)}, checkpoints.folder(step) / "adapter_model.safetensors")

@@ -74,7 +74,7 @@ def trained(folder: Path) -> dict[str, tuple[TrainSpec, LoopResult, Path]]:
         spec = spec_of(folder, kind)
         run = run_of(spec, kind)
         result = run_steps(TrainJob(spec, prepare(spec), run), lambda _: True)
-        with Checkpoints(run).adapter(result.steps) as made:
+        with Checkpoints(run).model_files(result.steps) as made:
             files = verify.read_folder(made)
         published = folder / "published" / kind
         published.mkdir(parents=True)
@@ -214,7 +214,7 @@ def test_an_adapter_on_top_of_another_is_published_as_their_sum(
     again = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
     attach_frozen_adapter(again.model, below)
     stacked = attach(again.model, spec.adapter)
-    with Checkpoints(run.paths).adapter(result.steps) as top:
+    with Checkpoints(run.paths).model_files(result.steps) as top:
         load_adapter_weights(stacked, top)
     ids = torch.tensor([PROMPTS[1]])
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_a_published_base_is_served_and_trained_on(
     finally:
         engine.stop()
     trained = engines.load_model(folder / "base")
-    with Checkpoints(run.paths).adapter(result.steps) as weights:
+    with Checkpoints(run.paths).model_files(result.steps) as weights:
         trained.load_state_dict(load_file(weights / "model.safetensors"), strict=False)
     assert [answer.tokens for answer in said] == [greedy(trained, prompt) for prompt in PROMPTS]
     going_on = run_steps(TrainJob(spec, prepare(spec), max_steps=1), lambda _: True)

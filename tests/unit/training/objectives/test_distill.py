@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "method": method,
         "prompt": {},
     }
-    with Checkpoints(run).adapter(result.steps) as adapter:
+    with Checkpoints(run).model_files(result.steps) as adapter:
         artifact.publish(
             run.store,
             spec.name,

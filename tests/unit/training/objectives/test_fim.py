@@ -176,7 +176,7 @@ def test_middles_are_learned_and_the_adapter_is_served_as_peft_computes_it(folde
     before, after = seen[0].metrics, seen[-1].metrics
     assert after["eval_edit_similarity"] > before["before_edit_similarity"] + 0.2
     assert any(note.startswith("held-out exact match: 0 before, ") for note in result.notes)
-    with Checkpoints(run).adapter(result.steps) as adapter:
+    with Checkpoints(run).model_files(result.steps) as adapter:
         held = load_file(adapter / "adapter_model.safetensors")
         rows = [tensor for name, tensor in held.items() if "trainable_tokens_delta" in name]
         assert {tuple(tensor.shape) for tensor in rows} == {(3, 64)}, held.keys()

@@ -59,7 +59,7 @@ def trained(spec: TrainSpec) -> tuple[RunPaths, list[StepReport]]:
     result = run_steps(job, see)
     base = base_model.resolve(spec.base)
     template = base_model.template(base)
-    with Checkpoints(run).adapter(result.steps) as adapter:
+    with Checkpoints(run).model_files(result.steps) as adapter:
         artifact.publish(
             run.store,
             spec.name,

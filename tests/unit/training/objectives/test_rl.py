@@ -263,7 +263,7 @@ def published(folder: Path) -> AdapterManifest:
     spec = rl_task(folder, **{**DIGITS, "optim.epochs": 1})
     run(spec, "published")
     known = facts(base_digest=base_model.resolve(spec.base).digest, method=spec.adapter.model_dump(mode="json"))
-    with Checkpoints(paths(spec, "published")).adapter(4) as adapter:
+    with Checkpoints(paths(spec, "published")).model_files(4) as adapter:
         return artifact.publish(Store(spec.root), spec.name, adapter, **known, alias="latest")
 
 
@@ -301,7 +301,7 @@ def test_a_reward_model_rewards_the_whole_conversation(folder: Path, published: 
         base_digest=base_model.resolve(pairs.base).digest,
         method={**pairs.adapter.model_dump(mode="json"), "objective": "reward"},
     )
-    with Checkpoints(paths(pairs, "judge")).adapter(2) as adapter:
+    with Checkpoints(paths(pairs, "judge")).model_files(2) as adapter:
         judge = artifact.publish(Store(pairs.root), "judge", adapter, **known, alias="latest")
     asked = {"name": "reward_model", "model": "judge@latest", "clip": [-2, 2]}
     spec = rl_task(folder, **{"objective.rewards": [asked, {"name": "json", "weight": 0.0}]})
