@@ -183,6 +183,7 @@ def test_a_worker_that_gets_sigterm_saves_at_its_step_and_another_goes_on(
     assert found["losses"] == undisturbed["losses"]
 
 
+@pytest.mark.long
 def test_ctrl_c_names_the_checkpoint_leaves_no_process_and_the_rerun_ends_bit_equal(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -222,6 +223,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_reason(tmp_pat
     assert "Hint: run the same command" in said["text"]
 
 
+@pytest.mark.long
 def test_a_worker_has_the_threads_and_the_reservation_of_its_spec(ray_cluster: Session, tmp_path: Path) -> None:
     """In a private Ray: what the worker uses is no more to be had by others, and is given back at the end."""
     before = os.environ.pop("OMP_NUM_THREADS", None)

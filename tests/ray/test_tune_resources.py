@@ -30,6 +30,7 @@ def cpus_are_free() -> bool:
     return bool(ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
+@pytest.mark.long
 def test_a_gang_that_is_stopped_leaves_loop_and_places(ray_cluster: Session, inputs: Path, tmp_path: Path) -> None:
     """The first trial is one of an earlier attempt, and far better: the second is stopped at its first rung."""
     space = rates(GOOD, 1e-5)

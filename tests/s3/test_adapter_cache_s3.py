@@ -122,6 +122,7 @@ def test_a_full_disk_here_leaves_nothing_and_is_told(parts: tuple[NativeEngine, 
     assert (artifact_local.bring(s3_store, manifest) / WEIGHTS).exists()
 
 
+@pytest.mark.long
 def test_a_server_that_stalls_fails_only_who_waits_for_it(
     parts: tuple[NativeEngine, list[Path]], s3_env: S3Server, s3_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

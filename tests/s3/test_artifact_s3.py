@@ -111,6 +111,7 @@ def test_a_promoter_and_a_remover_of_one_version_never_leave_a_dangling_alias(s3
         assert set(aliases(s3_store, task).values()) <= there
 
 
+@pytest.mark.long
 def test_a_publisher_killed_at_any_byte_leaves_nothing_visible_and_a_rerun_completes(
     s3_store: Store, s3_env: S3Server, tmp_path: Path
 ) -> None:

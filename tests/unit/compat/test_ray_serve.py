@@ -44,6 +44,7 @@ def gone() -> bool:
     return False
 
 
+@pytest.mark.long
 def test_serve_is_found_asked_and_ended(port: int) -> None:
     assert gone(), "asking does not start Serve"
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

@@ -26,6 +26,7 @@ def private() -> Iterator[str]:
         yield address
 
 
+@pytest.mark.long
 def test_a_training_with_all_hooks(private: str, tmp_path: Path) -> None:
     def start() -> None:
         import os

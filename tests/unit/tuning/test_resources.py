@@ -308,6 +308,7 @@ def forks() -> list[psutil.Process]:
     return [fork for server in fork_servers() for fork in server.children()]
 
 
+@pytest.mark.long
 def test_a_fork_trains_as_this_process_does_and_takes_its_memory_with_it(folder: Path) -> None:
     spec = task(folder, num_workers=1)
     job = TrainJob(spec, prepare(spec), max_steps=3, eval_every=3)
@@ -364,6 +365,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_fork_ends_when_its_trials_process_is_killed(folder: Path) -> None:
     """As Ray kills an actor: SIGKILL, while the fork waits for the answer to a report."""
     program = f"""
