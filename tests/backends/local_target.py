@@ -134,7 +134,7 @@ print("done")
         """All processes of this machine that work for a job: the driver, its command, and all below."""
         return [process for process in psutil.process_iter() if self._works_for(process, job_id)]
 
-    def nothing_left(self, job_id: str, within_s: float = 10.0) -> None:
+    def nothing_left(self, job_id: str, within_s: float = 30.0) -> None:
         """Within the time no process of it is left."""
         until(
             lambda: not self.processes(job_id),
