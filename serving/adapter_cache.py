@@ -89,7 +89,7 @@ class ByteBudget:
             self._drop(held)
             self._changed.set()
 
-    def kept_bytes(self, without: CachedAdapter) -> int:
+    def pinned_bytes(self, without: CachedAdapter) -> int:
         """Bytes of the other versions that are never dropped."""
         return sum(held.size_bytes for held in self.held.values() if held.kept and held is not without)
 
@@ -266,7 +266,7 @@ class AdapterCache:
         """
         pin = await self.pin(ref)
         try:
-            kept, most = self._budget.kept_bytes(without=pin.held), self._budget.max_bytes
+            kept, most = self._budget.pinned_bytes(without=pin.held), self._budget.max_bytes
             if kept + pin.held.size_bytes > most // 2:
                 found = f"{kept} bytes are pinned already, this one takes {pin.held.size_bytes}"
                 rule = f"pinned adapters take at most half of engine.host_cache_bytes={most}"

@@ -72,7 +72,7 @@ class Client:
 
     def chat(self, call: ChatCall) -> ClientReply:
         """The whole answer."""
-        return _whole_reply(self._json("POST", "/v1/chat/completions", call.body(stream=False)))
+        return _complete_reply(self._json("POST", "/v1/chat/completions", call.body(stream=False)))
 
     def stream(self, call: ChatCall) -> Iterator[str | ClientReply]:
         """Pieces of text as they come; the last item is the whole `ClientReply`."""
@@ -171,7 +171,7 @@ class AsyncClient:
     async def chat(self, call: ChatCall, *, stream: bool = False) -> ClientReply:
         """The whole answer, by one response or read off a stream."""
         if not stream:
-            return _whole_reply(await self._post("/v1/chat/completions", call.body(stream=False)))
+            return _complete_reply(await self._post("/v1/chat/completions", call.body(stream=False)))
         growing = _GrowingReply()
         body = call.body(stream=True)
         with _connection_errors(self._url):
@@ -236,7 +236,7 @@ class _GrowingReply:
         return _reply(self._text, self._finish_reason, self._tree)
 
 
-def _whole_reply(tree: Json) -> ClientReply:
+def _complete_reply(tree: Json) -> ClientReply:
     (choice,) = tree["choices"]
     return _reply(choice["message"]["content"], choice["finish_reason"], tree)
 

@@ -196,14 +196,14 @@ def preflight(spec: ServeSpec) -> None:
     check_spec(spec)
     require_resources(spec.num_cpus, spec.gpus, spec.first_replicas)
     if spec.embedder:
-        _require_room_beside(spec, spec.embedder)
+        _require_embedder_cpus(spec, spec.embedder)
 
 
-def _require_room_beside(spec: ServeSpec, embedder: EmbedderSpec) -> None:
+def _require_embedder_cpus(spec: ServeSpec, embedder: EmbedderSpec) -> None:
     have, engines = ray.cluster_resources().get("CPU", 0.0), spec.first_replicas * spec.num_cpus
     if engines + embedder.num_cpus > have:
         raise ConfigError(
-            f"embedder.num_cpus={embedder.num_cpus:g} beside {engines:g} of the engine",
+            f"embedder.num_cpus={embedder.num_cpus:g} next to {engines:g} of the engine",
             f"this Ray has {have:g} CPU",
             "the embedder is a process of its own, with its own share",
             f"set num_cpus to {max(have - embedder.num_cpus, 1) / spec.first_replicas:g} or less, "

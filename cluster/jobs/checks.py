@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import graftwork
 from graftwork.cluster.jobs.models import Findings, Job, refuse, warn
 from graftwork.cluster.spec import ClusterSpec
+from graftwork.planning.hardware import GIB
 from graftwork.planning.memory import HEADROOM
 
 _NAME = re.compile(
@@ -48,7 +49,6 @@ _AWS_SECRET = re.compile(
     r"[A-Za-z0-9+]{10}[A-Za-z0-9/+]{30}(?![A-Za-z0-9/+=])"
 )
 """40 characters of base64 with small and capital letters and digits: no digest and no path looks so."""
-GIB = 2**30
 GANGS = frozenset({"train", "trial"})
 """Kinds whose workers are ranks of one run."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

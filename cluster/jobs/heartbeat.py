@@ -3,6 +3,7 @@
 Threads write them, so that a slow store delays nothing.
 """
 
+import codecs
 import os
 import re
 import socket
@@ -170,7 +171,7 @@ class OutputReader:
         with self._lock:
             self._spool.seek(self._stored)
             data = self._spool.read(room)
-        data = data if last and len(data) < room else data[: whole_chars(data)]
+        data = data if last and len(data) < room else data[: complete_utf8_length(data)]
         if not data:
             return False
         piece = self._piece + data
@@ -186,15 +187,11 @@ class OutputReader:
         return True
 
 
-def whole_chars(data: bytes) -> int:
-    """Length without a UTF-8 character that is not whole at the end."""
-    for back in range(1, min(4, len(data) + 1)):
-        byte = data[-back]
-        if byte & 0xC0 == 0x80:
-            continue
-        needs = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-        return len(data) - back if needs > back else len(data)
-    return len(data)
+def complete_utf8_length(data: bytes) -> int:
+    """Return the length without an incomplete UTF-8 character at the end."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return len(data) - len(decoder.getstate()[0])
 
 
 def last_error(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from graftwork.cluster.jobs.models import Findings, JobInput, refuse, warn
 from graftwork.config import Spec, SpecT, validate
 from graftwork.errors import ConfigError, StorageError
+from graftwork.planning.hardware import GIB
 from graftwork.storage.local import files_under
 from graftwork.storage.store import Store
 
@@ -33,7 +34,6 @@ INPUT_PARENTS = frozenset({"sources", "text"})
 PLACE_KEYS = frozenset({"root", "log", "adapter_roots", "nvme_path", "argv"})
 """Keys that name a place on the machines where the job runs, or arguments of a program."""
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
-GIB = 2**30
 
 
 @dataclass(frozen=True)

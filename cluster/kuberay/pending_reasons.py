@@ -13,6 +13,7 @@ from graftwork.cluster.kuberay.client import KubeApi, cluster_path, namespaced, 
 from graftwork.cluster.kuberay.object_view import KubeView, dig, listed
 from graftwork.cluster.kuberay.pods import GPU
 from graftwork.cluster.spec import ClusterSpec, quantity
+from graftwork.planning.hardware import GIB
 
 KUEUE = "kueue.x-k8s.io"
 KUEUE_VERSIONS = ("v1beta2", "v1beta1")
@@ -24,7 +25,6 @@ USUAL = frozenset({"ContainerCreating", "PodInitializing"})
 AT_MOST = 100
 """Limit of the waiting jobs whose reasons are looked up: one listing of pods and one of workloads."""
 Objects = Sequence[KubeView]
-GIB = 2**30
 Amounts = Mapping[str, float]
 
 

@@ -23,10 +23,9 @@ from graftwork.cluster.kuberay.rules import check_rules
 from graftwork.cluster.kuberay.rules.cluster import is_label
 from graftwork.cluster.kuberay.schema import check_schema
 from graftwork.cluster.spec import LABEL_PATTERN, ClusterSpec, WorkerSpec, quantity
-from graftwork.planning.hardware import gpu_called
+from graftwork.planning.hardware import GIB, gpu_called
 from graftwork.planning.memory import HEADROOM
 
-GIB = 2**30
 OWN_PROGRAMS = frozenset({"exec", "experiment", "rag", "cluster"})
 """Kinds without a plan: a user's own program may use GPUs that no key of its spec names."""
 

@@ -36,7 +36,7 @@ from graftwork.cluster.private_ray import DIR_PREFIX, OBJECT_STORE_BYTES
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.environment import available_memory, cores
 from graftwork.errors import ClusterError, StorageError
-from graftwork.planning.hardware import gpus_here
+from graftwork.planning.hardware import GIB, gpus_here
 from graftwork.planning.memory import HEADROOM
 from graftwork.storage.store import Store, cache_root
 
@@ -44,7 +44,6 @@ UP_S = 30.0
 END_S = 5.0
 LOCK_S = 1.0
 TAIL_BYTES = 2000
-GIB = 2**30
 SHM = Path("/dev/shm")
 FULL_BYTES = 64 * 2**20
 """With less than this a disk counts as full: logs, spec and heartbeats would be lost."""

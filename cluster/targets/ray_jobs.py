@@ -38,7 +38,7 @@ from graftwork.cluster.session import JOB, host_and_port, is_loopback, token, wi
 from graftwork.cluster.spec import ClusterSpec
 from graftwork.cluster.targets.ray_jobs_api import ENDED, JobsApi, RayNode, exit_code
 from graftwork.errors import ClusterError, Interrupted
-from graftwork.planning.hardware import gpu_called
+from graftwork.planning.hardware import GIB, gpu_called
 from graftwork.planning.memory import HEADROOM
 from graftwork.storage.store import Store
 
@@ -52,7 +52,6 @@ DROP_S = 20.0
 DROP = "-drop"
 """Ends the id of the job that ends another one; such jobs are deleted at once."""
 POLL_INTERVAL_S = 0.2
-GIB = 2**30
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 """What a shell takes as it is: Ray gives an entrypoint to one."""
 NETWORK_DISKS = ("nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse", "9p", "virtiofs", "afs")

@@ -104,7 +104,7 @@ class LaunchOptions(StageOptions):
     detach: Detach = False
 
     @property
-    def elsewhere(self) -> bool:
+    def is_job(self) -> bool:
         """Return whether a driver runs the stage: on a cluster or in the background.
 
         Raises ConfigError for flags without effect.

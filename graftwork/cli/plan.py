@@ -96,7 +96,7 @@ def show_plan(title: str, rows: "Sequence[StagePlan]", as_json: bool) -> None:
 
 
 def _plan_job(file: Path, options: LaunchOptions) -> None:
-    assert options.elsewhere, "a plan with --target is of a job"
+    assert options.is_job, "a plan with --target is of a job"
     whole = plan_job(config.load(file, options.sets), file.parent, options.target, options.cluster_spec())
     if options.as_json:
         print_json(whole.as_dict())

@@ -68,7 +68,7 @@ def run_stage(
 def spec_to_run(kind: str, file: Path, options: LaunchOptions) -> Spec | None:
     """Return the spec of a stage that this command runs itself. Launches a stage of another target: None."""
     spec = config.load(file, options.sets, expect=kind)
-    if options.elsewhere:
+    if options.is_job:
         launch(spec, file, options)
         return None
     return resolve_here(spec, options.target, options.as_json)

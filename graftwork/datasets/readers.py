@@ -106,7 +106,7 @@ def no_rows(uri: str, rule: str = "a dataset has at least one row") -> DataError
     return DataError(uri, "it has no rows", rule, "check the path")
 
 
-def require_whole(text: str, where: str) -> None:
+def reject_lone_surrogates(text: str, where: str) -> None:
     """Raise DataError for half of a surrogate pair, which JSON can spell and UTF-8 can't."""
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise DataError(where, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")

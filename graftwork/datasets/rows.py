@@ -22,8 +22,8 @@ from graftwork.datasets.readers import (
     no_rows,
     other_format,
     read_records,
+    reject_lone_surrogates,
     require_new,
-    require_whole,
 )
 from graftwork.errors import DataError
 from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
@@ -62,7 +62,7 @@ class DataSpec(Spec):
 
     @field_validator("eval")
     @classmethod
-    def _held_out(cls, uri: str | None, info: ValidationInfo) -> str | None:
+    def _check_eval_is_not_train(cls, uri: str | None, info: ValidationInfo) -> str | None:
         if uri is not None and "train" in info.data and is_same_place(uri, info.data["train"]):
             raise ValueError("it is data.train; held-out rows are not trained on, so name other rows or leave it out")
         return uri
@@ -388,7 +388,7 @@ def _string(record: dict[str, Any], field: str, where: str, may_be_empty: bool =
         raise DataError(at, found, f"{field} is a string")
     if not value.strip() and not may_be_empty:
         raise DataError(at, "it is empty", f"{field} holds text")
-    require_whole(value, at)
+    reject_lone_surrogates(value, at)
     return value
 
 

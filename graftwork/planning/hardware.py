@@ -63,15 +63,15 @@ def gpu_key(spec: Spec) -> str | None:
 
 def gpus_of(spec: Spec) -> float:
     """GPUs of a worker of the stage; 0 for a stage without such a key."""
-    return resolved_count(_asked_gpus(spec))
+    return resolved_count(_requested_gpus(spec))
 
 
 def is_auto(spec: Spec) -> bool:
     """Return whether the GPUs of the stage's workers are still to be resolved."""
-    return _asked_gpus(spec) == AUTO
+    return _requested_gpus(spec) == AUTO
 
 
-def _asked_gpus(spec: Spec) -> Gpus:
+def _requested_gpus(spec: Spec) -> Gpus:
     key = gpu_key(spec)
     gpus: Gpus = 0.0 if key is None else operator.attrgetter(key)(spec)
     return gpus
@@ -79,7 +79,7 @@ def _asked_gpus(spec: Spec) -> Gpus:
 
 def with_gpus(spec: SpecT, found: Accelerators) -> tuple[SpecT, str | None]:
     """The spec with a number in place of `auto`, and a line with the number and its reason; None for nothing to do."""
-    if _asked_gpus(spec) != AUTO:
+    if _requested_gpus(spec) != AUTO:
         return spec, None
     number, reason = (1.0, f"{found.owner} has GPUs") if found.count else (0.0, f"{found.owner} has no GPU")
     engine: Any = getattr(spec, "engine", None)

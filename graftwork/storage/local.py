@@ -93,14 +93,14 @@ class LocalFiles:
     def tree(self, path: str) -> dict[tuple[str, ...], str]:
         """The inode tells files apart that replaced each other within a clock tick."""
         with _as_storage_errors("list", path):
-            return {at: f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for at, stat in _files_below(path)}
+            return {at: f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for at, stat in _walk_files(path)}
 
     def ages(self, path: str) -> dict[tuple[str, ...], float]:
         """Its clock is the time that it gives to a new file: on a share that is the server's, not this machine's."""
         with _as_storage_errors("list", path):
             if not os.path.isdir(path):
                 return {}
-            written = {at: stat.st_mtime for at, stat in _files_below(path)}
+            written = {at: stat.st_mtime for at, stat in _walk_files(path)}
             try:
                 with tempfile.TemporaryFile(dir=path, prefix=TMP_PREFIX) as new:
                     now = os.fstat(new.fileno()).st_mtime
@@ -201,11 +201,11 @@ def _entries(folder: str) -> Iterator[tuple[str, os.stat_result]]:
                     yield entry.name, entry.stat()
 
 
-def _files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], os.stat_result]]:
+def _walk_files(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], os.stat_result]]:
     """Parts and facts of every file below a folder."""
     for name, stat in _entries(folder):
         if S_ISDIR(stat.st_mode):
-            yield from _files_below(os.path.join(folder, name), (*above, name))
+            yield from _walk_files(os.path.join(folder, name), (*above, name))
         else:
             yield (*above, name), stat
 

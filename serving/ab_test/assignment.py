@@ -25,10 +25,10 @@ def key_of(experiment: str, salt: str) -> bytes:
 
 def first_ranges(weights: Mapping[str, float]) -> tuple[Range, ...]:
     """One range an arm, in the order of the weights."""
-    return tuple((arm, count) for arm, count in whole_parts(weights).items() if count)
+    return tuple((arm, count) for arm, count in apportion(weights).items() if count)
 
 
-def whole_parts(weights: Mapping[str, float]) -> dict[str, int]:
+def apportion(weights: Mapping[str, float]) -> dict[str, int]:
     """Weights that sum to 1 as whole places that sum to PARTS; what rounding leaves goes to the largest remainders."""
     exact = {arm: weight * PARTS for arm, weight in weights.items()}
     parts = {arm: math.floor(value) for arm, value in exact.items()}
@@ -40,7 +40,7 @@ def whole_parts(weights: Mapping[str, float]) -> dict[str, int]:
 
 def reweigh(ranges: Sequence[Range], weights: Mapping[str, float]) -> tuple[Range, ...]:
     """The ranges for new weights. Only places at the ends of shrinking arms' ranges get another owner."""
-    wanted = whole_parts(weights)
+    wanted = apportion(weights)
     keep = {arm: wanted.get(arm, 0) for arm, _ in ranges}
     held = {arm: sum(count for owner, count in ranges if owner == arm) for arm in {**keep, **wanted}}
     missing = {arm: count - held[arm] for arm, count in wanted.items() if count > held[arm]}

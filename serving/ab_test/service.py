@@ -96,7 +96,7 @@ class Experiments:
             _require_same(old.record, spec)
             return old
         _require_measurable(spec)
-        arms = {arm.name: await self._pin_arm(arm.name, arm.asked_as) for arm in spec.arms}
+        arms = {arm.name: await self._pin_arm(arm.name, arm.model_name) for arm in spec.arms}
         base_digest = (await self._backend.call("snapshot")).base_digest
         record = new_record(spec, arms, base_digest)
         if record.id in self._lives:
@@ -118,7 +118,7 @@ class Experiments:
         for spec in specs:
             _require_measurable(spec)
             for arm in spec.arms:
-                catalog.arm(arm.asked_as)
+                catalog.arm(arm.model_name)
             old = self._by_name.get(spec.name)
             if old is not None and old.record.status in ("running", "killed"):
                 _require_identity(old.record, spec)

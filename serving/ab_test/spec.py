@@ -34,7 +34,7 @@ class TrafficArm(Spec):
     """Share of the units; all arms' sum to 1. mode: shadow has none: the control answers, the others get copies."""
 
     @property
-    def asked_as(self) -> str:
+    def model_name(self) -> str:
         """The endpoint's model name."""
         return self.model or f"arm/{self.name}"
 

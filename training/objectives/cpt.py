@@ -17,7 +17,15 @@ from pydantic import Field
 
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets import rows as data
-from graftwork.datasets.readers import DOCUMENT, READERS, KeyCheck, no_rows, read_records, require_new, require_whole
+from graftwork.datasets.readers import (
+    DOCUMENT,
+    READERS,
+    KeyCheck,
+    no_rows,
+    read_records,
+    reject_lone_surrogates,
+    require_new,
+)
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.objectives.protocol import Packing, Part, Traits
 from graftwork.training.objectives.rows import ReadPart, TokenRows, check_packing, data_of, format_row_count, pack_rows
@@ -203,7 +211,7 @@ def _read_records(uri: str, limit: int | None, keys: KeyCheck) -> list[Document]
 def _text(record: dict[str, Any], where: str) -> str:
     text = record.get("text")
     if isinstance(text, str) and text.strip():
-        require_whole(text, where)
+        reject_lone_surrogates(text, where)
         return text
     fields = ", ".join(record) or "no fields"
     found = f"the field is missing (found {fields})" if "text" not in record else f"found {text!r}"

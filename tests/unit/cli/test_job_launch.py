@@ -52,7 +52,7 @@ def write(folder: Path, name: str, code: str) -> str:
 )
 def test_flags_without_effect_are_refused(options: LaunchOptions, words: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        _ = options.elsewhere
+        _ = options.is_job
     for word in words:
         assert word in str(refused.value)
 

@@ -1,7 +1,6 @@
 """GPUs that `auto` stands for: of this machine as the driver lists them, of a cluster as its file or Ray names them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +37,6 @@ STAGES: list[Spec] = [
     ),
     validate(QuantizeSpec, {"name": "q", "base": "b", "eval": "e", "answer_schema": "s", "arms": ARMS}, "test"),
 ]
-CARDS = "NVIDIA H100 80GB HBM3, 81559\nTesla T4, 15360\nNVIDIA H100 80GB HBM3, 81559\n"
-
-
-@pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A driver's `nvidia-smi` first on the PATH, which lists three GPUs."""
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\nprintf '{CARDS}'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test of this process may have a Ray
-    return program
 
 
 @pytest.mark.parametrize("spec", STAGES, ids=lambda spec: spec.kind)
@@ -100,7 +85,7 @@ def test_vllm_gets_a_gpu_for_each_part_of_a_replica() -> None:
     ],
 )
 def test_gpus_here_are_those_that_a_process_may_use(
-    smi: Path, visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+    nvidia_smi: Path, visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -154,11 +139,11 @@ def rows(folder: Path) -> dict[str, Any]:
     return {**TRAIN, "root": str(folder / "root"), "base": base, "quant": {"kind": "none"}, "data": data}
 
 
-def test_runs_and_sweeps_resolve_it_before_they_are_named(tmp_path: Path, smi: Path) -> None:
+def test_runs_and_sweeps_resolve_it_before_they_are_named(tmp_path: Path, nvidia_smi: Path) -> None:
     tree = rows(tmp_path)
     run = ResolvedRun.resolve(validate(TrainSpec, tree, "test"))
     assert (run.spec.gpus_per_worker, run.notes) == (1.0, ("gpus_per_worker=1 (this machine has GPUs)",))
-    smi.write_text("#!/bin/sh\nexit 9\n")  # a driver without GPUs
+    nvidia_smi.write_text("#!/bin/sh\nexit 9\n")  # a driver without GPUs
     on_cpus = ResolvedRun.resolve(validate(TrainSpec, tree, "test"))
     assert (on_cpus.spec.gpus_per_worker, on_cpus.notes) == (0.0, ())
     explicit = ResolvedRun.resolve(validate(TrainSpec, {**tree, "gpus_per_worker": 0}, "test"))
@@ -190,10 +175,12 @@ def test_a_plan_for_a_gpu_says_what_the_file_needs(tmp_path: Path) -> None:
         assert (done.exit_code, said in done.stdout) == (0, True), done.output
 
 
-def test_a_driver_that_fails_has_no_gpu_and_one_that_hangs_is_named(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, error 9'\nexit 9\n")
+def test_a_driver_that_fails_has_no_gpu_and_one_that_hangs_is_named(
+    nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, error 9'\nexit 9\n")
     assert gpus_here() == []
-    smi.write_text("#!/bin/sh\nexec sleep 30\n")
+    nvidia_smi.write_text("#!/bin/sh\nexec sleep 30\n")
     monkeypatch.setattr("graftwork.planning.hardware.NVIDIA_SMI_S", 0.2)
     with pytest.raises(ConfigError, match=r"nvidia-smi has not answered within 0\.2 s"):
         gpus_here()

@@ -14,25 +14,12 @@ from graftwork.training.spec import TrainSpec
 from tests.process_races import ROOT
 from tests.training import task
 
-CARDS = "NVIDIA H100 80GB HBM3, 81559\nTesla T4, 15360\nNVIDIA H100 80GB HBM3, 81559\n"
 PEAK = """
 import subprocess, sys
 taken = bytearray(b"x") * (300 << 20)
 code = "from graftwork.environment import peak_rss_bytes; before = peak_rss_bytes(); own = b'x' * (101 << 20)"
 subprocess.run([sys.executable, "-c", f"{code}; del own; print(before, peak_rss_bytes())"], check=True)
 """
-
-
-@pytest.fixture
-def three_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver's `nvidia-smi` first on the PATH, which lists three GPUs."""
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\nprintf '{CARDS}'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test of this process may have a Ray
 
 
 def spec_of(gpus: float, cpus: float = 1.0) -> TrainSpec:
@@ -58,7 +45,7 @@ def environment_of_worker(spec: TrainSpec) -> dict[str, str]:
     ],
 )
 def test_the_worker_gets_the_first_of_the_gpus_that_the_command_may_use(
-    three_gpus: None, monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: float, expected: str | None
+    nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: float, expected: str | None
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -66,7 +53,7 @@ def test_the_worker_gets_the_first_of_the_gpus_that_the_command_may_use(
 
 
 def test_more_gpus_than_the_machine_has_are_refused(
-    three_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nvidia_smi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = _job(ResolvedRun.resolve(task(tmp_path / "task", num_workers=1, gpus_per_worker=4)), None)
     with pytest.raises(ClusterError, match="this machine has 3 GPU, the run needs 4"):
@@ -75,7 +62,7 @@ def test_more_gpus_than_the_machine_has_are_refused(
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, "1"), (1.0, "1"), (2.5, "2"), (4.0, "4")])
 def test_a_worker_has_as_many_threads_as_cpus_unless_the_environment_sets_them(
-    three_gpus: None, monkeypatch: pytest.MonkeyPatch, cpus: float, threads: str
+    nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch, cpus: float, threads: str
 ) -> None:
     """As Ray sets OMP_NUM_THREADS for its workers: sums in another order would round otherwise."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -84,7 +71,7 @@ def test_a_worker_has_as_many_threads_as_cpus_unless_the_environment_sets_them(
     assert environment_of_worker(spec_of(0, cpus))["OMP_NUM_THREADS"] == "7"
 
 
-def test_ray_train_is_for_more_than_one_worker(three_gpus: None) -> None:
+def test_ray_train_is_for_more_than_one_worker(nvidia_smi: Path) -> None:
     spec = spec_of(0)
     assert not needs_ray_train(spec)
     assert needs_ray_train(spec.with_({"num_workers": 2}))

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from graftwork.cluster.jobs.heartbeat import MOST_PIECE_BYTES, last_error, whole_chars
+from graftwork.cluster.jobs.heartbeat import MOST_PIECE_BYTES, complete_utf8_length, last_error
 from graftwork.cluster.jobs.store import JobStore
 from graftwork.errors import ConfigError
 from tests.jobs import end_all_jobs, local_backend, printed, python_job
@@ -54,10 +54,10 @@ def driver(root: str, job_id: str) -> int:
 def test_no_piece_of_a_log_ends_within_a_character(data: str) -> None:
     whole = data.encode()
     for cut in range(len(whole) + 1):
-        kept = whole_chars(whole[:cut])
+        kept = complete_utf8_length(whole[:cut])
         assert data.startswith(whole[:kept].decode()), "what is kept is text"
         assert cut - kept < 4
-    assert whole_chars(b"\xff\xff\xff\xff\xff") > 0, "what is no text is not held back for ever"
+    assert complete_utf8_length(b"\xff\xff\xff\xff\xff") > 0, "what is no text is not held back for ever"
 
 
 def test_the_last_error_is_ours_as_a_whole_else_the_last_line() -> None:

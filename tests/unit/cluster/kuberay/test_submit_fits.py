@@ -21,13 +21,12 @@ from graftwork.cluster.targets.ray_jobs import machines_of as machines_of_ray
 from graftwork.cluster.targets.ray_jobs import workers
 from graftwork.cluster.targets.ray_jobs_api import RayNode
 from graftwork.config import validate
-from graftwork.planning.hardware import GPUS
+from graftwork.planning.hardware import GIB, GPUS
 from graftwork.stages.jobs import job_of, with_demand
 from graftwork.training.spec import TrainSpec
 from tests.kuberay_objects import BASE
 from tests.tiny import write_tiny_base
 
-GIB = 2**30
 SIZES = {
     "tiny": {},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},

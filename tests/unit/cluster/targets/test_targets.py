@@ -25,9 +25,8 @@ from graftwork.cluster.targets.local import LocalTarget
 from graftwork.cluster.targets.ray_jobs_api import JobsApi, RayNode
 from graftwork.environment import available_memory
 from graftwork.errors import ClusterError, ConfigError
+from graftwork.planning.hardware import GIB
 from tests.ports import free_port
-
-GIB = 2.0**30
 
 
 def job(root: Path, demand: Demand | None = None) -> Job:

@@ -13,10 +13,10 @@ from graftwork.serving.ab_test.assignment import (
     PARTS,
     Assigner,
     Range,
+    apportion,
     first_ranges,
     key_of,
     reweigh,
-    whole_parts,
     without,
 )
 
@@ -77,7 +77,7 @@ def test_any_ramps_move_exactly_the_weight_that_moved(steps: list[list[int]]) ->
         have = Counter({arm: 0 for arm in arms})
         for arm, count in ranges:
             have[arm] += count
-        assert dict(have) == {arm: whole_parts(weights).get(arm, 0) for arm in arms}
+        assert dict(have) == {arm: apportion(weights).get(arm, 0) for arm in arms}
         assert moved(old, ranges) == sum(max(0, count - parts(old)[arm]) for arm, count in have.items())
 
 
@@ -102,8 +102,8 @@ def moved(old: tuple[Range, ...], new: tuple[Range, ...]) -> int:
 
 
 def test_weights_become_whole_places() -> None:
-    assert whole_parts({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}) == {"a": 333_334, "b": 333_333, "c": 333_333}
-    assert sum(whole_parts({"a": 1e-9, "b": 1 - 1e-9}).values()) == PARTS
+    assert apportion({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}) == {"a": 333_334, "b": 333_333, "c": 333_333}
+    assert sum(apportion({"a": 1e-9, "b": 1 - 1e-9}).values()) == PARTS
 
 
 def test_a_cut_arm_gives_its_units_to_the_others_in_proportion() -> None:
