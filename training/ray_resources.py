@@ -87,7 +87,7 @@ def _size_error(spec: TrainSpec) -> ClusterError:
             )
     return ClusterError(
         f"num_workers={spec.num_workers}",
-        f"no node has room for {resources_per_worker(spec)} beside the others",
+        f"no node has room for {resources_per_worker(spec)} next to the others",
         "a worker lies on one node",
         "take smaller workers, or larger nodes",
     )

@@ -106,7 +106,7 @@ class Template:
             raise BaseModelError(
                 f"tokenizer of {folder}",
                 f"no {Path(error.filename).name}",
-                "a base has tokenizer.json and a chat template beside its weights",
+                "a base has tokenizer.json and a chat template next to its weights",
                 "export the tokenizer in the fast (tokenizers) format, for example with save_pretrained",
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -302,7 +302,7 @@ def _template_source(folder: Path) -> str:
             f"chat template of {folder}",
             "there is none",
             "the base's own template turns a conversation into text",
-            "take the instruct version of the base, or add a chat_template.jinja beside its weights",
+            "take the instruct version of the base, or add a chat_template.jinja next to its weights",
         )
     return found
 

@@ -183,7 +183,9 @@ def _lost_sentence(found: StopsRecord) -> str:
     n = max((one.n for one in found.closest), default=0)
     if n < 3:
         others = "1 finished trial" if n == 1 else f"{n} finished trials"
-        return f"What that lost can't be told: {others} beside the winner show how far one can catch up."
+        return (
+            f"The loss by early stops is unknown: only {others} next to the winner show how far a trial can catch up."
+        )
     one = found.closest[0]
     if not one.caught_up:
         return (

@@ -274,7 +274,7 @@ def _draw_replay(
     most = 1000 * have // (have + new_tokens) / 1000
     raise DataError(
         f"objective.replay.fraction={replay.fraction:g}",
-        f"{replay.data} has {have} tokens, too few beside {new_tokens} new ones",
+        f"{replay.data} has {have} tokens, too few for {new_tokens} new ones",
         "no text is replayed twice",
         f"set objective.replay.fraction={most} or give more text",
     )

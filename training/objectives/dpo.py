@@ -101,7 +101,7 @@ class DpoSpec(Spec):
         every = setting.job.eval_every or spec.eval_every
         evaluations = plan.steps // every + (plan.steps % every > 0)
         once, again = len(np.unique(plan.rows_SR)) + held, plan.rows_SR.size + held * evaluations
-        note = f"reference: {once} pairs scored once, {again} would be beside the policy"
+        note = f"reference: {once} pairs scored once, {again} would be scored with the policy"
         return BuiltTrainer(trainer, evaluate, (note,))
 
 

@@ -146,7 +146,7 @@ def test_a_run_learns_the_preference_as_trl_does(folder: Path) -> None:
     assert seen[0].loss == pytest.approx(np.log(2), rel=1e-6)
     assert seen[-1].metrics["eval_accuracy"] >= 0.9
     assert seen[-1].metrics["eval_margin"] > 0.2
-    assert "reference: 50 pairs scored once, 200 would be beside the policy" in result.notes
+    assert "reference: 50 pairs scored once, 200 would be scored with the policy" in result.notes
 
 
 def test_a_run_goes_on_with_the_reference_it_began_with(folder: Path) -> None:
