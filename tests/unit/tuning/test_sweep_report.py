@@ -164,7 +164,7 @@ def test_what_was_lost_is_not_guessed_from_too_few() -> None:
     found = stops(trials, "best", steps=4)
     assert found is not None
     assert found.regret is None
-    assert "can't be told" in stops_words(found)
+    assert "The loss by early stops is unknown" in stops_words(found)
     assert stops_words(found).startswith("1 trial was stopped before")
 
 
