@@ -136,12 +136,12 @@ def test_more_replicas_than_fit_are_refused(ray_cluster: Session, base: Path, st
         pytest.fail("it deployed")
 
 
-def test_an_embedder_that_finds_no_place_beside_the_engine_is_refused(
+def test_an_embedder_that_finds_no_place_next_to_the_engine_is_refused(
     ray_cluster: Session, base: Path, store: Store, tmp_path: Path
 ) -> None:
     embedder = {"uri": str(write_tiny_embedder(tmp_path / "embedder")), "num_cpus": 64}
     with (
-        pytest.raises(ConfigError, match=r"embedder\.num_cpus=64 beside"),
+        pytest.raises(ConfigError, match=r"embedder\.num_cpus=64 next to"),
         deploy(spec_of(base, store, name="both", embedder=embedder)),
     ):
         pytest.fail("it deployed")
