@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from graftwork.adapters.kind import ATTENTION_WORDS, FP32, MLP_WORDS, AdapterKind, Shape, ValueBytes, within
+from graftwork.adapters.kind import (
+    ATTENTION_WORDS,
+    FP32,
+    MLP_WORDS,
+    AdapterKind,
+    Shape,
+    ValueBytes,
+    linears,
+    text_linears,
+    within,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -102,12 +112,13 @@ class LoraSpec(AdapterKind):
         from peft import LoraConfig
 
         words = ATTENTION_WORDS if self.targets == "attention" else MLP_WORDS
-        some = self.targets != "all-linear"
+        text, some = text_linears(model), self.targets != "all-linear"
+        every = "all-linear" if len(text) == len(linears(model)) else text
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=within(f"adapter.targets={self.targets}", words, model) if some else "all-linear",
+            target_modules=within(f"adapter.targets={self.targets}", words, model) if some else every,
             use_rslora=self.rslora,
             use_dora=self.dora,
             task_type="CAUSAL_LM",
