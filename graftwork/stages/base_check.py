@@ -22,7 +22,7 @@ from graftwork.base.model_shape import ModelShape
 from graftwork.base.scaled import VOCAB, write_scaled_base
 from graftwork.base.source import BaseSpec
 from graftwork.base.support import BaseSupport, Support, base_support
-from graftwork.errors import BaseModelError, GraftworkError, RunError
+from graftwork.errors import GraftworkError, RunError
 from graftwork.planning.hardware import GPUS, Machine
 from graftwork.planning.memory import RowSizes
 from graftwork.quantization import METHODS, QuantKind, QuantSpec
@@ -75,25 +75,6 @@ class BaseCheck:
     def as_dict(self) -> dict[str, Any]:
         """Return the check as JSON."""
         return asdict(self)
-
-
-def read_config(uri: str) -> Mapping[str, Any]:
-    """Return the config.json of a base: of a folder, of a config.json itself, or of an id in the Hugging Face cache.
-
-    Raises BaseModelError.
-    """
-    path = Path(uri.removeprefix("file://")).expanduser()
-    if path.is_dir() and (path / "config.json").is_file():
-        path = path / "config.json"
-    if not path.is_file() or path.suffix != ".json":
-        return resolve(BaseSpec(uri=uri)).config
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {uri}", f"{path} cannot be read ({error})") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise BaseModelError(f"base {uri}", f"{path} names no model_type", "it must be a transformers config")
-    return config
 
 
 def check_base(config: Mapping[str, Any]) -> BaseCheck:

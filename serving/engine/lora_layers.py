@@ -150,7 +150,9 @@ def is_linear(module: torch.nn.Module) -> bool:
 
     Subclasses of model families are routers, which return more than one tensor (PhiMoE, Llama-4).
     """
-    return isinstance(module, torch.nn.Linear | Conv1D) and not type(module).__module__.startswith("transformers.models")
+    return isinstance(module, torch.nn.Linear | Conv1D) and not type(module).__module__.startswith(
+        "transformers.models"
+    )
 
 
 def _shape_of(module: Any) -> LinearShape:
