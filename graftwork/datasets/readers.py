@@ -1,13 +1,15 @@
 """Records of a dataset, one after another, a batch in memory at a time.
 
-A dataset is a file (`.jsonl`, `.csv`, `.parquet`, the first two also `.gz`), a folder of such files in the order of
-their names, `recipe://NAME/FILE`, or a Hugging Face dataset `hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT`.
+A dataset is a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, all but the last also `.gz`), a folder of such files
+in the order of their names, a folder of `datasets.save_to_disk`, `recipe://NAME/FILE`, or a Hugging Face dataset
+`hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT`, of the hub or of a local folder (`hf:///PATH/SPLIT`).
 """
 
 import csv
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ Record = tuple[int, dict[str, Any]]
 RECIPES = "graftwork.recipes"
 """Module whose `build(name)` makes the files of `recipe://NAME/FILE`; by name, since recipes import the core."""
 
+_SAVED = ("dataset_dict.json", "state.json")
+"""Files by which a folder of `save_to_disk` is known."""
 PARQUET_BATCH = 1024
 """Rows of a Parquet file that are in memory at once."""
 
@@ -30,8 +34,8 @@ PARQUET_BATCH = 1024
 def read_records(uri: str) -> Iterator[Record]:
     """Every record of the dataset. Raises DataError that names the row, StorageError.
 
-    A row number counts lines of a JSONL (blank ones too), rows below the header of a CSV, rows of a Parquet file; over
-    the files of a folder it goes on.
+    A row number counts lines of a JSONL (blank ones too), elements of a JSON array, rows below the header of a CSV,
+    rows of a Parquet file; over the files of a folder it goes on.
     """
     if uri.startswith("hf://"):
         yield from _hub(uri)
@@ -39,6 +43,9 @@ def read_records(uri: str) -> Iterator[Record]:
     path = local_path(uri)
     if not path.is_dir():
         yield from (_reader(uri) or _jsonl)(uri, path)
+        return
+    if any((path / name).is_file() for name in _SAVED):
+        yield from _saved(uri, path, None)
         return
     before = 0
     for file in shards(uri, path):
@@ -123,10 +130,29 @@ def _jsonl(uri: str, path: Path) -> Iterator[Record]:
             yield number, record
 
 
+def _json(uri: str, path: Path) -> Iterator[Record]:
+    """An array of objects, read whole; else an object a line."""
+    with _open_file(uri, path) as handle:
+        first = handle.read(1024)
+        if not first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from _jsonl(uri, path)
+            return
+        text = _text(uri, 1, first + handle.read())
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(uri, f"it is not JSON ({error})", "a .json file is an array of objects") from None
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise DataError(f"{uri} row {number}", f"found {kind_of(record)}", "a .json file is an array of objects")
+        yield number, record
+
+
 def _csv(uri: str, path: Path) -> Iterator[Record]:
     with _open_file(uri, path) as raw:
         texts = (_text(uri, number, line) for number, line in enumerate(raw, start=0))  # row 1 is below the header
-        reader = csv.DictReader(texts, strict=True)
+        header = next(texts, "")
+        reader = csv.DictReader(itertools.chain([header], texts), delimiter=_delimiter(header, uri), strict=True)
         try:
             for number, record in enumerate(reader, start=1):
                 if None in record or None in record.values():
@@ -142,8 +168,16 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
             raise DataError(
                 f"{uri} line {reader.line_num}",
                 f"it is not CSV ({error})",
-                "a CSV is comma-separated, quotes are doubled",
+                "fields are separated as in the header, quotes are doubled",
             ) from error
+
+
+def _delimiter(header: str, uri: str) -> str:
+    """Of comma, semicolon, tab and bar the one that gives the header the most fields; a `.tsv` has tabs."""
+    if uri.lower().removesuffix(".gz").endswith(".tsv"):
+        return "\t"
+    # csv.Sniffer takes a space or a letter for the separator of some headers (CPython 3.12)
+    return max(",;\t|", key=lambda separator: len(next(csv.reader([header], delimiter=separator), ())))
 
 
 def _parquet(uri: str, path: Path) -> Iterator[Record]:
@@ -164,8 +198,12 @@ def _parquet(uri: str, path: Path) -> Iterator[Record]:
 READERS: dict[str, Callable[[str, Path], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".jsonl.gz": _jsonl,
+    ".json": _json,
+    ".json.gz": _json,
     ".csv": _csv,
     ".csv.gz": _csv,
+    ".tsv": _csv,
+    ".tsv.gz": _csv,
     ".parquet": _parquet,
 }
 """By the ending of a file's name; another ending is read as JSONL."""
@@ -174,6 +212,9 @@ READERS: dict[str, Callable[[str, Path], Iterator[Record]]] = {
 def _hub(uri: str) -> Iterator[Record]:
     """Rows of a dataset of the Hugging Face hub, or of a folder in its form (`hf:///PATH/SPLIT`), as they arrive."""
     where, config, split, revision = _hub_parts(uri)
+    if any((Path(where) / name).is_file() for name in _SAVED):
+        yield from _saved(uri, Path(where), split)
+        return
     import datasets
 
     datasets.disable_progress_bars()
@@ -187,6 +228,28 @@ def _hub(uri: str) -> Iterator[Record]:
             "a dataset of the hub is hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT, and the hub must be in reach",
             "check the names; HF_TOKEN opens private ones; without the hub take a folder of Parquet files",
         ) from error
+
+
+def _saved(uri: str, folder: Path, split: str | None) -> Iterator[Record]:
+    """Rows of a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            uri, f"it cannot be read ({' '.join(str(error).split())[:300]})", "", "save it again"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise DataError(
+                uri,
+                f"no split {split!r}" if split else "it has several splits",
+                f"splits of the folder: {', '.join(map(str, found))}",
+                f"name one as hf://{folder.absolute()}/{next(iter(found))}",
+            )
+        found = found[split]
+    yield from enumerate((dict(row) for row in found), start=1)
 
 
 def _hub_parts(uri: str) -> tuple[str, str | None, str, str | None]:

@@ -36,9 +36,9 @@ def jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def as_csv(path: Path) -> Path:
+def as_csv(path: Path, delimiter: str = ",") -> Path:
     with path.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(RECORDS[0]))
+        writer = csv.DictWriter(handle, list(RECORDS[0]), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(RECORDS)
     return path
@@ -62,13 +62,33 @@ def a_folder(folder: Path) -> Path:
     return folder
 
 
+def as_json(path: Path) -> Path:
+    path.write_text(json.dumps(RECORDS, indent=2), encoding="utf-8")
+    return path
+
+
+def saved(folder: Path) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(RECORDS).save_to_disk(str(folder))
+    return folder
+
+
 FORMS: dict[str, Callable[[Path], Path]] = {
     "jsonl": lambda folder: jsonl(folder / "rows.jsonl", RECORDS),
     "jsonl.gz": lambda folder: zipped(jsonl(folder / "rows.jsonl", RECORDS)),
+    "json array": lambda folder: as_json(folder / "rows.json"),
+    "json.gz": lambda folder: zipped(as_json(folder / "rows.json")),
+    "json, an object a line": lambda folder: jsonl(folder / "rows.json", RECORDS),
     "csv": lambda folder: as_csv(folder / "rows.csv"),
+    "csv of semicolons": lambda folder: as_csv(folder / "rows.csv", ";"),
+    "csv of tabs": lambda folder: as_csv(folder / "rows.csv", "\t"),
+    "csv of bars": lambda folder: as_csv(folder / "rows.csv", "|"),
+    "tsv": lambda folder: as_csv(folder / "rows.tsv", "\t"),
     "csv.gz": lambda folder: zipped(as_csv(folder / "rows.csv")),
     "parquet": lambda folder: as_parquet(folder / "rows.parquet"),
     "folder": a_folder,
+    "save_to_disk": saved,
 }
 
 
@@ -87,6 +107,29 @@ def test_a_hub_dataset_on_disk_is_read_as_it_comes(tmp_path: Path) -> None:
     assert [record["id"] for _, record in read_records(f"hf://{tmp_path}/test")] == ["r3", "r4"]
     with pytest.raises(DataError, match=r"hf://.*nosplit: it cannot be read"):
         list(read_records(f"hf://{tmp_path}/nosplit"))
+
+
+def test_a_saved_dataset_dict_is_read_by_split(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {"train": datasets.Dataset.from_list(RECORDS[:3]), "test": datasets.Dataset.from_list(RECORDS[3:])}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path))
+    assert list(read_records(f"hf://{tmp_path}/train")) == list(enumerate(RECORDS[:3], start=1))
+    for uri in (str(tmp_path), f"hf://{tmp_path}/dev"):
+        with pytest.raises(DataError, match="splits of the folder: train, test"):
+            list(read_records(uri))
+
+
+def test_a_json_file_is_an_array_of_objects(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for text, found in (
+        ("[1]", "row 1: found a number"),
+        ("[{}", "rows.json: it is not JSON"),
+        ("{}x", "row 1: it is"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=found):
+            list(read_records(str(path)))
 
 
 @pytest.mark.parametrize("uri", ["hf://owner/name", "hf://owner", "hf://a/b/c/d/e", "hf://a//train"])
