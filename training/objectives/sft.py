@@ -48,12 +48,12 @@ from graftwork.training.objectives.rows import (
 )
 
 if TYPE_CHECKING:
-    from graftwork.datasets.readers import KeyCheck
+    from graftwork.datasets.keys import KeyCheck
     from graftwork.prompts.template import Template
     from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
     from graftwork.training.spec import TrainSpec
 
-FORM = 2
+FORM = 3
 """Version of the rendered rows; raised when the same rows are rendered differently."""
 
 
@@ -93,19 +93,19 @@ class SftSpec(Spec):
         All rows are read and checked each time; they are rendered once, until something
         changes that decides the outcome.
         """
-        uri, limit = data_of(spec, part)
+        source, limit = data_of(spec, part)
         answers = self.answers if part == "eval" else None
         names = answers.by if answers is not None else ()
 
         keys, contents = key_check("train", names), array("q")
-        checked = iter_rows(uri, limit=limit, need="train", keys=keys)
+        checked = iter_rows(source, limit=limit, need="train", keys=keys)
         fingerprint = data_fingerprint(noted(checked, contents))
         prompt, shots = read_prompt(spec, part)
         warnings = (*keys.note(f"data.{part}"), *shots)
         seed = spec.seed if part == "train" else spec.seed + 1
 
         def fill(writer: RowWriter) -> dict[str, Any]:
-            rows = iter_rows(uri, limit=limit, need="train", keys=key_check("train", names))
+            rows = iter_rows(source, limit=limit, need="train", keys=key_check("train", names))
             return self._render(spec, template, prompt, rows, seed, writer)
 
         passages = passage_keys()
@@ -117,10 +117,22 @@ class SftSpec(Spec):
             raise nothing_left(spec, part, about["dropped"])
         notes = passages_left_out(spec, about["left_out"]) if about["left_out"] else ()
         if answers is not None:
-            groups = groups_of(read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
-            return ReadPart(answered(found, groups), about["dropped"], fingerprint, notes, (), warnings, contents)
-        packs, packing = pack_rows(found, self.packing, spec.max_length)
-        return ReadPart(packs, about["dropped"], fingerprint, (*notes, *packing), (), warnings, contents)
+            numbers = about["numbers"] or range(1, len(found) + 1)
+            groups = groups_of(read_fields(source, names, limit=limit), numbers) if names else ()
+            rows: Rows = answered(found, groups)
+        else:
+            rows, packing = pack_rows(found, self.packing, spec.max_length)
+            notes = (*notes, *packing)
+        return ReadPart(
+            rows,
+            about["dropped"],
+            fingerprint,
+            notes,
+            warnings=warnings,
+            contents=contents,
+            keys=keys,
+            numbers=tuple(about["numbers"]),
+        )
 
     def _render(
         self,
@@ -133,7 +145,7 @@ class SftSpec(Spec):
     ) -> dict[str, Any]:
         """Every row that fits to the writer; the note `about` it: `too_long` names the first as (number, id, tokens).
 
-        Where answers are generated, `numbers` has the number (from 1) of the row that each written one came from.
+        `numbers` has the number (from 1) of the row that each written one came from; empty where each gave one.
         """
         context = spec.data.context
         draw = retrieval.training_context(context, seed) if context else None
@@ -148,10 +160,12 @@ class SftSpec(Spec):
                 rendered = render(messages, template, prompt=prompt, context=passages, generate=False)
                 if len(rendered.ids) <= spec.max_length:
                     writer.add(rendered.ids, rendered.loss_mask)
-                    numbers += [number] if self.answers is not None else []
+                    numbers.append(number)
                     continue
                 dropped += 1
                 first = first or [(number, row.id, len(rendered.ids))]
+        one_each = numbers == list(range(1, len(numbers) + 1))
+        numbers = [] if one_each and not dropped else numbers
         return {"dropped": dropped, "left_out": left_out, "too_long": first, "numbers": numbers}
 
     def _key(
@@ -172,7 +186,6 @@ class SftSpec(Spec):
             "prompt": asdict(prompt),
             "max_length": spec.max_length,
             "context": context,
-            "numbered": self.answers is not None,
         }
         return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
 
