@@ -92,6 +92,11 @@ class StrategySpec(Spec):
                 f"quant.dtype=float32 can't take effect with strategy.kind={kind} on GPUs: DeepSpeed computes in bf16 "
                 "and steps fp32 copies. Set quant.dtype=auto, or strategy.kind=ddp"
             )
+        if kind in ("fsdp2", "zero3") and quant.method.keeps_checkpoint:
+            raise ValueError(
+                f"quant.kind={quant.kind} can't go with strategy.kind={kind}: the packed weights of a checkpoint are "
+                "not sharded. Set strategy.kind=zero2, or quant.kind=nf4 with strategy.kind=fsdp2"
+            )
         if kind == "fsdp2" and not quant.method.shards_in_fsdp2:
             raise ValueError(
                 f"quant.kind={quant.kind} can't go with strategy.kind=fsdp2: sharding takes bitsandbytes' scales "

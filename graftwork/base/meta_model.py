@@ -21,6 +21,7 @@ from graftwork.adapters.lora import LoraSpec
 from graftwork.base.load import attention_of
 from graftwork.base.model_shape import BaseFacts, Linear, ModelShape, Targets
 from graftwork.errors import BaseModelError, GraftworkError
+from graftwork.prequantized.detect import find_format
 from graftwork.quantization import import_bitsandbytes
 
 ATTACH = ("graftwork.training.adapters.attach", "attach")
@@ -71,7 +72,7 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
         except Exception as error:  # PEFT on a model of any architecture
             adapted[which], routed[which], unattached[which] = (), (), _first_line(error)
     grouped = _group_linears((name, *_sizes(model.get_submodule(name))) for name in linears(model))
-    shape = _shape(model, config, grouped, adapted)
+    shape = _packed_shape(model, config, _shape(model, config, grouped, adapted))
     unserved, kv = _serving_facts(build(config))
     if kv:  # as the attention is called with them; a config need not name them
         shape = replace(shape, kv_values=sum(2 * layer.heads * layer.head_dim for layer in kv))
@@ -124,6 +125,20 @@ def _shape(
         adapted=adapted,
         kv_values=2 * layers * kv_heads * head_dim,
         file_bytes=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
+    )
+
+
+def _packed_shape(model: Any, config: Mapping[str, Any], shape: ModelShape) -> ModelShape:
+    """The sizes with those of the linears that a quantised checkpoint packs, and of its dequantised file."""
+    packed = find_format(config)
+    if packed is None:
+        return shape
+    sizes = [_sizes(model.get_submodule(name)) for name in linears(model) if packed.packs(name)]
+    return replace(
+        shape,
+        file_bytes=4,  # fp32 on most CPUs: the dtype of compute
+        packed_params=sum(inputs * outputs for inputs, outputs in sizes),
+        packed_bytes=sum(packed.packed_bytes(inputs, outputs) for inputs, outputs in sizes),
     )
 
 

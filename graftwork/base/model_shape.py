@@ -17,7 +17,7 @@ from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 5
+FORMAT = 6
 """Of a cached entry; raise it when the fields below or the way of counting change."""
 
 
@@ -63,6 +63,10 @@ class ModelShape:
     """Values that one token leaves as keys and values in all layers."""
     file_bytes: int = 2
     """Bytes of a weight in the checkpoint's file."""
+    packed_params: int = 0
+    """Weights of the linears that a quantised checkpoint packs."""
+    packed_bytes: int = 0
+    """Bytes of those in the checkpoint, scales included."""
     unplanned: str = ""
     """The reason for which no formula predicts the activations of a training step; empty where one does."""
 
