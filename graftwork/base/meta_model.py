@@ -75,7 +75,7 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
     unserved, kv = _serving_facts(build(config))
     if kv:  # as the attention is called with them; a config need not name them
         shape = replace(shape, kv_values=sum(2 * layer.heads * layer.head_dim for layer in kv))
-    if len(set(kv)) == 1:
+    if len(set(kv)) == 1 and not hasattr(model.config.get_text_config(), "kv_lora_rank"):  # of MLA: keys of two parts
         shape = replace(shape, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
     decoder = {id(module) for module in model.get_decoder().modules()}
     outside = [name for name in linears(model) if id(model.get_submodule(name)) not in decoder]

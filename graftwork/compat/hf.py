@@ -55,7 +55,7 @@ def keep_targets() -> Iterator[None]:
     from peft.utils import transformers_weight_conversion as conversion
 
     own = conversion.convert_peft_config_for_transformers
-    conversion.convert_peft_config_for_transformers = lambda *args, **keys: None
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     try:
         yield
     finally:

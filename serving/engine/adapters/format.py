@@ -136,7 +136,7 @@ class AdapterWeights:
     @property
     def rank(self) -> int:
         """Largest LoRA rank, or bottleneck, over its linears and experts; 0 without either."""
-        sizes = [site.rank for site in (*self.linears.values(), *self.experts.values())]
+        sizes = [site.rank for site in self.linears.values()] + [one.rank for one in self.experts.values()]
         return max([*sizes, *(len(site.down_RO) for site in self.bottlenecks.values())], default=0)
 
 

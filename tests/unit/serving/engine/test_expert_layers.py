@@ -1,4 +1,4 @@
-"""Mixture-of-experts bases, tiny and random: greedy tokens of a mixed batch equal PEFT's, adapters of experts included."""
+"""Tiny mixture-of-experts bases: greedy tokens of a batch with base rows and adapters of experts equal PEFT's."""
 
 import json
 import random
