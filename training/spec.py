@@ -173,6 +173,8 @@ class TrainSpec(Spec):
         del fields["optim"]["micro_batch"], fields["optim"]["gradient_checkpointing"], fields["quant"]["resident"]
         if not self.optim.factors:
             del fields["optim"]["factors"]
+        if not fields["adapter"].get("experts", True):
+            del fields["adapter"]["experts"]
         fields["objective"].pop("teacher", None)  # pinned with the rows, by content
         return {**fields, "device": "cuda" if self.gpus else "cpu"}
 
