@@ -1,12 +1,13 @@
 """Datasets: rows of conversations and passages of a corpus, checked row by row."""
 
+import dataclasses
 import difflib
 import hashlib
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -26,7 +27,7 @@ from graftwork.datasets.readers import (
     require_new,
 )
 from graftwork.errors import DataError
-from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
+from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, Tool
 from graftwork.storage.store import read_uri
 
 Need = Literal["train", "eval", "prompt"]
@@ -87,6 +88,10 @@ class DatasetRow:
     doc_id: str | None = None
     gold: Mapping[str, Any] | None = None
     given_fields: tuple[str, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    """Functions that the assistant may call."""
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template, over those of the spec."""
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -223,8 +228,38 @@ def fingerprint(rows: Iterable[DatasetRow]) -> str:
     """sha256 hex over the canonical rows, in order: equal rows, equal fingerprint, however they were written."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(canonical_json(asdict(row)).encode() + b"\n")
+        digest.update(canonical_json(_identifying(row)).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _identifying(row: DatasetRow) -> dict[str, Any]:
+    """Fields of a row that decide its fingerprint. The order of keys in functions and arguments decides the text."""
+    found: dict[str, Any] = {
+        "id": row.id,
+        "messages": [_identifying_turn(message) for message in row.messages],
+        "doc_id": row.doc_id,
+        "gold": row.gold,
+        "given_fields": row.given_fields,
+    }
+    if row.tools:
+        found["tools"] = [json.dumps(tool) for tool in row.tools]
+    if row.template_kwargs:
+        found["template_kwargs"] = json.dumps(dict(row.template_kwargs))
+    return found
+
+
+def _identifying_turn(message: Message) -> dict[str, Any]:
+    found = {
+        name: getattr(message, name)
+        for name, default in _TURN_DEFAULTS.items()
+        if default is dataclasses.MISSING or getattr(message, name) != default
+    }
+    if message.tool_calls:
+        found["tool_calls"] = [[call.name, json.dumps(call.arguments), call.id] for call in message.tool_calls]
+    return found
+
+
+_TURN_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Message)}
 
 
 def resolve_prompt(spec: PromptSpec, keys: KeyCheck | None = None) -> Prompt:

@@ -7,7 +7,8 @@ comes from people or passages can never become a control token.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from types import MappingProxyType
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,7 +18,11 @@ from graftwork.prompts.template import Template, Turn
 
 _CITATION = re.compile(r"\[(\d{1,4})\]")
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Thinking = Literal["keep", "mask", "drop"]
+"""Reasoning of an answer: learned as the template writes it, in the text without loss, or left out of the text."""
+Tool = Mapping[str, Any]
+"""A function in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
 
 class PromptSpec(Spec):
@@ -44,11 +49,32 @@ class PromptSpec(Spec):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One function call of an assistant turn."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    """JSON object."""
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn."""
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    """Of a turn of role tool: the call that it answers."""
+    name: str | None = None
+    """Of a turn of role tool: the function. Else the name of the speaker, where the template reads one."""
+    reasoning: str | None = None
+    """Text before the answer, apart from it (`reasoning_content`)."""
+    trained: bool = True
+    """False: no loss on this turn (OpenAI's `weight: 0`)."""
+    thinking: Thinking | None = None
+    """Of this turn; None takes the dataset's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +105,7 @@ class Rendered:
 
 
 _NO_PROMPT = Prompt()
+_NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def render(
@@ -87,6 +114,9 @@ def render(
     *,
     prompt: Prompt = _NO_PROMPT,
     context: Sequence[Passage] = (),
+    tools: Sequence[Tool] = (),
+    template_kwargs: Mapping[str, Any] = _NO_KWARGS,
+    thinking: Thinking = "keep",
     generate: bool,
 ) -> Rendered:
     """Return the conversation as ids: a prompt that asks for an answer (`generate`), or a row to train on.
@@ -96,6 +126,8 @@ def render(
     A system turn in `messages` wins over the prompt's. Raises DataError (turns out of order), BaseModelError
     (untrainable template).
     """
+    if tools or template_kwargs or thinking != "keep":
+        raise DataError("conversation", "tools, template variables and thinking are not rendered yet")
     turns, first_own = _assemble(messages, prompt, context)
     if turns[-1][0] != ("user" if generate else "assistant"):
         wanted = "the user's turn, to be answered" if generate else "the assistant's turn, to be learned"
