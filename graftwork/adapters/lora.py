@@ -3,21 +3,13 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from graftwork.adapters.kind import (
-    ATTENTION_WORDS,
-    FP32,
-    MLP_WORDS,
-    AdapterKind,
-    Shape,
-    ValueBytes,
-    linears,
-    text_linears,
-    within,
-)
+from graftwork.adapters.experts import adaptable_linears, expert_targets, expert_weights, is_stacked, split_targets
+from graftwork.adapters.kind import ATTENTION_WORDS, FP32, MLP_WORDS, AdapterKind, Shape, ValueBytes, linears, within
+from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -53,11 +45,20 @@ class LoraSpec(AdapterKind):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     targets: Targets = "all-linear"
-    """Linear layers that get an adapter; the head never does."""
+    """Linear layers that get an adapter; the head and a router of experts never do."""
+    experts: bool = False
+    """Adapt the fused experts of a mixture-of-experts base too, each expert by an adapter of its own."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank): steady at high ranks (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
     """Train the magnitude of each output in addition to its direction (DoRA, arXiv 2402.09353)."""
+
+    @model_validator(mode="after")
+    def _experts_take_plain_lora(self) -> Self:
+        """PEFT 0.21 adds a LoRA of experts to their weights, so it cannot drop their inputs or scale their results."""
+        if self.experts and (self.dropout or self.dora):
+            raise ValueError(f"{'dora' if self.dora else 'dropout'} cannot take effect with experts=true: leave it out")
+        return self
 
     @property
     def input_dropout(self) -> float:
@@ -69,11 +70,11 @@ class LoraSpec(AdapterKind):
 
     @property
     def adds_up(self) -> bool:
-        return not self.dora
+        return not (self.dora or self.experts)
 
     def describe(self) -> str:
         """Return the adapter in a few words."""
-        return f"{'rs' * self.rslora}LoRA{' with DoRA' * self.dora} r{self.rank}"
+        return f"{'rs' * self.rslora}LoRA{' with DoRA' * self.dora} r{self.rank}{' with experts' * self.experts}"
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
@@ -85,6 +86,9 @@ class LoraSpec(AdapterKind):
             raise ValueError(f"lora_alpha={alpha!r} is no positive number")
         if not isinstance(config.get("rank_pattern") or {}, dict):
             raise ValueError("rank_pattern is no mapping")
+        parameters = config.get("target_parameters") or []
+        if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+            raise ValueError("target_parameters is no list of names")
 
     @classmethod
     def tensor_problems(cls, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Iterator[str]:
@@ -104,25 +108,54 @@ class LoraSpec(AdapterKind):
             named = (rank for pattern, rank in patterns if module == pattern or module.endswith("." + pattern))
             rank = next(named, config["r"])
             a, b = pair["A"], pair["B"]
-            if len(a) < 2 or len(b) < 2 or a[0] != rank or b[1] != rank:
+            pair_fits = len(a) > 1 and len(b) > 1 and a[0] == b[1]
+            if is_stacked(module, config.get("target_parameters") or ()):
+                if not pair_fits or not a[0] or a[0] % rank:
+                    yield f"{module} has lora_A {list(a)} and lora_B {list(b)}, no multiple of rank {rank}"
+            elif not pair_fits or a[0] != rank:
                 yield f"{module} has lora_A {list(a)} and lora_B {list(b)}, the config says rank {rank}"
 
     def peft_config(self, model: Any) -> "LoraConfig":
         """Return PEFT's LoRA, rsLoRA or DoRA. Raises ConfigError where the model has no such layer."""
         from peft import LoraConfig
 
-        words = ATTENTION_WORDS if self.targets == "attention" else MLP_WORDS
-        text, some = text_linears(model), self.targets != "all-linear"
-        every = "all-linear" if len(text) == len(linears(model)) else text
+        modules, parameters = self._targets_of(model)
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=within(f"adapter.targets={self.targets}", words, model) if some else every,
+            target_modules=modules,
+            target_parameters=parameters or None,
             use_rslora=self.rslora,
             use_dora=self.dora,
             task_type="CAUSAL_LM",
         )
+
+    def _targets_of(self, model: Any) -> tuple[list[str] | str, list[str]]:
+        """PEFT's `target_modules` and `target_parameters`. Raises ConfigError."""
+        asked = f"adapter.targets={self.targets}"
+        words = {"attention": ATTENTION_WORDS, "mlp": MLP_WORDS, "all-linear": ("",)}[self.targets]
+        experts = expert_targets("adapter.experts=true", model) if self.experts else []
+        allowed = adaptable_linears(model)
+        if not expert_weights(model) and len(allowed) == len(linears(model)):
+            return ("all-linear" if self.targets == "all-linear" else within(asked, words, model)), []
+        found = [name for name in allowed if any(word in name.lower() for word in words)]
+        if not found and not experts:
+            raise ConfigError(
+                asked,
+                f"the only weights of {type(model).__name__} there are experts and routers",
+                "a LoRA is put on experts with adapter.experts, and never on a router",
+                "set adapter.experts=true, or adapter.targets=attention",
+            )
+        modules, parameters = split_targets(model, found)
+        if parameters and self.dora:
+            raise ConfigError(
+                "adapter.dora=true",
+                f"PEFT reads an adapter of {parameters[0].removesuffix('.weight')} as one of a parameter, without DoRA",
+                "DoRA adapts linear layers that PEFT targets by name",
+                "set adapter.targets=attention, or adapter.dora=false",
+            )
+        return modules, experts + parameters
 
     def trained_params(self, model: "ModelShape") -> int:
         """Return the values of A, B and DoRA's magnitudes."""

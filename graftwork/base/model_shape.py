@@ -17,7 +17,7 @@ from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 6
+FORMAT = 8
 """Of a cached entry; raise it when the way of counting changes. The names of the fields below are part of its key."""
 
 
@@ -64,6 +64,14 @@ class ModelShape:
     """Values that one token leaves as keys and values in all layers."""
     file_bytes: int = 2
     """Bytes of a weight in the checkpoint's file."""
+    packed_params: int = 0
+    """Weights of the linears that a quantised checkpoint packs."""
+    packed_bytes: int = 0
+    """Bytes of those in the checkpoint, scales included."""
+    experts: tuple[Linear, ...] = ()
+    """Matrices of experts in parameters of three dimensions, one layer an expert; no part of `linears`."""
+    active_experts: float = 1.0
+    """Share of them that one token passes: experts per token over experts."""
     unplanned: str = ""
     """The reason for which no formula predicts the activations of a training step; empty where one does."""
 
@@ -112,8 +120,23 @@ class ModelShape:
 
     @property
     def linear_params(self) -> int:
-        """Weights of the linears: the weights that are quantised, and the N of the FLOP count."""
+        """Weights of the linears, which are quantised."""
         return sum(x.count * x.params for x in self.linears)
+
+    @property
+    def expert_params(self) -> int:
+        """Weights of all experts."""
+        return sum(x.count * x.params for x in self.experts)
+
+    @property
+    def active_linear_params(self) -> int:
+        """Weights that one token is multiplied with, the head left out: the N of the FLOP count."""
+        return self.linear_params + round(self.expert_params * self.active_experts)
+
+    @property
+    def active_params(self) -> int:
+        """Parameters of the model without the experts that one token does not pass."""
+        return self.params - round(self.expert_params * (1 - self.active_experts))
 
     @property
     def head_params(self) -> int:
@@ -124,9 +147,10 @@ class ModelShape:
         """Embedding, head, norms, biases, experts: never quantised."""
         return self.params - self.linear_params
 
-    def adapter_params(self, rank: int, which: Targets = "all-linear") -> int:
-        """A (r x in) and B (out x r) of each target."""
-        return sum(x.count * rank * (x.inputs + x.outputs) for x in self.adapted[which])
+    def adapter_params(self, rank: int, which: Targets = "all-linear", *, experts: bool = False) -> int:
+        """A (r x in) and B (out x r) of each target, and of each expert where they are adapted."""
+        targets = (*self.adapted[which], *(self.experts if experts else ()))
+        return sum(x.count * rank * (x.inputs + x.outputs) for x in targets)
 
 
 HOW_UNPLANNED = (
@@ -145,10 +169,10 @@ class BaseFacts:
     model_class: str
     attention: Literal["sdpa", "eager"]
     """The attention of transformers that training uses."""
-    expert_params: int
-    """Weights in 3-D parameters of experts, which are no linear layers."""
-    routed: Mapping[Targets, tuple[str, ...]]
-    """Experts and routers that get a LoRA, by `adapter.targets`."""
+    fixed: tuple[str, ...]
+    """Linear layers without an adapter: routers, and experts that are linear layers."""
+    unadapted_experts: str
+    """The reason for which no LoRA of experts is trained and served; empty where one is, and for a dense base."""
     recurrent: bool
     """Some layers carry a state from token to token besides keys and values."""
     transposed: bool

@@ -12,11 +12,20 @@ from typing import Any, Literal, Protocol, cast
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
+from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
 Stage = Literal["plan", "train", "pack", "serve", "serve adapters"] | QuantKind
-STAGES: tuple[Stage, ...] = ("plan", *METHODS, "train", "pack", "serve", "serve adapters")
-"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving."""
+STAGES: tuple[Stage, ...] = (
+    "plan",
+    *(kind for kind, method in METHODS.items() if not method.keeps_checkpoint),
+    "train",
+    "pack",
+    "serve",
+    "serve adapters",
+)
+"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving. A quantised checkpoint has
+one more, `checkpoint`."""
 
 
 class AdapterKeys(Protocol):
@@ -48,6 +57,7 @@ class Support:
 
 
 UNPACKED = "--set quant.kind=none"
+ADAPT_EXPERTS = "--set adapter.experts=true"
 
 
 @dataclass(frozen=True)
@@ -61,16 +71,22 @@ class BaseSupport:
     """Training a LoRA, by `adapter.targets`."""
     train_packed: Support = Support()
     """Training on quantised weights."""
+    packed: str = ""
+    """Format of a quantised checkpoint; empty where its weights are plain."""
+    experts: Support = Support()
+    """Training a LoRA on experts (`adapter.experts`)."""
     train_full: Support = Support()
     """Training of all weights."""
 
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
-        known = ", ".join(stage for stage in STAGES if not self.stages[stage].reason)
+        stages: tuple[Stage, ...] = (*STAGES, "checkpoint") if self.packed else STAGES
+        known = ", ".join(stage for stage in stages if not self.stages[stage].reason)
         reasons = "".join(
-            f"; not {stage}: {self.stages[stage].reason}" for stage in STAGES if self.stages[stage].reason
+            f"; not {stage}: {self.stages[stage].reason}" for stage in stages if self.stages[stage].reason
         )
-        return f"base {self.model_type} ({self.model_class}) supports {known}{reasons}"
+        form = f" packed as {self.packed}" if self.packed else ""
+        return f"base {self.model_type} ({self.model_class}){form} supports {known}{reasons}"
 
     def require(self, stage: Stage | Support, asked: str) -> None:
         """Raise BaseModelError where the stage does not support the base. `asked`: key and value that ask for it."""
@@ -88,13 +104,17 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
     """Return the stages that support the base with this config.json. Raises BaseModelError as `facts_of` does."""
     facts = facts_of(config)
     quantised = Support()
-    if facts.expert_params:
-        share = facts.shape.linear_params / (facts.shape.linear_params + facts.expert_params)
+    if experts := facts.shape.expert_params:
+        share = facts.shape.linear_params / (facts.shape.linear_params + experts)
         quantised = Support(
             f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
-            f"3-D parameters ({facts.expert_params / 1e9:.3g} billion weights)",
+            f"3-D parameters ({experts / 1e9:.3g} billion weights)",
             UNPACKED,
         )
+    packed_form = find_format(config)
+    kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
+    if not kept.reason and facts.shape.expert_params:
+        kept = Support("its experts are 3-D parameters: kept are linear layers alone", UNPACKED)
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
     full, packed, pack = _training_support(facts)
     train = full
@@ -107,6 +127,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
             **{kind: quantised if method.bits else Support() for kind, method in METHODS.items()},
+            "checkpoint": kept,
             "train": train,
             "pack": pack,
             "serve": serve,
@@ -114,6 +135,8 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         },
         lora,
         packed,
+        packed_form.label if packed_form else "",
+        _experts_support(facts),
         full,
     )
 
@@ -125,8 +148,10 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     if spec.quant.is_packed:
         support.require(support.train_packed, f"quant.kind={spec.quant.kind}")
     support.require(support.train_full if spec.adapter.kind == "full" else "train", f"adapter.kind={spec.adapter.kind}")
-    targets = getattr(spec.adapter, "targets", None)
-    if targets is not None:
+    targets, experts = getattr(spec.adapter, "targets", None), getattr(spec.adapter, "experts", False)
+    if experts:
+        support.require(support.experts, "adapter.experts=true")
+    if targets is not None and not (experts and support.lora[targets].hint == ADAPT_EXPERTS):
         support.require(support.lora[targets], f"adapter.targets={targets}")
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
@@ -140,10 +165,14 @@ def check_serving(spec: Any) -> None:
     """
     from graftwork.base.load import read_config
 
-    engine = getattr(spec, "engine", None)
+    engine, config = getattr(spec, "engine", None), read_config(spec.base)
     if engine is not None and engine.kind != "graftwork":
+        if packed := find_format(config):
+            form = f"{spec.base.uri} is packed as {packed.label}"
+            rule = "vLLM computes a quantised checkpoint with kernels that round activations: other answers"
+            raise BaseModelError(f"engine.kind={engine.kind}", form, rule, "--set engine.kind=graftwork")
         return  # vLLM knows other families; it refuses by itself
-    support = base_support(read_config(spec.base))
+    support = base_support(config)
     if spec.kind == "quantize":
         for precision in spec.precisions:
             found = support.stages[PRECISIONS[precision].kind]
@@ -200,14 +229,21 @@ def mixed_share(*, alone: Any, one: Any, two: Any) -> float:
 
 def _lora_support(facts: BaseFacts, which: Targets) -> Support:
     """Return whether a LoRA on these targets can be trained, published and loaded."""
-    others = (one for one in facts.shape.adapted if not (facts.unattached.get(one) or facts.routed[one]))
+    others = (one for one in facts.shape.adapted if not facts.unattached.get(one) and facts.shape.adapted[one])
     hint = next((f"--set adapter.targets={one}" for one in others), "--set adapter.kind=full --set quant.kind=none")
     if reason := facts.unattached.get(which):
         return Support(f"PEFT cannot attach a LoRA there ({reason})", hint)
-    if routed := facts.routed[which]:
-        named = ", ".join(routed)
-        return Support(f"a LoRA on experts and routers is neither published nor served: {named}", hint)
+    if not facts.shape.adapted[which]:
+        return Support("its weights there are experts and routers", ADAPT_EXPERTS)
     return Support()
+
+
+def _experts_support(facts: BaseFacts) -> Support:
+    """Return whether a LoRA on experts can be trained, published and served."""
+    hint = "leave adapter.experts out"
+    if not facts.shape.experts:
+        return Support("it has no experts in parameters of three dimensions", hint)
+    return Support(facts.unadapted_experts, hint)
 
 
 def _training_support(facts: BaseFacts) -> tuple[Support, Support, Support]:

@@ -125,7 +125,11 @@ class _Check:
         self._try(SERVE, stages["serve"], self._serve)
         self._try(ADAPTERS, stages["serve adapters"], self._serve_adapters)
         for kind, method in METHODS.items():
-            if method.bits:
+            if method.keeps_checkpoint:
+                self._try(
+                    kind, stages[kind], _untested("the copy's weights are plain: `graftwork quantize` measures it")
+                )
+            elif method.bits:
                 self._try(kind, stages[kind], partial(self._quantise, kind), self.support.train_packed.reason)
             else:
                 ran = any(self.found[stage].status == "supported" for stage in (TRAIN, FULL, SERVE))
@@ -226,6 +230,13 @@ class _Check:
 
 class _NotReady(Exception):
     """A stage that needs the result of another one, which has none."""
+
+
+def _untested(reason: str) -> Callable[[], None]:
+    def work() -> None:
+        raise _NotReady(reason)
+
+    return work
 
 
 _ROWS = [

@@ -139,7 +139,10 @@ class Sites:
 
 
 def _inner_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every linear but the output layer, which peft's "all-linear" leaves out too. bitsandbytes' are subclasses."""
+    """Every linear but the output layer, which peft's "all-linear" leaves out too. bitsandbytes' are subclasses.
+
+    So are the routers of some bases with experts (PhiMoE, Llama-4), whose results are the experts of each token.
+    """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     return {name: module for name, module in linears.items() if module is not output}
@@ -150,9 +153,8 @@ def is_linear(module: torch.nn.Module) -> bool:
 
     Subclasses of model families are routers, which return more than one tensor (PhiMoE, Llama-4).
     """
-    return isinstance(module, torch.nn.Linear | Conv1D) and not type(module).__module__.startswith(
-        "transformers.models"
-    )
+    is_router = type(module).__module__.startswith("transformers.models.")
+    return isinstance(module, torch.nn.Linear | Conv1D) and not is_router
 
 
 def _shape_of(module: Any) -> LinearShape:
