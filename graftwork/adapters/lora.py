@@ -128,6 +128,7 @@ class LoraSpec(AdapterKind):
             target_parameters=parameters or None,
             use_rslora=self.rslora,
             use_dora=self.dora,
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
             task_type="CAUSAL_LM",
         )
 
