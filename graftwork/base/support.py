@@ -245,7 +245,7 @@ def _experts_support(facts: BaseFacts) -> Support:
 def _training_support(facts: BaseFacts, lora: Mapping[Targets, Support]) -> tuple[Support, Support, Support]:
     """Training, training on quantised weights, and packing by structure; `require_apart` tries it on the weights."""
     train, packed, pack = Support(), Support(), Support()
-    if facts.router_loss and not facts.shape.experts:
+    if facts.shape.router_loss and not facts.shape.experts:
         reason = "its configuration asks for the loss of a router, and it has no experts"
         train = Support(reason, "take a dense base, or one with experts")
     elif not facts.bodied:
