@@ -137,7 +137,7 @@ class LoraSpec(AdapterKind):
         words = {"attention": ATTENTION_WORDS, "mlp": MLP_WORDS, "all-linear": ("",)}[self.targets]
         experts = expert_targets("adapter.experts=true", model) if self.experts else []
         allowed = adaptable_linears(model)
-        if not expert_weights(model) and len(allowed) == len(linears(model)):
+        if not expert_weights(model) and (self.targets != "all-linear" or len(allowed) == len(linears(model))):
             return ("all-linear" if self.targets == "all-linear" else within(asked, words, model)), []
         found = [name for name in allowed if any(word in name.lower() for word in words)]
         if not found and not experts:

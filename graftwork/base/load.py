@@ -184,6 +184,8 @@ def load(
         dequantise_linears(model)
     elif quant.is_4bit and purpose == "train":
         _keep_differentiable(model)
+    if purpose == "train":
+        complete_for_trl(model)
     model.requires_grad_(False)
     model.eval()
     reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}"
@@ -222,14 +224,14 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
 
     Without a device the weights go where DeepSpeed puts them.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for key, value in overrides.items():
         setattr(config, key, value)
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -239,6 +241,42 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
         use_safetensors=True,
         local_files_only=True,
     )
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that has the model of this configuration with an output head over tokens.
+
+    Checkpoints of images and text whose family has no text-only class (Mistral-Small 3.x) are loaded whole; the stages
+    use their text decoder.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
+def complete_for_trl(model: Any) -> None:
+    """Set what TRL 1.16 reads from every model, and what some classes of transformers 5.24 lack or have wrong.
+
+    The number of experts (`num_local_experts` of PhiMoE and Granite), the place of the decoder below the head
+    (Llama-4), and, of a dense model of a class that may have experts (Granite-4), that no loss of a router is wanted.
+    """
+    text = model.config.get_text_config()
+    if hasattr(text, "output_router_logits"):
+        counts = (getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+        experts = next((count for count in counts if count), 0)
+        if not experts:
+            text.router_aux_loss_coef = 0.0
+        elif not hasattr(text, "num_experts"):
+            text.num_experts = experts
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
 
 
 def attention_of(config: Any) -> Literal["sdpa", "eager"]:

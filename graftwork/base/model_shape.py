@@ -18,7 +18,7 @@ from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 9
+FORMAT = 10
 """Of a cached entry; raise it when the fields below or the way of counting change."""
 
 
@@ -32,7 +32,8 @@ class Linear:
     outputs: int
     count: int
     """Layers of that name in the whole model."""
-    part: Literal["attention", "mlp", "other"]
+    part: Literal["attention", "mlp", "other", "outside"]
+    """`outside`: of the text decoder, in a tower for images or sound."""
 
     @property
     def params(self) -> int:
@@ -111,7 +112,7 @@ class ModelShape:
 
     def match_layers(self, ends: tuple[str, ...]) -> tuple[Linear, ...]:
         """The linear layers whose path ends in one of the names, as PEFT matches them."""
-        return tuple(x for x in self.linears if any(x.name.endswith(f".{end}") for end in ends))
+        return tuple(x for x in self.linears if x.part != "outside" and any(x.name.endswith(f".{end}") for end in ends))
 
     def read(self, which: Targets) -> int:
         """Values of one token and block that the targets read, each once; the attention's own output is left out."""
@@ -220,8 +221,6 @@ class BaseFacts:
     """The reason for which no LoRA of experts is trained and served; empty where one is, and for a dense base."""
     recurrent: bool
     """Some layers carry a state from token to token besides keys and values."""
-    outside: tuple[str, ...]
-    """Linear layers outside of the text decoder: towers for images and sound."""
     transposed: bool
     """The linears store [in, out], as GPT-2's do."""
     packs: bool

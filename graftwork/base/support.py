@@ -19,21 +19,11 @@ STAGES: tuple[Stage, ...] = ("plan", *METHODS, "train", "pack", "serve", "serve 
 """`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving."""
 
 
-class StrategyKeys(Protocol):
-    """Key of `strategy` that a base can rule out."""
-
-    @property
-    def kind(self) -> str: ...
-
-
 class AdapterKeys(Protocol):
     """Properties of `adapter` that a base can rule out."""
 
     @property
     def kind(self) -> str: ...
-
-    @property
-    def virtual_tokens(self) -> int: ...
 
 
 class TrainingRun(Protocol):
@@ -47,12 +37,6 @@ class TrainingRun(Protocol):
 
     @property
     def objective(self) -> object: ...
-
-    @property
-    def strategy(self) -> StrategyKeys: ...
-
-    @property
-    def num_workers(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -76,12 +60,12 @@ class BaseSupport:
     stages: Mapping[Stage, Support]
     lora: Mapping[Targets, Support] = field(default_factory=dict)
     """Training a LoRA, by `adapter.targets`."""
-    outside: tuple[str, ...] = ()
-    """Linear layers outside of the text decoder."""
     train_packed: Support = Support()
     """Training on quantised weights."""
     experts: Support = Support()
     """Training a LoRA on experts (`adapter.experts`)."""
+    train_full: Support = Support()
+    """Training of all weights."""
 
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
@@ -115,7 +99,10 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
             UNPACKED,
         )
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
-    train, packed, pack = _training_support(facts, lora)
+    full, packed, pack = _training_support(facts)
+    train = full
+    if not full.reason and all(one.reason for one in lora.values()):
+        train = Support(lora["all-linear"].reason, "--set adapter.kind=full --set quant.kind=none")
     serve, serve_adapters = _serving_support(facts)
     return BaseSupport(
         facts.model_type,
@@ -129,9 +116,9 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
             "serve adapters": serve_adapters,
         },
         lora,
-        facts.outside,
         packed,
         _experts_support(facts),
+        full,
     )
 
 
@@ -141,7 +128,7 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
     if spec.quant.is_packed:
         support.require(support.train_packed, f"quant.kind={spec.quant.kind}")
-    support.require("train", f"adapter.kind={spec.adapter.kind}")
+    support.require(support.train_full if spec.adapter.kind == "full" else "train", f"adapter.kind={spec.adapter.kind}")
     targets, experts = getattr(spec.adapter, "targets", None), getattr(spec.adapter, "experts", False)
     if experts:
         support.require(support.experts, "adapter.experts=true")
@@ -149,12 +136,6 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
         support.require(support.lora[targets], f"adapter.targets={targets}")
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
-    if support.outside and not spec.adapter.virtual_tokens and spec.strategy.kind == "ddp" and spec.num_workers > 1:
-        unused = Support(
-            f"text gives no gradient to {support.outside[0]}, and DDP waits for one of every trained weight",
-            "--set num_workers=1",
-        )
-        support.require(unused, f"num_workers={spec.num_workers} with strategy.kind=ddp")
     return support
 
 
@@ -242,16 +223,11 @@ def _experts_support(facts: BaseFacts) -> Support:
     return Support(facts.unadapted_experts, hint)
 
 
-def _training_support(facts: BaseFacts, lora: Mapping[Targets, Support]) -> tuple[Support, Support, Support]:
-    """Training, training on quantised weights, and packing by structure; `require_apart` tries it on the weights."""
+def _training_support(facts: BaseFacts) -> tuple[Support, Support, Support]:
+    """Training of all weights, training on quantised ones, and packing; `require_apart` tries it on the weights."""
     train, packed, pack = Support(), Support(), Support()
-    if facts.shape.router_loss and not facts.shape.experts:
-        reason = "its configuration asks for the loss of a router, and it has no experts"
-        train = Support(reason, "take a dense base, or one with experts")
-    elif not facts.bodied:
+    if not facts.bodied:
         train = Support("TRL's losses find no decoder below its output head (base_model_prefix)", "take another base")
-    elif all(support.reason for support in lora.values()):
-        train = Support(lora["all-linear"].reason, "take another base")
     if facts.reads_weights:
         packed = Support(f"its code uses the weights of linear layers by itself ({facts.reads_weights})", UNPACKED)
     if facts.recurrent:
@@ -262,12 +238,9 @@ def _training_support(facts: BaseFacts, lora: Mapping[Targets, Support]) -> tupl
 
 
 def _serving_support(facts: BaseFacts) -> tuple[Support, Support]:
-    """Serving, and serving of adapters."""
+    """Return the support of serving, and that of serving adapters."""
     reason = "recurrent layers carry a state that the engine does not keep" if facts.recurrent else facts.unserved
     if reason:
         serve = Support(reason, "serve it with engine.kind=vllm on a GPU, or take another base")
         return serve, serve
-    if facts.transposed:
-        reason = "its linear layers store [in, out] (fan_in_fan_out), and the engine adapts [out, in]"
-        return Support(), Support(reason, "serve the base without adapters")
     return Support(), Support()

@@ -245,7 +245,11 @@ def trainer_on(setting: TrainerContext, kind: type[Any]) -> Any:
     from graftwork.training.objectives.trainer import arguments
 
     prepared = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    return kind(args=SFTConfig(**arguments(setting), **prepared), **setting.trainer_arguments())
+    trainer = kind(args=SFTConfig(**arguments(setting), **prepared), **setting.trainer_arguments())
+    # Losses here and TRL's fused head are means over the step's tokens. Some models of images and text deny it of their
+    # own loss (`accepts_loss_kwargs`, Gemma-4), for which transformers 5.24 takes the mean over passes.
+    trainer.model_accepts_loss_kwargs = True
+    return trainer
 
 
 def held_out_loss(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> float:

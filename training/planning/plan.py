@@ -124,7 +124,8 @@ def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: fl
 
 def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
     """The held-out loss over `rows`, shared among a run's workers: forward passes alone."""
-    flops = rows.count * (rows.mean * PADDING * 2 * model.active_linear_params + rows.mean_trained * 2 * model.head_params)
+    each = rows.mean * PADDING * 2 * model.active_linear_params + rows.mean_trained * 2 * model.head_params
+    flops = rows.count * each
     if machine.gpu is not None:
         return flops / spec.num_workers / (machine.gpu.tflops * 1e12 * GPU_LORA)
     return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
