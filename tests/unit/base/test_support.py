@@ -124,9 +124,7 @@ def test_a_sweep_refuses_a_base_for_any_of_its_trials(folders: dict[str, str], r
     refused(error, "experts and routers", "--set adapter.experts=true")
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"), [("falcon_h1", "recurrent layers"), ("llama4_text", "layers of type chunked_attention")]
-)
+@pytest.mark.parametrize(("kind", "reason"), [("falcon_h1", "recurrent layers")])
 def test_every_stage_that_serves_refuses_what_the_engine_cannot(
     folders: dict[str, str], rows: str, tmp_path: Path, kind: str, reason: str
 ) -> None:
