@@ -88,7 +88,7 @@ def _shapes(module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def adaptable_linears(model: Any) -> list[str]:
-    """Full names of the linear layers of the text decoder that a LoRA is put on: all but routers and experts.
+    """Full names of the decoder's linear layers that a LoRA is put on: all but routers, and experts that are linears.
 
     A router that is adapted by accident moves tokens to other experts; PEFT's "all-linear" takes it.
     """

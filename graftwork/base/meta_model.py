@@ -22,6 +22,7 @@ from graftwork.adapters.lora import LoraSpec
 from graftwork.base.load import attention_of, auto_class, complete_for_trl
 from graftwork.base.model_shape import MLP_OUTPUTS, BaseFacts, Linear, ModelShape, Targets
 from graftwork.errors import BaseModelError, GraftworkError
+from graftwork.prequantized.detect import find_format
 from graftwork.quantization import import_bitsandbytes
 
 ATTACH = ("graftwork.training.adapters.attach", "attach")
@@ -87,7 +88,7 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
             outside=not inside,
         )
     )
-    shape = _shape(model, config, grouped, adapted)
+    shape = _packed_shape(model, config, _shape(model, config, grouped, adapted))
     unserved, kv = _serving_facts(build(config))
     if kv:  # as the attention is called with them; a config need not name them
         shape = replace(shape, kv_values=sum(2 * layer.heads * layer.head_dim for layer in kv))
@@ -143,6 +144,20 @@ def _shape(
         num_experts=found[0].experts if found else 1,
         experts_per_token=_top_k(model, found[0].module) if found else 1,
         router_loss=hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0,
+    )
+
+
+def _packed_shape(model: Any, config: Mapping[str, Any], shape: ModelShape) -> ModelShape:
+    """The sizes with those of the linears that a quantised checkpoint packs, and of its dequantised file."""
+    packed = find_format(config)
+    if packed is None:
+        return shape
+    sizes = [_sizes(model.get_submodule(name)) for name in linears(model) if packed.packs(name)]
+    return replace(
+        shape,
+        file_bytes=4,  # fp32 on most CPUs: the dtype of compute
+        packed_params=sum(inputs * outputs for inputs, outputs in sizes),
+        packed_bytes=sum(packed.packed_bytes(inputs, outputs) for inputs, outputs in sizes),
     )
 
 

@@ -12,11 +12,20 @@ from typing import Any, Literal, Protocol, cast
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
+from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
 Stage = Literal["plan", "train", "pack", "serve", "serve adapters"] | QuantKind
-STAGES: tuple[Stage, ...] = ("plan", *METHODS, "train", "pack", "serve", "serve adapters")
-"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving."""
+STAGES: tuple[Stage, ...] = (
+    "plan",
+    *(kind for kind, method in METHODS.items() if not method.keeps_checkpoint),
+    "train",
+    "pack",
+    "serve",
+    "serve adapters",
+)
+"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving. A quantised checkpoint has
+one more, `checkpoint`."""
 
 
 class AdapterKeys(Protocol):
@@ -62,6 +71,8 @@ class BaseSupport:
     """Training a LoRA, by `adapter.targets`."""
     train_packed: Support = Support()
     """Training on quantised weights."""
+    packed: str = ""
+    """Format of a quantised checkpoint; empty where its weights are plain."""
     experts: Support = Support()
     """Training a LoRA on experts (`adapter.experts`)."""
     train_full: Support = Support()
@@ -69,11 +80,13 @@ class BaseSupport:
 
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
-        known = ", ".join(stage for stage in STAGES if not self.stages[stage].reason)
+        stages: tuple[Stage, ...] = (*STAGES, "checkpoint") if self.packed else STAGES
+        known = ", ".join(stage for stage in stages if not self.stages[stage].reason)
         reasons = "".join(
-            f"; not {stage}: {self.stages[stage].reason}" for stage in STAGES if self.stages[stage].reason
+            f"; not {stage}: {self.stages[stage].reason}" for stage in stages if self.stages[stage].reason
         )
-        return f"base {self.model_type} ({self.model_class}) supports {known}{reasons}"
+        form = f" packed as {self.packed}" if self.packed else ""
+        return f"base {self.model_type} ({self.model_class}){form} supports {known}{reasons}"
 
     def require(self, stage: Stage | Support, asked: str) -> None:
         """Raise BaseModelError where the stage does not support the base. `asked`: key and value that ask for it."""
@@ -98,6 +111,10 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
             f"3-D parameters ({experts / 1e9:.3g} billion weights)",
             UNPACKED,
         )
+    packed_form = find_format(config)
+    kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
+    if not kept.reason and facts.shape.expert_params:
+        kept = Support("its experts are 3-D parameters: kept are linear layers alone", UNPACKED)
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
     full, packed, pack = _training_support(facts)
     train = full
@@ -110,6 +127,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
             **{kind: quantised if method.bits else Support() for kind, method in METHODS.items()},
+            "checkpoint": kept,
             "train": train,
             "pack": pack,
             "serve": serve,
@@ -117,6 +135,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         },
         lora,
         packed,
+        packed_form.label if packed_form else "",
         _experts_support(facts),
         full,
     )
@@ -142,14 +161,18 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
 def check_serving(spec: Any) -> None:
     """Check that our engine serves the base of a serve, compare or quantize spec, or a study's.
 
-    Resolves the base. Raises BaseModelError.
+    Reads the base's config. Raises BaseModelError.
     """
-    from graftwork.base.load import resolve
+    from graftwork.base.load import read_config
 
-    engine = getattr(spec, "engine", None)
+    engine, config = getattr(spec, "engine", None), read_config(spec.base)
     if engine is not None and engine.kind != "graftwork":
+        if packed := find_format(config):
+            form = f"{spec.base.uri} is packed as {packed.label}"
+            rule = "vLLM computes a quantised checkpoint with kernels that round activations: other answers"
+            raise BaseModelError(f"engine.kind={engine.kind}", form, rule, "--set engine.kind=graftwork")
         return  # vLLM knows other families; it refuses by itself
-    support = base_support(resolve(spec.base).config)
+    support = base_support(config)
     if spec.kind == "quantize":
         for precision in spec.precisions:
             found = support.stages[PRECISIONS[precision].kind]
@@ -163,13 +186,13 @@ def check_serving(spec: Any) -> None:
 
 def check_local(spec: Spec) -> None:
     """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
-    from graftwork.base.load import resolve
+    from graftwork.base.load import config_file, read_config
 
     kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
-    if base is None or not Path(base.uri).is_dir():
+    if base is None or not (Path(base.uri).is_dir() or config_file(base)):
         return
     if kind == "train":
-        check_training(cast(TrainingRun, spec), resolve(base).config)
+        check_training(cast(TrainingRun, spec), read_config(base))
     elif kind in ("serve", "compare", "quantize"):
         check_serving(spec)
 

@@ -194,7 +194,7 @@ GLM_MOE = {
 def test_the_closed_form_of_experts_is_what_the_real_step_takes(
     config: dict[str, Any], adapter: dict[str, Any], again: bool
 ) -> None:
-    """4 blocks of Qwen3-30B-A3B, Mixtral-8x7B and GLM-4.5-Air, 2 rows of 1,024; the peak less the frozen weights too."""
+    """4 blocks of Qwen3-30B-A3B, Mixtral-8x7B, GLM-4.5-Air, 2 rows of 1,024; the peak less the frozen weights too."""
     asked, rows = spec(2, again=again, quant=PLAIN, adapter=adapter), RowSizes.from_lengths([1024] * 2, [1023] * 2)
     found, shape = replay(asked, config, rows, value_bytes=2), ModelShape.from_config(config)
     assert allocated(asked, config, rows) == pytest.approx(found.peak_bytes, rel=0.02)
