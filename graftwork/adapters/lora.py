@@ -138,7 +138,7 @@ class LoraSpec(AdapterKind):
         words = {"attention": ATTENTION_WORDS, "mlp": MLP_WORDS, "all-linear": ("",)}[self.targets]
         experts = expert_targets("adapter.experts=true", model) if self.experts else []
         allowed = adaptable_linears(model)
-        if not expert_weights(model) and len(allowed) == len(linears(model)):
+        if not expert_weights(model) and (self.targets != "all-linear" or len(allowed) == len(linears(model))):
             return ("all-linear" if self.targets == "all-linear" else within(asked, words, model)), []
         found = [name for name in allowed if any(word in name.lower() for word in words)]
         if not found and not experts:
@@ -161,7 +161,12 @@ class LoraSpec(AdapterKind):
     def trained_params(self, model: "ModelShape") -> int:
         """Return the values of A, B and DoRA's magnitudes."""
         magnitudes = sum(linear.count * linear.outputs for linear in model.adapted[self.targets])
-        return model.adapter_params(self.rank, self.targets) + magnitudes * self.dora
+        return model.adapter_params(self.rank, self.targets, experts=self.experts) + magnitudes * self.dora
+
+    def token_params(self, model: "ModelShape") -> float:
+        """Return A's and B's values, and for adapted experts a third of their weights, whose gradient PEFT computes."""
+        gradients = model.expert_params * model.active_experts / 3 if self.experts else 0.0
+        return model.adapter_params(self.rank, self.targets) + gradients
 
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return the bytes of the targets' inputs, of A's results, of dropout's masks and of DoRA's results."""
@@ -174,10 +179,16 @@ class LoraSpec(AdapterKind):
             saved += model.read(self.targets) * FP32
         if self.dropout > 0:
             saved += inputs * size.dropout_mask
+        if self.experts:  # of their weights with the update, which have gradients
+            saved += model.expert_inputs * size.base
         if self.dora:  # the base's output and the update's, to train the magnitude by
             outputs = sum(linear.count * linear.outputs for linear in targets) / model.layers
             saved += outputs * (size.base + size.computed)
         return saved
+
+    def saved_weights(self, model: "ModelShape") -> float:
+        """Return the experts' weights with the update added, as PEFT multiplies them."""
+        return float(model.expert_params) if self.experts else 0.0
 
     def dropped_inputs(self, model: "ModelShape") -> int:
         """Return the targets' inputs."""
@@ -186,7 +197,12 @@ class LoraSpec(AdapterKind):
         return sum(linear.count * linear.inputs for linear in model.adapted[self.targets])
 
     def weight_flops(self, model: "ModelShape") -> float:
-        """Return the operations of DoRA's norm of the updated weights (PEFT multiplies A and B by the identity)."""
+        """Return the operations of DoRA's norm of the updated weights (PEFT multiplies A and B by the identity).
+
+        Of experts those of the update, which PEFT multiplies out for all of them, and twice as many backwards.
+        """
+        if self.experts:
+            return 3.0 * 2 * self.rank * model.expert_params
         if not self.dora:
             return 0.0
         targets = model.adapted[self.targets]

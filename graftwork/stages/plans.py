@@ -53,7 +53,11 @@ def plan_spec(spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None
         spec = spec.with_({"base.uri": str(file)})
     lines = plan_on(spec, folder, machine)
     base = spec.train.base if isinstance(spec, TuneSpec) else getattr(spec, "base", None)
-    support = () if base is None else (base_support(base_model.read_config(base)).format_line(),)
+    support: tuple[str, ...] = ()
+    if base is not None:
+        config = base_model.read_config(base)
+        experts = ModelShape.from_config(config).describe_experts()
+        support = (base_support(config).format_line(), *((experts,) if experts else ()))
     return [
         replace(line, assumptions=(*line.assumptions, *support), warnings=(*line.warnings, *missing)) for line in lines
     ]
