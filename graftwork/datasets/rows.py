@@ -15,7 +15,7 @@ from graftwork.datasets.examples import Example, content_hash, identity_of, iter
 from graftwork.datasets.formats import Purpose
 from graftwork.datasets.keys import DOCUMENT, KeyCheck
 from graftwork.datasets.readers import kind_of, local_path, no_rows, read_records, require_new
-from graftwork.datasets.sources import MixturePart, RowShape, RowSource
+from graftwork.datasets.sources import MixturePart, RowShape, RowSource, TrainSources
 from graftwork.datasets.turns import require_text
 from graftwork.errors import DataError
 from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, Thinking, Tool
@@ -46,7 +46,7 @@ class ContextSpec(Spec):
 class DataSpec(Spec):
     """Rows to learn from, and held-out rows."""
 
-    train: str | tuple[MixturePart, ...]
+    train: TrainSources
     """Rows: a file or folder (`graftwork.datasets.readers`: JSONL, JSON, CSV, Parquet), local or `s3://`, `recipe://`
     or `hf://`; or several of them, each `{path: ..., weight: ...}`."""
     eval: Annotated[float, Field(gt=0, lt=1)] | str | None = None
