@@ -263,8 +263,10 @@ def resolve_prompt(spec: PromptSpec, keys: KeyCheck | None = None) -> Prompt:
 
     Raises DataError where there are too few, StorageError.
     """
+    tools = tuple(json.loads(text) for text in spec.tools)
+    bare = Prompt(spec.system, (), spec.context_header, spec.citations, tools, spec.chat_template_kwargs)
     if not spec.shots or spec.few_shot_file is None:
-        return Prompt(spec.system, (), spec.context_header, spec.citations)
+        return bare
     rows = read_rows(spec.few_shot_file, limit=spec.shots, need="train", keys=keys)
     if len(rows) < spec.shots:
         raise DataError(
@@ -282,7 +284,7 @@ def resolve_prompt(spec: PromptSpec, keys: KeyCheck | None = None) -> Prompt:
                 "take other rows",
             )
     shots = tuple((row.messages[0], row.messages[1]) for row in rows)
-    return Prompt(spec.system, shots, spec.context_header, spec.citations)
+    return dataclasses.replace(bare, shots=shots)
 
 
 def read_text(uri: str) -> str:
