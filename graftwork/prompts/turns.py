@@ -191,8 +191,12 @@ def answer_behind(
             return text
         if think in extra and close not in extra:
             return prompt + (rest if rest.startswith(close) else f"{reasoning}\n{close}\n\n{rest}")
-        return prompt + rest if not reasoning and extra.endswith((close, ">")) else text
+        return prompt + rest.removeprefix(close) if not reasoning and extra.endswith((close, ">")) else text
     cue = (prompt[len(asked) :] if prompt.startswith(asked) else "") or template.last_control(prompt)
-    other = write([*turns[:-1], {"role": "assistant", "content": "another answer"}], False)
-    at = text.rfind(cue, 0, len(os.path.commonprefix([text, other])))
+    others = (
+        [*turns[:-2], {**turns[-2], "content": "zq"}, turns[-1]],
+        [*turns[:-1], {"role": "assistant", "content": "zq"}],
+    )
+    asked_from, answered_from = (len(os.path.commonprefix([text, write(other, False)])) for other in others)
+    at = text.rfind(cue, asked_from, answered_from)
     return prompt + text[at + len(cue) :] if cue and at >= 0 else text
