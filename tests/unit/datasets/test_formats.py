@@ -211,16 +211,16 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (
         turns(CALLING, USER, ANSWER),
         r"messages\[1\].tool_calls",
-        "the call of now has no result, and turn 2 is the user",
+        r"call of 'now': it has no result: it is followed by messages\[2\] of the user",
     ),
-    (turns(CALLING, ANSWER), r"messages\[1\].tool_calls", "the call of now has no result"),
+    (turns(CALLING, ANSWER), r"messages\[1\].tool_calls", "call of 'now': it has no result"),
     (
         turns({**CALLING, "tool_calls": [CALL, {**CALL, "id": "c2"}]}, RESULT, ANSWER),
         r"messages\[1\].tool_calls",
         "no re",
     ),
-    (turns(RESULT, ANSWER), r"messages\[1\].role", "a result without a call"),
-    (turns(CALLING, RESULT, RESULT, ANSWER), r"messages\[3\].role", "a result without a call"),
+    (turns(RESULT, ANSWER), r"messages\[1\].tool_call_id", "no call before it is without a result"),
+    (turns(CALLING, RESULT, RESULT, ANSWER), r"messages\[3\].tool_call_id", "no call before it is without a result"),
     (turns(CALLING, {**RESULT, "tool_call_id": "c9"}, ANSWER), r"messages\[2\].tool_call_id", "found 'c9'"),
     (
         turns({**ANSWER, "tool_calls": [{"function": {"name": "now", "arguments": "{zone"}}]}),
