@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,27 @@ def test_the_outcomes_are_of_all_three_kinds(tmp_path: Path) -> None:
     assert found["tools"] == found["chat_template_kwargs"] == found["system"] == "used"
     assert found["images"] == found["weight"] == found["label"] == "rejected"
     assert found["parallel_tool_calls"] == found["prompt"] == found["channel"] == "ignored"
+
+
+def test_the_examples_of_the_guide_are_read(tmp_path: Path) -> None:
+    guide = Path(__file__, "../../../../docs/data.md").resolve().read_text(encoding="utf-8")
+    seen = set()
+    for block in re.findall(r"```json\n(.*?)```", guide, re.DOTALL):
+        records = [json.loads(line) for line in block.splitlines()]
+        for purpose in ("pairs", "unpaired", "conversations", "documents"):
+            keys = purpose_keys(purpose)
+            try:
+                examples = list(iter_examples(write(tmp_path / "rows.jsonl", *records), purpose, keys=keys))
+            except DataError:
+                continue
+            assert len(examples) == len(records)
+            assert not keys.ignored
+            seen.update(keys.formats.values())
+            break
+        else:
+            raise AssertionError(f"no purpose reads {block}")
+    assert seen >= {"openai", "trl", "sharegpt", "alpaca", "trl_preference", "openai_preference", "text"}
+    assert all(f"`{one.name}`" in guide for one in FORMATS)
 
 
 def test_each_purpose_has_a_format() -> None:
