@@ -79,6 +79,7 @@ RENAMED_KEYS = {
     "published": "paper",
     "differs": "deviations",
     "says": "statement",
+    "loss": "loss_type",
 }
 """Old key -> new key. An old key is rejected with the new name, where the spec has the new one."""
 

@@ -173,6 +173,8 @@ class TrainSpec(Spec):
         del fields["optim"]["micro_batch"], fields["optim"]["gradient_checkpointing"], fields["quant"]["resident"]
         if not self.optim.factors:
             del fields["optim"]["factors"]
+        if self.objective.kind == "dpo":
+            fields["objective"]["loss"] = fields["objective"].pop("loss_type")  # its name in identities of older runs
         fields["objective"].pop("teacher", None)  # pinned with the rows, by content
         return {**fields, "device": "cuda" if self.gpus else "cpu"}
 

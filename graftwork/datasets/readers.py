@@ -251,6 +251,8 @@ def kind_of(value: object) -> str:
 
 CONVERSATION = frozenset({"id", "messages", "prompt", "completion", "doc_id", "gold", "given_fields"})
 PAIR = frozenset({"id", "messages", "prompt", "chosen", "rejected"})
+LABELLED = frozenset({"id", "messages", "prompt", "completion", "label"})
+"""Of KTO: an answer and its label, true or false."""
 DOCUMENT = frozenset({"id", "text"})
 """Also the keys of a passage."""
 QUESTION = frozenset({"id", "question", "prompt", "messages", "doc_id", "answers", "gold", "given_fields"})
@@ -336,8 +338,8 @@ class KeyCheck:
                 raise DataError(
                     f"{where}: label",
                     f"found {value!r}",
-                    "every answer of a training set is learned as a good one; labels of KTO are not supported",
-                    "leave rows with a false label out, or write pairs (chosen, rejected) for objective.kind=dpo",
+                    "every answer of a training set is learned as a good one; labels are read by objective.kind=kto",
+                    "set objective.kind=kto, or leave rows with a false label out",
                 )
             elif not (key == "label" and value is True):
                 others.add(key)

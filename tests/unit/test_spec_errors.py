@@ -138,6 +138,7 @@ RENAMED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "published": (STUDY, "published", "p"),
     "differs": (STUDY, "differs", ["d"]),
     "says": (STUDY, "claims.0.says", "s"),
+    "loss": ({**TRAIN, "objective": {"kind": "dpo"}}, "objective.loss", "ipo"),
 }
 """Where each renamed key was: a valid spec, the dotted key, a value that it took."""
 

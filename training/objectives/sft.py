@@ -238,14 +238,18 @@ def masked_sft_trainer() -> type[Any]:
     return MaskedSftTrainer
 
 
-def trainer_on(setting: TrainerContext, kind: type[Any]) -> Any:
-    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids."""
+def trainer_on(setting: TrainerContext, kind: type[Any], collate: Any = None) -> Any:
+    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids.
+
+    collate: rows of the data set to a batch; by default the batch of the run's rows.
+    """
     from trl import SFTConfig
 
     from graftwork.training.objectives.trainer import arguments
 
     prepared = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    return kind(args=SFTConfig(**arguments(setting), **prepared), **setting.trainer_arguments())
+    given = setting.trainer_arguments() | ({"data_collator": collate} if collate is not None else {})
+    return kind(args=SFTConfig(**arguments(setting), **prepared), **given)
 
 
 def held_out_loss(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> float:
