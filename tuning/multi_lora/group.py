@@ -130,7 +130,10 @@ def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
 
 OWN = {
     "adapter": ("rank", "alpha", "rslora"),
-    "optim": ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "factors"),
+    "optim": (
+        *("lr", "betas", "eps", "weight_decay", "max_grad_norm"),
+        *("schedule", "warmup_ratio", "min_lr_ratio", "decay_ratio", "factors"),
+    ),
 }
 """Keys in which trials of one process may differ: each has its own adapter, and its own optimizer."""
 
@@ -152,6 +155,8 @@ def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | N
         return f"num_workers={spec.num_workers}: its workers share its rows"
     if not isinstance(adapter, LoraSpec):
         return f"adapter.kind={adapter.kind}: LoRA trials alone share a base"
+    if spec.optim.kind != "adamw":
+        return f"optim.kind={spec.optim.kind}: each trial is stepped by AdamW"
     if adapter.dora:
         return "adapter.dora: each adapter scales the base's own output"
     if adapter.dropout > 0:
