@@ -29,16 +29,14 @@ class Muon(torch.optim.Optimizer):
         sorted_weights = list(split_weights(model))
         matrices = [weight for _, weight, matrix in sorted_weights if matrix]
         others = [weight for _, weight, matrix in sorted_weights if not matrix]
-        settings = {"lr": lr, "weight_decay": weight_decay}
         parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings)  # type: ignore[arg-type]
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         ]
-        if others:
-            decayed = [weight for weight in others if weight.ndim > 1]
-            plain = [weight for weight in others if weight.ndim <= 1]
-            groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-            used = [group for group in groups if group["params"]]
-            parts.append(torch.optim.AdamW(used, betas=betas, eps=eps, **settings))  # type: ignore[arg-type]
+        decayed = [weight for weight in others if weight.ndim > 1]
+        plain = [weight for weight in others if weight.ndim <= 1]
+        for weights, decay in ((decayed, weight_decay), (plain, 0.0)):
+            if weights:
+                parts.append(torch.optim.AdamW(weights, lr=lr, betas=betas, eps=eps, weight_decay=decay))
         return cls(parts)
 
     def _join(self) -> None:
@@ -46,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step of both parts."""
         loss = None
         if closure is not None:

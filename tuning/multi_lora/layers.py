@@ -49,8 +49,9 @@ class Trial:
         from transformers import get_scheduler
 
         weights = torch.nn.Parameter(weights_P)
-        adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-        optimizer = torch.optim.AdamW([weights], **adam, fused=True)
+        optimizer = torch.optim.AdamW(
+            [weights], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
         planned = scheduler_of(optim, steps)
         schedule = get_scheduler(planned.name, optimizer, planned.warmup_steps, steps, planned.kwargs)
         if optim.factors:
