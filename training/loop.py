@@ -180,6 +180,7 @@ def _with_adapter(job: TrainJob, loaded: LoadedBase) -> Any:
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, attach_frozen_adapter, load_adapter_weights
+    from graftwork.training.adapters.merge import require_deltas
     from graftwork.training.objectives.reward_head import add_reward_head
     from graftwork.training.warm_start import adapter_folder, folder_below
 
@@ -189,6 +190,8 @@ def _with_adapter(job: TrainJob, loaded: LoadedBase) -> Any:
     if spec.base_adapter is not None:
         attach_frozen_adapter(base, folder_below(spec))
     model = attach(base, spec.adapter, job.data.trained_tokens)
+    if spec.base_adapter is not None:  # the published sum of both must be one that PEFT can write
+        require_deltas(f"base_adapter={spec.base_adapter}", model.active_peft_config.to_dict())
     if spec.init_from is not None:
         load_adapter_weights(model, adapter_folder(spec))
     return model

@@ -192,6 +192,9 @@ class TrainSpec(Spec):
                 del fields["optim"][key]
         if self.objective.kind == "dpo":
             fields["objective"]["loss"] = fields["objective"].pop("loss_type")  # its name in identities of older runs
+        for key in ("experts", "target_modules", "modules_to_save"):
+            if not fields["adapter"].get(key, True):
+                del fields["adapter"][key]
         fields["objective"].pop("teacher", None)  # pinned with the rows, by content
         return {**fields, "device": "cuda" if self.gpus else "cpu"}
 
@@ -212,6 +215,7 @@ class TrainSpec(Spec):
         self.objective.check(self)
         self.adapter.check_run(self)
         self._check_base_adapter()
+        self._check_saved_modules()
         self.optim.check(self)
         self.checkpoints.check(self)
         if self.recovery.min_workers is not None and self.recovery.min_workers > self.num_workers:
@@ -220,6 +224,23 @@ class TrainSpec(Spec):
             )
         self.strategy.check(self)
         return self
+
+    def _check_saved_modules(self) -> None:
+        """Raise ValueError for modules that are trained whole where a loss or a strategy does not reach them."""
+        saved, traits = list(getattr(self.adapter, "modules_to_save", ())), self.objective.traits
+        if not saved:
+            return
+        if traits.head != "logits" or traits.samples_answers or not traits.adds_up:
+            raise ValueError(
+                f"adapter.modules_to_save={saved} can't go with objective.kind={self.objective.kind}: its loss "
+                "multiplies by the weights of the base's own head, or trains rows of the embedding. Set "
+                "objective.kind=sft or cpt"
+            )
+        if self.strategy.kind != "ddp":
+            raise ValueError(
+                f"adapter.modules_to_save={saved} can't go with strategy.kind={self.strategy.kind}: whole modules are "
+                "trained next to sharded ones there. Set strategy.kind=ddp"
+            )
 
     def _check_base_adapter(self) -> None:
         """Raise ValueError for an alias that nothing is published under, and for what cannot be added to an adapter."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from graftwork.adapters.target_modules import choose_linears
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
@@ -64,6 +65,7 @@ class Support:
 
 
 UNPACKED = "--set quant.kind=none"
+ADAPT_EXPERTS = "--set adapter.experts=true"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class BaseSupport:
     """Linear layers outside of the text decoder."""
     train_packed: Support = Support()
     """Training on quantised weights."""
+    experts: Support = Support()
+    """Training a LoRA on experts (`adapter.experts`)."""
 
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
@@ -104,11 +108,11 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
     """Return the stages that support the base with this config.json. Raises BaseModelError as `facts_of` does."""
     facts = facts_of(config)
     quantised = Support()
-    if facts.expert_params:
-        share = facts.shape.linear_params / (facts.shape.linear_params + facts.expert_params)
+    if experts := facts.shape.expert_params:
+        share = facts.shape.linear_params / (facts.shape.linear_params + experts)
         quantised = Support(
             f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
-            f"3-D parameters ({facts.expert_params / 1e9:.3g} billion weights)",
+            f"3-D parameters ({experts / 1e9:.3g} billion weights)",
             UNPACKED,
         )
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
@@ -128,19 +132,26 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         lora,
         facts.outside,
         packed,
+        _experts_support(facts),
     )
 
 
 def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
-    """Check a training spec against its base with this config.json. Raises BaseModelError."""
+    """Check a training spec against its base with this config.json. Raises BaseModelError, ConfigError."""
     support = base_support(config)
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
     if spec.quant.is_packed:
         support.require(support.train_packed, f"quant.kind={spec.quant.kind}")
     support.require("train", f"adapter.kind={spec.adapter.kind}")
-    targets = getattr(spec.adapter, "targets", None)
-    if targets is not None:
+    targets, experts = getattr(spec.adapter, "targets", None), getattr(spec.adapter, "experts", False)
+    if experts:
+        support.require(support.experts, "adapter.experts=true")
+    if targets is not None and not (experts and support.lora[targets].hint == ADAPT_EXPERTS):
         support.require(support.lora[targets], f"adapter.targets={targets}")
+    names = getattr(spec.adapter, "target_modules", None)
+    if names not in (None, "all-linear"):
+        facts = facts_of(config)
+        choose_linears(names, facts.shape.adapted["all-linear"], facts.model_class)
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
     if support.outside and not spec.adapter.virtual_tokens and spec.strategy.kind == "ddp" and spec.num_workers > 1:
@@ -219,20 +230,27 @@ def mixed_share(*, alone: Any, one: Any, two: Any) -> float:
 
 def _lora_support(facts: BaseFacts, which: Targets) -> Support:
     """Return whether a LoRA on these targets can be trained, published and loaded."""
-    others = (one for one in facts.shape.adapted if not (facts.unattached.get(one) or facts.routed[one]))
+    others = (one for one in facts.shape.adapted if not facts.unattached.get(one) and facts.shape.adapted[one])
     hint = next((f"--set adapter.targets={one}" for one in others), "--set adapter.kind=full --set quant.kind=none")
     if reason := facts.unattached.get(which):
         return Support(f"PEFT cannot attach a LoRA there ({reason})", hint)
-    if routed := facts.routed[which]:
-        named = ", ".join(routed)
-        return Support(f"a LoRA on experts and routers is neither published nor served: {named}", hint)
+    if not facts.shape.adapted[which]:
+        return Support("its weights there are experts and routers", ADAPT_EXPERTS)
     return Support()
+
+
+def _experts_support(facts: BaseFacts) -> Support:
+    """Return whether a LoRA on experts can be trained, published and served."""
+    hint = "leave adapter.experts out"
+    if not facts.shape.experts:
+        return Support("it has no experts in parameters of three dimensions", hint)
+    return Support(facts.unadapted_experts, hint)
 
 
 def _training_support(facts: BaseFacts, lora: Mapping[Targets, Support]) -> tuple[Support, Support, Support]:
     """Training, training on quantised weights, and packing by structure; `require_apart` tries it on the weights."""
     train, packed, pack = Support(), Support(), Support()
-    if facts.router_loss and not facts.expert_params:
+    if facts.router_loss and not facts.shape.experts:
         reason = "its configuration asks for the loss of a router, and it has no experts"
         train = Support(reason, "take a dense base, or one with experts")
     elif not facts.bodied:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graftwork.errors import BaseModelError
@@ -185,7 +185,7 @@ BATCH_KEY = "graftwork_batch"
 
 _KNOWN_OPTIONS = frozenset(
     {"dropout", "sliding_window", "softcap", "position_ids", "use_cache", "cache_position", "output_attentions"}
-    | {"output_hidden_states", "return_dict"}
+    | {"output_hidden_states", "output_router_logits", "return_dict"}
 )
 
 
@@ -209,8 +209,11 @@ def attend(
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     window, softcap = options.get("sliding_window"), options.get("softcap")
     call = Call(layer, scale, window, softcap)
+    size = value_1KTD.shape[-1]  # smaller than the key's in multi-head latent attention (DeepSeek-V3: 128 and 192)
+    if size < key_1KTD.shape[-1]:
+        value_1KTD = pad(value_1KTD, (0, key_1KTD.shape[-1] - size))
     if not isinstance(batch, StepBatch):
-        return batch.attend(call, query_1HTD, key_1KTD, value_1KTD)[None], None
+        return batch.attend(call, query_1HTD, key_1KTD, value_1KTD)[None, ..., :size], None
     query_THD, key_TKD, value_TKD = (part[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
     out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
     rows = batch.rows if batch.rows is not None and batch.rows.takes(layer, query_THD, value_TKD) else None
@@ -234,7 +237,7 @@ def attend(
         fresh = (key_1KTD[:, :, segment.first : stop], value_1KTD[:, :, segment.first : stop])
         out_1HTD = _prefill(call, batch, index, segment, query_1HTD[:, :, segment.first : stop], *fresh)
         out_THD[segment.first : stop] = out_1HTD[0].transpose(0, 1)
-    return out_THD[None], None
+    return out_THD[None, ..., :size], None
 
 
 class Call(NamedTuple):

@@ -138,10 +138,14 @@ class Sites:
 
 
 def _inner_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every linear but the output layer, which peft's "all-linear" leaves out too. bitsandbytes' are subclasses."""
+    """Every linear but the output layer, which peft's "all-linear" leaves out too. bitsandbytes' are subclasses.
+
+    So are the routers of some bases with experts (PhiMoE, Llama-4), whose results are the experts of each token.
+    """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name: module for name, module in linears.items() if module is not output}
+    routers = {name for name, module in linears.items() if type(module).__module__.startswith("transformers.models.")}
+    return {name: module for name, module in linears.items() if module is not output and name not in routers}
 
 
 def _group_linears(linears: Mapping[str, torch.nn.Module]) -> list[LoraLayer]:

@@ -27,6 +27,7 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk, StepBatch, inverse, pack
 from graftwork.serving.engine.cpu.host_tuning import PiecewiseOutput
 from graftwork.serving.engine.cpu.kernels import fits, kernels_for
+from graftwork.serving.engine.expert_layers import ExpertLayers
 from graftwork.serving.engine.kv_cache import KvShape, KvStore, longest_sequence
 from graftwork.serving.engine.lora_batch import DeltaPlanner
 from graftwork.serving.engine.lora_layers import Deltas, LoraSegment, Sites
@@ -155,7 +156,8 @@ class Runner:
         self._output = PiecewiseOutput(model.get_output_embeddings())
         self._kernels = kernels_for(self.dtype) if self.device.type == "cpu" else None
         self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, self._kernels)
-        self.kinds = MixedKinds(model, self.sites, self.planner, self.device)
+        self.experts = ExpertLayers(model)
+        self.kinds = MixedKinds(model, self.sites, self.experts, self.planner, self.device)
         try:
             self._require_known_layers()
             self.kv_shapes = self._probe()
@@ -275,6 +277,7 @@ class Runner:
     def close(self) -> None:
         """Gives the model back as it was."""
         self.sites.unhook()
+        self.experts.unhook()
         self._output.unhook()
         set_attention(self.config, self._own_attention)
         self.model.train(self._was_training)

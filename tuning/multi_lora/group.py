@@ -123,7 +123,7 @@ def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     """Bytes that a token leaves in one block: of the frozen block, of the inputs of its targets, once for siblings, and
     the chances of short rows, in fp32 and in the compute dtype."""
     frozen = frozen_bytes(model, None, 0, value_bytes)
-    read = model.read(whole.adapter.targets) if isinstance(whole.adapter, LoraSpec) else 0
+    read = model.read(whole.adapter.which) if isinstance(whole.adapter, LoraSpec) else 0
     products = taken.row <= LONGEST and value_bytes < FP32
     return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)
 
@@ -157,6 +157,8 @@ def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | N
         return f"adapter.kind={adapter.kind}: LoRA trials alone share a base"
     if spec.optim.kind != "adamw":
         return f"optim.kind={spec.optim.kind}: each trial is stepped by AdamW"
+    if adapter.modules_to_save:
+        return "adapter.modules_to_save: each trial trains modules of its own"
     if adapter.dora:
         return "adapter.dora: each adapter scales the base's own output"
     if adapter.dropout > 0:
