@@ -239,9 +239,9 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
 
     Raises DataError (no endpoint, no answer kept), ArtifactError, BaseModelError, ConfigError (an unknown reward).
     """
-    assert spec.data.train is not None
     keys = key_check("prompt")
-    rows = read_rows(spec.data.train, limit=spec.data.train_rows, need="prompt", keys=keys)
+    source = spec.data.source("train", spec.seed)
+    rows = read_rows(source, limit=spec.data.train_rows, need="prompt", keys=keys)
     loaded = load_rewards([generate.keep] if generate.keep else [], spec)
     rewards = [reward for reward in loaded if isinstance(reward, Reward)]
     store, key = Store(spec.root), _key(spec, generate, rows, rewards)
@@ -275,7 +275,7 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
     about = store.read_json(FOLDER, key, ABOUT)
     rule = f"keep={generate.keep.name}, at_least={generate.at_least:g}" if generate.keep else "ended"
     note = f"{about['kept']} of {about['asked']} answers of the teacher kept ({rule}; {about['unended']} had not ended)"
-    contents = array("q", [hash(row.messages) for row in rows])
+    contents = array("q", [row.content_hash() for row in rows])
     return GeneratedAnswers(store.path(FOLDER, key, ANSWERS), (note,), keys.note("train"), contents)
 
 
@@ -312,7 +312,7 @@ def _nothing_kept(
         f"keep={generate.keep.name} of at least {generate.at_least:g}" if generate.keep else "an end within the limit"
     )
     return DataError(
-        f"objective.generate for train={spec.data.train}",
+        f"objective.generate for train={spec.data.source('train', spec.seed)}",
         f"none of the answers to {about['asked']} questions is kept ({about['unended']} had not ended); the first is "
         f"{answers[0][0].text[:200]!r}",
         f"an answer is learned that has {rule}",

@@ -63,7 +63,9 @@ class RecoverySpec(Spec):
 def world_sizes(spec: "TrainSpec") -> list[int]:
     """Numbers of workers that a run may go on with, largest first: each gets the same number of rows a step."""
     least = spec.recovery.min_workers or spec.num_workers
-    return [n for n in range(spec.num_workers, least - 1, -1) if spec.optim.rows_per_step % n == 0]
+    share = spec.strategy.context_parallel
+    sizes = range(spec.num_workers, least - 1, -1)
+    return [n for n in sizes if n % share == 0 and spec.optim.rows_per_step % (n // share) == 0]
 
 
 class OptimSpec(Spec):
@@ -179,6 +181,11 @@ class TrainSpec(Spec):
         """GPUs of a worker."""
         return resolved_count(self.gpus_per_worker)
 
+    @property
+    def replicas(self) -> int:
+        """Groups of workers of which each computes whole rows; the workers themselves without context parallelism."""
+        return self.num_workers // self.strategy.context_parallel
+
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the run's result, besides the contents of base and data: not its place.
 
@@ -205,9 +212,11 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
-        if self.optim.rows_per_step % self.num_workers:
+        if self.optim.rows_per_step % max(1, self.replicas):
+            shared = self.strategy.context_parallel
             raise ValueError(
-                f"optim.rows_per_step={self.optim.rows_per_step} must be a multiple of num_workers={self.num_workers}, "
+                f"optim.rows_per_step={self.optim.rows_per_step} must be a multiple of num_workers={self.num_workers}"
+                f"{f' / strategy.context_parallel={shared}' if shared > 1 else ''}, "
                 "so that each worker gets the same number of rows a step"
             )
         if self.data.eval is None and "eval_every" in self.model_fields_set:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.adapters.kind import linears
+from graftwork.adapters.kind import text_linears
 from graftwork.errors import ConfigError
 
 WRAPPED = ".base_layer"
@@ -88,11 +88,11 @@ def _shapes(module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def adaptable_linears(model: Any) -> list[str]:
-    """Full names of the linear layers that a LoRA is put on: all but the head, routers, and experts that are linears.
+    """Full names of the decoder's linear layers that a LoRA is put on: all but routers, and experts that are linears.
 
     A router that is adapted by accident moves tokens to other experts; PEFT's "all-linear" takes it.
     """
-    found = linears(model)
+    found = text_linears(model)
     blocks = _blocks(model, found)
     return [name for name in found if not any(name.startswith(block) for block in blocks) or SHARED.search(name)]
 

@@ -18,7 +18,7 @@ from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 7
+FORMAT = 8
 """Of a cached entry; raise it when the fields below or the way of counting change."""
 
 
@@ -32,7 +32,8 @@ class Linear:
     outputs: int
     count: int
     """Layers of that name in the whole model."""
-    part: Literal["attention", "mlp", "other"]
+    part: Literal["attention", "mlp", "other", "outside"]
+    """`outside`: of the text decoder, in a tower for images or sound."""
 
     @property
     def params(self) -> int:
@@ -64,6 +65,10 @@ class ModelShape:
     """Values that one token leaves as keys and values in all layers."""
     file_bytes: int = 2
     """Bytes of a weight in the checkpoint's file."""
+    packed_params: int = 0
+    """Weights of the linears that a quantised checkpoint packs."""
+    packed_bytes: int = 0
+    """Bytes of those in the checkpoint, scales included."""
     experts: tuple[Linear, ...] = ()
     """Matrices of experts in parameters of three dimensions, one layer an expert; no part of `linears`."""
     active_experts: float = 1.0
@@ -105,7 +110,7 @@ class ModelShape:
 
     def match_layers(self, ends: tuple[str, ...]) -> tuple[Linear, ...]:
         """The linear layers whose path ends in one of the names, as PEFT matches them."""
-        return tuple(x for x in self.linears if any(x.name.endswith(f".{end}") for end in ends))
+        return tuple(x for x in self.linears if x.part != "outside" and any(x.name.endswith(f".{end}") for end in ends))
 
     def adapted_linears(self, which: Targets | TargetModules) -> tuple[Linear, ...]:
         """The linear layers of `adapter.targets` or `adapter.target_modules`. Raises ConfigError for a name of none."""
@@ -177,8 +182,6 @@ class BaseFacts:
     """The reason for which no LoRA of experts is trained and served; empty where one is, and for a dense base."""
     recurrent: bool
     """Some layers carry a state from token to token besides keys and values."""
-    outside: tuple[str, ...]
-    """Linear layers outside of the text decoder: towers for images and sound."""
     transposed: bool
     """The linears store [in, out], as GPT-2's do."""
     packs: bool
@@ -187,8 +190,6 @@ class BaseFacts:
     """The error of a training step that uses the weights of linears by itself while they are packed; mostly empty."""
     bodied: bool
     """transformers finds the decoder below the output head (`base_model`), as TRL's losses need it."""
-    router_loss: bool
-    """TRL 1.16 adds the load-balancing loss of a router to the objective's (`aux_loss_enabled` of its trainers)."""
     unattached: Mapping[Targets, str]
     """The reason for which PEFT cannot attach a LoRA, by `adapter.targets`."""
     unserved: str

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # imports Triton
 
 
-class DecodeInputs(Protocol):
-    """Packed tokens of a pass, as the model takes them."""
+class DecodeInputs(attention.OwnAttention, Protocol):
+    """Packed tokens of a pass, as the model takes them, which attend by themselves."""
 
     @property
     def ids_1T(self) -> torch.Tensor: ...
@@ -129,8 +129,13 @@ def _probes(size: int, device: torch.device, dtype: torch.dtype) -> list[torch.T
     return [x_NH, 1e3 * x_NH]
 
 
-KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Of `layer_types` in a configuration. Others attend to other positions, or keep a state of another kind."""
+
+
+def most_packed(config: Any) -> int | None:
+    """Tokens of a pass at most; None: no limit. Llama-4 scales queries by a token's place in the pass from there on."""
+    return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", None) else None
 
 
 class Runner:
@@ -286,13 +291,10 @@ class Runner:
         """Logits [1, N, V] of one pass; wanted_N=0: of every token."""
         self.sites.deltas = deltas
         try:
-            output = self.model(
-                input_ids=batch.ids_1T,
-                position_ids=batch.positions_1T,
-                use_cache=False,
-                logits_to_keep=wanted_N,
-                **{attention.BATCH_KEY: batch},
-            )
+            with attention.attending(batch):
+                output = self.model(
+                    input_ids=batch.ids_1T, position_ids=batch.positions_1T, use_cache=False, logits_to_keep=wanted_N
+                )
         finally:
             self.sites.deltas = None
         logits: torch.Tensor = output.logits
@@ -305,7 +307,7 @@ class Runner:
         try:
             self.run(batch, None, torch.tensor([1], device=self.device))
         except (TypeError, KeyError) as error:
-            rule = "a served decoder takes logits_to_keep and hands keyword arguments to its attention"
+            rule = "a served decoder takes logits_to_keep"
             raise BaseModelError(type(self.model).__name__, str(error), rule) from error
         seen, layers = batch.seen, int(self.config.num_hidden_layers)
         if sorted(seen) != list(range(layers)):

@@ -16,7 +16,7 @@ from graftwork.base import load
 from graftwork.base.load import ResolvedBase
 from graftwork.base.support import check_serving
 from graftwork.config import canonical_json
-from graftwork.datasets.readers import KeyCheck
+from graftwork.datasets.keys import KeyCheck
 from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows, read_text
 from graftwork.environment import collect
 from graftwork.errors import ConfigError, DataError, GraftworkError, RunError

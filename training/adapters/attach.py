@@ -21,7 +21,8 @@ def attach(model: Any, adapter: AdapterKind, trained_tokens: Sequence[int] = (),
 
     trained_tokens: ids whose embeddings are trained and saved with the adapter; of a tied base their output rows too.
     begin: set the kind's start values, which needs real tensors. Raises ConfigError where the model has no layer that
-    the kind adapts. A kind that trains the base returns the model itself, all of it trained, in fp32.
+    the kind adapts. A kind that trains the base returns the model itself, all of its text decoder and its head trained,
+    in fp32; text gives no gradient to towers for images and sound.
     """
     full = adapter.trains_base
     attached = model
@@ -38,9 +39,10 @@ def attach(model: Any, adapter: AdapterKind, trained_tokens: Sequence[int] = (),
             attached.active_peft_config.base_model_name_or_path = ""
     if begin:
         adapter.begin(attached)
+    if full:
+        for part in (model.get_decoder(), model.get_output_embeddings()):
+            part.requires_grad_(True)
     for parameter in attached.parameters():
-        if full:
-            parameter.requires_grad_(True)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return attached

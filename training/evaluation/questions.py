@@ -79,13 +79,14 @@ def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
             "held-out conversations are answered: those of sft, distill, grpo and rloo",
             "give eval" if spec.data.eval is None else "leave out outcomes.task",
         )
-    rows = read_rows(spec.data.eval, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
+    source = spec.data.source("eval", spec.seed)
+    rows = read_rows(source, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
     schema = AnswerSchema.load(asked.answer_schema) if asked.answer_schema else None
     keys = [GoldAnswer.from_row(row) for row in rows] if all(row.gold for row in rows) else []
     if asked.metric not in ("auto", "exact") and not keys:
         raise DataError(
             f"outcomes.task.metric={asked.metric}",
-            f"{spec.data.eval} has rows without a gold object",
+            f"{source} has rows without a gold object",
             "fields are held against gold",
             "set outcomes.task.metric=exact",
         )
@@ -107,7 +108,7 @@ def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
     by_name = {one.name: one for one in (*metrics.SCORES, metrics.EXACT)}
     own = (metrics.BOTH if keys else metrics.EXACT) if asked.metric == "auto" else by_name[asked.metric]
     others = [one for one in (*known, metrics.EXACT, metrics.NATS) if one != own]
-    about = f"{spec.data.eval}, greedy, at most {asked.max_new_tokens} tokens"
+    about = f"{source}, greedy, at most {asked.max_new_tokens} tokens"
     found = _probe("task", items, (own, *others), score, template, about, units=[row.id for row in rows])
     return replace(found, prompts=tuple(row.question[-1].content for row in rows))
 

@@ -7,9 +7,10 @@ begins from is in this process when the trainer is built, so it scores each pair
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from graftwork.config import Spec, canonical_json
-from graftwork.datasets import rows as data
-from graftwork.datasets.readers import PAIR, PREFERENCE_LOSS, KeyCheck, read_records
-from graftwork.errors import DataError
-from graftwork.prompts.render import Message, Prompt, render
+from graftwork.datasets.examples import Example, iter_examples
+from graftwork.datasets.keys import PREFERENCE_LOSS, KeyCheck
+from graftwork.datasets.turns import turn_content
+from graftwork.prompts.render import Message, Prompt, Thinking, render
 from graftwork.training.objectives.preference import answer_logps, reference_logps
 from graftwork.training.objectives.protocol import Part, Traits, check_pairs, nothing_left, too_long
 from graftwork.training.objectives.rows import IGNORED, ReadPart, TokenRows, data_of, read_prompt
@@ -150,67 +151,57 @@ class PairRows:
 
 def read_pairs(spec: TrainSpec, template: Template, part: Part) -> ReadPart:
     """The pairs of which both conversations fit. Raises DataError, StorageError."""
-    uri, limit = data_of(spec, part)
+    source, limit = data_of(spec, part)
     prompt, shots = read_prompt(spec, part)
-    keys, contents = KeyCheck(PAIR, more=PREFERENCE_LOSS), array("q")
+    keys, contents = KeyCheck(more=PREFERENCE_LOSS), array("q")
     chosen: list[Scored] = []
     rejected: list[Scored] = []
     dropped, raw = 0, hashlib.sha256()
-    for number, row_id, messages, answers in _pairs(uri, limit, keys):
-        contents.append(hash((messages, answers)))
-        raw.update(canonical_json([row_id, [[m.role, m.content] for m in messages], answers]).encode() + b"\n")
-        better, worse = (answered(messages, answer, template, prompt) for answer in answers)
+    numbers = []
+    for number, pair in enumerate(iter_examples(source, "pairs", limit=limit, keys=keys), start=1):
+        contents.append(pair.content_hash())
+        raw.update(_canonical(pair) + b"\n")
+        better, worse = (
+            answered(pair, answer, template, prompt, spec.data.thinking) for answer in (pair.chosen, pair.rejected)
+        )
         longest = max(len(better[0]), len(worse[0]))
         if longest <= spec.max_length:
             chosen.append(better)
             rejected.append(worse)
+            numbers.append(number)
             continue
         dropped += 1
         if spec.on_overlong == "refuse":
-            raise too_long(spec, part, number, row_id, longest)
+            raise too_long(spec, part, number, pair.id, longest)
     if not chosen:
         raise nothing_left(spec, part, dropped)
     rows = PairRows(TokenRows.from_pairs(chosen), TokenRows.from_pairs(rejected))
     warnings = (*keys.note(f"data.{part}"), *shots)
-    return ReadPart(rows, dropped, raw.hexdigest(), warnings=warnings, contents=contents)
+    return ReadPart(rows, dropped, raw.hexdigest(), (), (), warnings, contents, keys, tuple(numbers))
 
 
-def answered(messages: Sequence[Message], answer: str, template: Template, prompt: Prompt) -> Scored:
+def answered(pair: Example, answer: Message | None, template: Template, prompt: Prompt, thinking: Thinking) -> Scored:
     """A conversation up to the token that ends the answer, and which of its ids are the answer's."""
-    asked = render(messages, template, prompt=prompt, generate=True)
-    whole = render([*messages, Message("assistant", answer)], template, prompt=prompt, generate=False)
+    assert answer is not None, "an example that was read as a pair"
+    as_written = functools.partial(
+        render, prompt=prompt, tools=pair.tools, template_kwargs=pair.template_kwargs, thinking=thinking
+    )
+    asked = as_written(pair.messages, template, generate=True)
+    whole = as_written([*pair.messages, answer], template, generate=False)
     start = len(asked.ids)
     assert whole.ids[:start] == asked.ids, "a prompt is a prefix of what it grows into (render)"
     end = start + whole.loss_mask[start:].index(False) if False in whole.loss_mask[start:] else len(whole.ids)
     return whole.ids[:end], (False,) * start + (True,) * (end - start)
 
 
-def _pairs(
-    uri: str, limit: int | None, keys: KeyCheck
-) -> Iterator[tuple[int, str, tuple[Message, ...], tuple[str, str]]]:
-    """(row number, id, conversation, (chosen, rejected)), each checked."""
-    count = 0
-    for number, record in read_records(uri):
-        if count == limit:
-            return
-        where = f"{uri} row {number}"
-        keys.check(record, where)
-        answers = data.answer_of(record, "chosen", where), data.answer_of(record, "rejected", where)
-        if answers[0] == answers[1]:
-            raise DataError(
-                f"{where}: chosen",
-                f"it is the same text as rejected ({_shorten(answers[0])})",
-                "a preference is between two answers",
-                "take the row out, or mend one of them",
-            )
-        yield number, str(record.get("id", number)), data.prompt_of(record, where), answers
-        count += 1
-    if not count:
-        raise DataError(uri, "it has no rows", "a dataset has at least one row", "check the path")
-
-
-def _shorten(text: Any) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _canonical(pair: Example) -> bytes:
+    """The content of a pair, for the fingerprint: text alone where there is nothing else."""
+    answers = [one for one in (pair.chosen, pair.rejected) if one is not None]
+    content: list[Any] = [pair.id, [[m.role, m.content] for m in pair.messages], [one.content for one in answers]]
+    turns = [*pair.messages, *answers]
+    if pair.tools or pair.template_kwargs or any(turn_content(turn)[2:] != [None, None, []] for turn in turns):
+        content += [list(map(turn_content, turns)), list(pair.tools), dict(pair.template_kwargs)]
+    return canonical_json(content).encode()
 
 
 def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:

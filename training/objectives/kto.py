@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from graftwork.config import Spec, canonical_json
-from graftwork.datasets import rows as data
-from graftwork.datasets.readers import LABELLED, KeyCheck, kind_of, no_rows, read_records
-from graftwork.errors import DataError
-from graftwork.prompts.render import Message
+from graftwork.datasets.examples import iter_examples
+from graftwork.datasets.keys import KeyCheck
 from graftwork.training.objectives.dpo import answered
 from graftwork.training.objectives.preference import Inputs, RowLosses, answer_logps, answer_trainer, reference_logps
 from graftwork.training.objectives.protocol import Part, Traits, check_pairs, nothing_left, too_long
@@ -34,9 +32,6 @@ if TYPE_CHECKING:
     from graftwork.prompts.template import Template
     from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
     from graftwork.training.spec import TrainSpec
-
-LABELS = {True: True, False: False, "true": True, "false": False}
-"""The numbers 1 and 0 are equal to true and false."""
 
 
 class KtoSpec(Spec):
@@ -290,27 +285,29 @@ def mismatched(rows_SR: NDArray[np.int64], lengths_N: NDArray[np.int64]) -> NDAr
 
 def read_labelled(spec: TrainSpec, template: Template, part: Part, objective: KtoSpec) -> ReadPart:
     """The labelled answers of which prompt and answer fit. Raises DataError, StorageError."""
-    uri, limit = data_of(spec, part)
+    source, limit = data_of(spec, part)
     prompt, shots = read_prompt(spec, part)
-    keys, contents, raw = KeyCheck(LABELLED), array("q"), hashlib.sha256()
-    kept, labels, dropped = [], [], 0
-    for number, row_id, messages, answer, label in _labelled(uri, limit, keys):
-        contents.append(hash((messages, answer, label)))
-        turns = [[turn.role, turn.content] for turn in messages]
-        raw.update(canonical_json([row_id, turns, answer, label]).encode() + b"\n")
-        found = answered(messages, answer, template, prompt)
+    keys, contents, raw = KeyCheck(), array("q"), hashlib.sha256()
+    kept, labels, numbers, dropped = [], [], [], 0
+    for number, row in enumerate(iter_examples(source, "unpaired", limit=limit, keys=keys), start=1):
+        assert row.label is not None, "an example that was read with its label"
+        contents.append(row.content_hash())
+        raw.update(canonical_json([row.id, row.content_hash()]).encode() + b"\n")
+        asked = replace(row, messages=row.messages[:-1])
+        found = answered(asked, row.messages[-1], template, prompt, spec.data.thinking)
         if len(found[0]) <= spec.max_length:
             kept.append(found)
-            labels.append(label)
+            labels.append(row.label)
+            numbers.append(number)
             continue
         dropped += 1
         if spec.on_overlong == "refuse":
-            raise too_long(spec, part, number, row_id, len(found[0]))
+            raise too_long(spec, part, number, row.id, len(found[0]))
     if not kept:
         raise nothing_left(spec, part, dropped)
     rows = LabelledRows(TokenRows.from_pairs(kept), np.array(labels, dtype=np.bool_))
     warnings = (*keys.note(f"data.{part}"), *shots, *(balance(rows, objective) if part == "train" else ()))
-    return ReadPart(rows, dropped, raw.hexdigest(), warnings=warnings, contents=contents)
+    return ReadPart(rows, dropped, raw.hexdigest(), (), (), warnings, contents, keys, tuple(numbers))
 
 
 def balance(rows: LabelledRows, objective: KtoSpec) -> tuple[str, ...]:
@@ -327,30 +324,3 @@ def balance(rows: LabelledRows, objective: KtoSpec) -> tuple[str, ...]:
         f"data.train: {good} rows with label true and {bad} with false: set objective.desirable_weight={weight:.3g} "
         f"or objective.undesirable_weight={good * objective.desirable_weight / bad:.3g} (arXiv 2402.01306, equation 8)",
     )
-
-
-def _labelled(uri: str, limit: int | None, keys: KeyCheck) -> Iterator[tuple[int, str, tuple[Message, ...], str, bool]]:
-    """(row number, id, conversation, answer, label), each checked."""
-    count = 0
-    for number, record in read_records(uri):
-        if count == limit:
-            return
-        where = f"{uri} row {number}"
-        keys.check(record, where)
-        value = record.get("label")
-        label = LABELS.get(value.lower() if isinstance(value, str) else value) if _hashable(value) else None
-        if label is None:
-            found = "the field is missing" if "label" not in record else f"found {kind_of(value)} {value!r}"
-            raise DataError(f"{where}: label", found, "label is true for a good answer, false for a bad one")
-        turns = record.get("messages")
-        if "completion" not in record and isinstance(turns, list) and len(turns) > 1:
-            record = {**record, "messages": turns[:-1], "completion": turns[-1]}
-        answer = data.answer_of(record, "completion", where)
-        yield number, str(record.get("id", number)), data.prompt_of(record, where), answer, label
-        count += 1
-    if not count:
-        raise no_rows(uri)
-
-
-def _hashable(value: object) -> bool:
-    return isinstance(value, str | int | float | bool)

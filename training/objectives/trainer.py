@@ -31,17 +31,20 @@ def trained_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, V) and targets (N) of the positions whose next token is trained, through the model's own forward.
 
+    labels (B, T), or (B, T + 1) where the row goes on behind the batch's last position.
+
     A hook drops the other positions just before the output head, so that scaling or soft-capping after it still apply.
     """
     labels_BT = inputs["labels"]
-    keep_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-    keep_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
+    next_BT = labels_BT[:, 1:]
+    keep_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    keep_BT[:, : next_BT.shape[1]] = next_BT != IGNORED
     hook = head.register_forward_pre_hook(lambda _head, args: (args[0][keep_BT], *args[1:]))
     try:
         output = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
     finally:
         hook.remove()
-    return output.logits, labels_BT[:, 1:][keep_BT[:, :-1]]
+    return output.logits, next_BT[next_BT != IGNORED]
 
 
 BATCH = 8
@@ -157,11 +160,16 @@ class TrainerContext:
         """Keyword arguments of TRL's trainers: model, row numbers of all steps in order, rows to batches, callback."""
         return {
             "model": self.model,
-            "train_dataset": Dataset.from_dict({"row": self.plan.rows_SR.reshape(-1)}),
+            "train_dataset": Dataset.from_dict({"row": self.rows_in_order()}),
             "data_collator": self.collate,
             "processing_class": self.tokenizer(),
             "callbacks": [self.callback],
         }
+
+    def rows_in_order(self) -> "NDArray[np.int64]":
+        """Row numbers as the data loader deals them to all workers, a pass of each in turn."""
+        size = self.job.spec.strategy.context_parallel
+        return self.plan.rows_SR.reshape(-1, self.plan.micro_batch).repeat(size, axis=0).reshape(-1)
 
     def collate(self, batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         """Rows of `dataset` -> a batch."""

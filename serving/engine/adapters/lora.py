@@ -53,10 +53,11 @@ _HONOURED = frozenset(
     | ROW_KEYS
 )
 _WITHOUT_EFFECT_HERE = frozenset(
-    {"lora_dropout", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+    {"lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
     | {"qalora_group_size", "runtime_config"}
 )
-"""Training and bookkeeping only. `loftq_config` and its kin act through `init_lora_weights`, which is checked."""
+"""Training and bookkeeping only. `fan_in_fan_out`: the base's linears store [in, out], which the tensors of a LoRA do
+not depend on. `loftq_config` and its kin act through `init_lora_weights`, which is checked."""
 _NEUTRAL_INIT = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base weights as they are; pissa, olora, corda, loftq, ... change the base itself."""
 _WHY_REFUSED = {
@@ -64,7 +65,6 @@ _WHY_REFUSED = {
     "lora_bias": "a bias on lora_B is not applied",
     "layer_replication": "replicated layers make another base model",
     "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",
-    "fan_in_fan_out": "the base's linears store [out, in]",
     "megatron_config": "Megatron's parallel linears are not used here",
 }
 

@@ -78,7 +78,6 @@ def refused(error: pytest.ExceptionInfo[BaseModelError], reason: str, hint: str)
             "recurrent layers",
             "--set objective.packing=none",
         ),
-        ("gemma3", {"num_workers": 2}, "vision_tower", "--set num_workers=1"),
     ],
     ids=str,
 )
@@ -266,7 +265,5 @@ def table() -> str:
             cells["train"] = f"targets: {', '.join(taken)}"
         if support.train_packed.reason:
             cells["train"] = "quant.kind=none"
-        if support.outside and cells["train"] == "yes":
-            cells["train"] = "1 worker under ddp"
         lines.append(f"| {kind} | {support.model_class} | {' | '.join(cells[stage] for stage in STAGES)} |")
     return "\n".join(lines)

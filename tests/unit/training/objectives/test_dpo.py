@@ -183,7 +183,7 @@ BAD_ROWS = [
     ({"prompt": "a", "chosen": 3, "rejected": "x"}, "row 1: chosen: found"),
     ({"prompt": "a", "chosen": {"role": "user", "content": "x"}, "rejected": "y"}, "row 1: chosen.role: found 'user'"),
     ({"prompt": "a", "chosen": [], "rejected": "y"}, "row 1: chosen: found 0 turns"),
-    ({"chosen": "x", "rejected": "y"}, "row 1: messages: the field is missing"),
+    ({"chosen": "x", "rejected": "y"}, "row 1: prompt: the field is missing"),
     (
         {
             "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],

@@ -49,8 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("answers")
 
 
-def write_labelled(path: Path, count: int, first: int = 0) -> Path:
-    """JSONL of answers in three forms: two of three are right and have label true."""
+def write_labelled(path: Path, count: int, first: int = 0, form: int = 0) -> Path:
+    """JSONL of answers in one of three forms: two of three are right and have label true."""
     lines = []
     for number in range(first, first + count):
         right, wrong = COLOURS[number % len(COLOURS)], COLOURS[(number + 1) % len(COLOURS)]
@@ -62,7 +62,7 @@ def write_labelled(path: Path, count: int, first: int = 0) -> Path:
             {"messages": [asked, said]},
             {"prompt": [asked], "completion": [said]},
         ]
-        lines.append(json.dumps({"id": f"row{number}", **forms[number % 7 % 3], "label": good}))
+        lines.append(json.dumps({"id": f"row{number}", **forms[form], "label": good}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -73,7 +73,7 @@ def labelled_task(folder: Path, **changes: Any) -> TrainSpec:
     if not files["data.train"].exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_labelled(files["data.train"], 42)
-        write_labelled(files["data.eval"], 9, first=1000)
+        write_labelled(files["data.eval"], 9, first=1000, form=1)
     rows = {key: str(file) for key, file in files.items()}
     return pair_task(folder, **{"objective": {"kind": "kto"}, **rows, **changes})
 
@@ -302,6 +302,12 @@ def test_held_out_losses_are_those_of_a_step_on_the_same_rows(folder: Path, obje
     assert built.evaluate()["loss"] == pytest.approx(step, rel=1e-5)
 
 
+def test_every_form_of_a_row_gives_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+    files = [write_labelled(tmp_path / f"{form}.jsonl", 6, form=form) for form in range(3)]
+    rows = [prepare(labelled_task(folder, **{"data.train": str(file)})).train for file in files]
+    assert {one.digest() for one in rows} == {rows[0].digest()}
+
+
 def test_mismatched_answers_follow_their_prompts_and_are_cut(folder: Path) -> None:
     rows = prepare(labelled_task(folder)).train
     assert isinstance(rows, LabelledRows)
@@ -318,11 +324,10 @@ def test_mismatched_answers_follow_their_prompts_and_are_cut(folder: Path) -> No
 
 BAD_ROWS = [
     ({"prompt": "a", "completion": "x"}, "row 1: label: the field is missing"),
-    ({"prompt": "a", "completion": "x", "label": "good"}, "row 1: label: found a string 'good'"),
-    ({"prompt": "a", "completion": "x", "label": None}, "row 1: label: found null None"),
-    ({"prompt": "a", "completion": "x", "label": [True]}, "row 1: label: found a list [True]"),
+    ({"prompt": "a", "completion": "x", "label": "good"}, "row 1: label: found 'good'"),
+    ({"prompt": "a", "completion": "x", "label": None}, "row 1: label: the field is missing"),
+    ({"prompt": "a", "completion": "x", "label": [True]}, "row 1: label: found [True]"),
     ({"prompt": "a", "label": True}, "row 1: completion: the field is missing"),
-    ({"completion": "x", "label": True}, "row 1: messages: the field is missing"),
 ]
 
 

@@ -37,7 +37,7 @@ def trl_figures(spec: TrainSpec, data: PreparedData, folder: Path) -> tuple[list
         "train_sampling_strategy": "sequential",
         "learning_rate": spec.optim.lr,
         "lr_scheduler_type": planned.name,
-        "warmup_steps": warmup_steps,
+        "warmup_steps": planned.warmup_steps,
         "max_grad_norm": spec.optim.max_grad_norm,
         "weight_decay": spec.optim.weight_decay,
         "dataset_kwargs": {"skip_prepare_dataset": True},
