@@ -160,6 +160,8 @@ def frozen_bytes(model: ModelShape, padded_to: int | None, virtual_tokens: int, 
 
 def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *, dequantised: bool = False) -> int:
     """Return the bytes of the resident base. `value_bytes`: 4 for fp32, 2 for bf16 and fp16."""
+    if quant.method.keeps_checkpoint:
+        return (model.params - model.packed_params) * value_bytes + model.packed_bytes
     plain = model.plain_params * value_bytes
     if not quant.is_packed or dequantised:
         return plain + model.linear_params * value_bytes
@@ -169,7 +171,8 @@ def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *
 
 def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:
     """Beside the resident base while it is quantised: the pages of the checkpoint's file that were read."""
-    return {"checkpoint file": model.params * model.file_bytes} if quant.is_packed else {}
+    read = quant.is_packed and not quant.method.keeps_checkpoint  # a kept checkpoint is the resident base
+    return {"checkpoint file": model.params * model.file_bytes} if read else {}
 
 
 def largest_linear(model: ModelShape) -> int:

@@ -31,7 +31,10 @@ ROW = {"prompt": "Which airport has the code ZPPP?", "completion": "Kunming.", "
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("bases")
-    return {kind: str(write_family(root / kind, kind)) for kind in ("mixtral", "falcon_h1", "gemma3", "gpt2", "qwen3")}
+    return {
+        kind: str(write_family(root / kind, kind))
+        for kind in ("mixtral", "falcon_h1", "gemma3", "gpt2", "qwen3", "llama4_text")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,8 @@ def refused(error: pytest.ExceptionInfo[BaseModelError], reason: str, hint: str)
 @pytest.mark.parametrize(
     ("kind", "keys", "reason", "hint"),
     [
-        ("mixtral", {}, "experts and routers", "--set adapter.targets=attention"),
+        ("mixtral", {"adapter": {"targets": "mlp"}}, "experts and routers", "--set adapter.experts=true"),
+        ("qwen3", {"adapter": {"experts": True}}, "no experts", "leave adapter.experts out"),
         ("mixtral", {"quant": {"kind": "nf4"}}, "14% of its weights would be packed", "--set quant.kind=none"),
         ("mixtral", {"quant": {"kind": "int8"}}, "3-D parameters", "--set quant.kind=none"),
         ("falcon_h1", {}, "Module 'out_proj' is incompatible", "--set adapter.targets=attention"),
@@ -74,7 +78,6 @@ def refused(error: pytest.ExceptionInfo[BaseModelError], reason: str, hint: str)
             "recurrent layers",
             "--set objective.packing=none",
         ),
-        ("gemma3", {"num_workers": 2}, "vision_tower", "--set num_workers=1"),
     ],
     ids=str,
 )
@@ -93,7 +96,8 @@ def test_training_refuses_what_could_not_end_well(
 def test_training_takes_what_can_be_published_and_loaded(folders: dict[str, str], rows: str) -> None:
     from graftwork.training.run import check
 
-    assert check(train_spec(folders["mixtral"], rows, adapter={"targets": "attention"})) == []
+    assert check(train_spec(folders["mixtral"], rows)) == []
+    assert check(train_spec(folders["mixtral"], rows, adapter={"targets": "mlp", "experts": True})) == []
     assert check(train_spec(folders["gemma3"], rows)) == []
     assert check(train_spec(folders["gemma3"], rows, num_workers=2, adapter={"kind": "prefix"})) == []
 
@@ -113,15 +117,15 @@ def test_a_sweep_refuses_a_base_for_any_of_its_trials(folders: dict[str, str], r
     data = {"train": rows, "eval": str(tmp_path / "eval.jsonl")}
     Path(data["eval"]).write_text(json.dumps({**ROW, "id": "9", "prompt": "And KJFK?"}) + "\n", encoding="utf-8")
     train = train_spec(folders["mixtral"], rows, adapter={"targets": "attention"}, data=data)
-    space = {"adapter.targets": {"kind": "choice", "values": ["attention", "all-linear"]}}
+    space = {"adapter.targets": {"kind": "choice", "values": ["attention", "mlp"]}}
     spec = TuneSpec.model_validate({"name": "s", "train": train.model_dump(), "space": space, "num_trials": 2})
     with pytest.raises(BaseModelError) as error:
         check_sweep(spec)
-    refused(error, "experts and routers", "--set adapter.targets=attention")
+    refused(error, "experts and routers", "--set adapter.experts=true")
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("falcon_h1", "recurrent layers"), ("mixtral", "attention option output_router_logits")]
+    ("kind", "reason"), [("falcon_h1", "recurrent layers"), ("llama4_text", "layers of type chunked_attention")]
 )
 def test_every_stage_that_serves_refuses_what_the_engine_cannot(
     folders: dict[str, str], rows: str, tmp_path: Path, kind: str, reason: str
@@ -175,7 +179,6 @@ def test_a_vllm_endpoint_is_not_held_to_the_limits_of_our_engine(folders: dict[s
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("phimoe", "routers"),
         ("llama4_text", "no decoder below its output head"),
         ("granitemoehybrid", "the loss of a router"),
         ("mamba2", "PEFT cannot attach"),
@@ -262,7 +265,5 @@ def table() -> str:
             cells["train"] = f"targets: {', '.join(taken)}"
         if support.train_packed.reason:
             cells["train"] = "quant.kind=none"
-        if support.outside and cells["train"] == "yes":
-            cells["train"] = "1 worker under ddp"
         lines.append(f"| {kind} | {support.model_class} | {' | '.join(cells[stage] for stage in STAGES)} |")
     return "\n".join(lines)
