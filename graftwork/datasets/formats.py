@@ -198,8 +198,8 @@ def normalise(form: Format, record: Mapping[str, Any], where: str, purpose: Purp
 
 
 def _conversation(row: _FormatRow, messages: tuple[Message, ...], label: str) -> dict[str, Any]:
-    messages, tools = _with_system(row, messages), _tools(row)
     check_turns(messages, row.where, label)
+    messages, tools = _with_system(row, messages), _tools(row)
     last = messages[-1].role
     if row.purpose in ("conversations", "unpaired") and last != "assistant":
         raise DataError(
@@ -222,8 +222,8 @@ def _pair(
     row: _FormatRow, turns: tuple[Message, ...], chosen: Message, rejected: Message, *, label: str = ""
 ) -> dict[str, Any]:
     label = label or ("messages" if row.has("messages") else "prompt")
+    check_turns(turns, row.where, label)
     messages, tools = _with_system(row, turns), _tools(row)
-    check_turns(messages, row.where, label)
     if messages[-1].role not in ("user", "tool"):
         raise DataError(
             f"{row.where}: {label}",

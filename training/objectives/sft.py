@@ -256,14 +256,18 @@ def masked_sft_trainer() -> type[Any]:
     return MaskedSftTrainer
 
 
-def trainer_on(setting: TrainerContext, kind: type[Any]) -> Any:
-    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids."""
+def trainer_on(setting: TrainerContext, kind: type[Any], collate: Any = None) -> Any:
+    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids.
+
+    collate: rows of the data set to a batch; by default the batch of the run's rows.
+    """
     from trl import SFTConfig
 
     from graftwork.training.objectives.trainer import arguments
 
     prepared = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    trainer = kind(args=SFTConfig(**arguments(setting), **prepared), **setting.trainer_arguments())
+    given = setting.trainer_arguments() | ({"data_collator": collate} if collate is not None else {})
+    trainer = kind(args=SFTConfig(**arguments(setting), **prepared), **given)
     # Losses here and TRL's fused head are means over the step's tokens. Some models of images and text deny it of their
     # own loss (`accepts_loss_kwargs`, Gemma-4), for which transformers 5.24 takes the mean over passes.
     trainer.model_accepts_loss_kwargs = True

@@ -29,6 +29,7 @@ from graftwork.planning.memory import (
     weight_bytes,
 )
 from graftwork.training.loop import step_plan
+from graftwork.training.optimizers import state_bytes
 from graftwork.training.spec import TrainSpec
 
 
@@ -169,7 +170,7 @@ def shared(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
     kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus > 0
     if kind == "ddp":
         buckets = trained * FP32 if workers > 1 else 0
-        return Shared(frozen_bytes, trained * FP32, trained * FP32, 2 * trained * FP32, buckets)
+        return Shared(frozen_bytes, trained * FP32, trained * FP32, state_bytes(spec, model), buckets)
     if kind == "fsdp2":
         gathered = LIVE_BLOCKS * -(-(frozen_bytes + trained * FP32) // (model.layers + 1))
         part = trained * FP32 // workers

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +212,16 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (
         turns(CALLING, USER, ANSWER),
         r"messages\[1\].tool_calls",
-        "the call of now has no result, and turn 2 is the user",
+        r"call of 'now': it has no result: it is followed by messages\[2\] of the user",
     ),
-    (turns(CALLING, ANSWER), r"messages\[1\].tool_calls", "the call of now has no result"),
+    (turns(CALLING, ANSWER), r"messages\[1\].tool_calls", "call of 'now': it has no result"),
     (
         turns({**CALLING, "tool_calls": [CALL, {**CALL, "id": "c2"}]}, RESULT, ANSWER),
         r"messages\[1\].tool_calls",
         "no re",
     ),
-    (turns(RESULT, ANSWER), r"messages\[1\].role", "a result without a call"),
-    (turns(CALLING, RESULT, RESULT, ANSWER), r"messages\[3\].role", "a result without a call"),
+    (turns(RESULT, ANSWER), r"messages\[1\].tool_call_id", "no call before it is without a result"),
+    (turns(CALLING, RESULT, RESULT, ANSWER), r"messages\[3\].tool_call_id", "no call before it is without a result"),
     (turns(CALLING, {**RESULT, "tool_call_id": "c9"}, ANSWER), r"messages\[2\].tool_call_id", "found 'c9'"),
     (
         turns({**ANSWER, "tool_calls": [{"function": {"name": "now", "arguments": "{zone"}}]}),
@@ -472,6 +473,27 @@ def test_the_outcomes_are_of_all_three_kinds(tmp_path: Path) -> None:
     assert found["tools"] == found["chat_template_kwargs"] == found["system"] == "used"
     assert found["images"] == found["weight"] == found["label"] == "rejected"
     assert found["parallel_tool_calls"] == found["prompt"] == found["channel"] == "ignored"
+
+
+def test_the_examples_of_the_guide_are_read(tmp_path: Path) -> None:
+    guide = Path(__file__, "../../../../docs/data.md").resolve().read_text(encoding="utf-8")
+    seen = set()
+    for block in re.findall(r"```json\n(.*?)```", guide, re.DOTALL):
+        records = [json.loads(line) for line in block.splitlines()]
+        for purpose in ("pairs", "unpaired", "conversations", "documents"):
+            keys = purpose_keys(purpose)
+            try:
+                examples = list(iter_examples(write(tmp_path / "rows.jsonl", *records), purpose, keys=keys))
+            except DataError:
+                continue
+            assert len(examples) == len(records)
+            assert not keys.ignored
+            seen.update(keys.formats.values())
+            break
+        else:
+            raise AssertionError(f"no purpose reads {block}")
+    assert seen >= {"openai", "trl", "sharegpt", "alpaca", "trl_preference", "openai_preference", "text"}
+    assert all(f"`{one.name}`" in guide for one in FORMATS)
 
 
 def test_each_purpose_has_a_format() -> None:
