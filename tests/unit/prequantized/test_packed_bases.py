@@ -14,9 +14,9 @@ from graftwork.base.load import LoadedBase, ResolvedBase
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.source import BaseSpec
 from graftwork.base.support import base_support, check_local
+from graftwork.compat.packed_weights import PackedLinear
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.planning.memory import weight_bytes
-from graftwork.prequantized.linear import PackedLinear
 from graftwork.quantization import QuantSpec
 from graftwork.serving.spec import ServeSpec
 from tests import engines
