@@ -18,7 +18,7 @@ from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 8
+FORMAT = 10
 """Of a cached entry; raise it when the fields below or the way of counting change."""
 
 
