@@ -145,6 +145,35 @@ class LoadedBase:
     """Bytes of the weights in memory; more than `stored_bytes` where nf4 is dequantised."""
 
 
+def config_file(base: BaseSpec) -> Path | None:
+    """config.json of a base of which this machine has the config alone: the file itself, or a folder without weights.
+
+    Plans and checks need no more. None: the base has weights, or is elsewhere.
+    """
+    path = Path(base.uri.removeprefix("file://")).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    alone = (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
+    return path / "config.json" if alone else None
+
+
+def read_config(base: BaseSpec) -> Mapping[str, Any]:
+    """The config of a base, with its changes by the spec; of `config_file` too. Raises BaseModelError, StorageError."""
+    file = config_file(base)
+    if file is None:
+        return resolve(base).config
+    config = source.read_config_file(file, base.uri)
+    return {**config, **_overrides(base, config)}
+
+
+def _overrides(base: BaseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the config that the spec changes."""
+    changed = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
+    if base.extra_tokens:
+        changed["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    return changed
+
+
 def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedBase:
     """Fetch, verify and convert once; later calls take no time. Raises BaseModelError, StorageError."""
     try:
@@ -162,9 +191,7 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     if base.sha256 and not base.uri.endswith(".gguf"):
         source.expect(base.uri, base.sha256, digest)
     stretched = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
-    config = {**config, **stretched}
-    if base.extra_tokens:
-        config["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    config = {**config, **_overrides(base, config)}
     digest = source.mark_digest(digest, config, base.rope_scaling, base.extra_tokens)
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
     replaced = None
