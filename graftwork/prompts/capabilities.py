@@ -1,4 +1,4 @@
-"""What a chat template writes: functions, calls and their results, reasoning, the end of an answer.
+"""Abilities of a chat template: functions, calls and their results, reasoning, the end of an answer.
 
 Found by rendering short conversations of words that occur nowhere else. The name of a model family decides nothing.
 """
@@ -35,6 +35,8 @@ TOOL: Mapping[str, Any] = {
 
 class Renderer(Protocol):
     """The part of a `Template` that the probes use."""
+
+    base: str
 
     def sealed_text(
         self, turns: Sequence[Turn], *, generate: bool, tools: Sequence[Mapping[str, Any]] = ...
@@ -159,7 +161,7 @@ def _end(template: Renderer, eos_ids: frozenset[int]) -> tuple[int, bool]:
     following = template.control_ids(_behind(longer, _ANSWER))[:1]
     if eos_ids.isdisjoint(following):
         raise BaseModelError(
-            "chat template of the base",
+            f"chat template of {template.base}",
             f"it ends an answer with {behind!r}",
             "an answer ends with a special token, or generation could not stop",
             "use a base whose chat template closes the assistant's turn",
