@@ -204,6 +204,11 @@ def test_an_answer_with_a_label_is_read(tmp_path: Path, key: str, label: object,
         assert (found.messages, found.label) == (TURNS, value)
 
 
+def test_a_labelled_answer_cannot_be_left_out_of_the_loss(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 1: messages: the last turn has weight 0"):
+        read(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0}], "label": True}, "unpaired")
+
+
 def turns(*added: Any) -> dict[str, Any]:
     return {"messages": [USER, *added]}
 
@@ -477,7 +482,7 @@ def test_the_outcomes_are_of_all_three_kinds(tmp_path: Path) -> None:
 
 def test_the_examples_of_the_guide_are_read(tmp_path: Path) -> None:
     guide = Path(__file__, "../../../../docs/data.md").resolve().read_text(encoding="utf-8")
-    seen = set()
+    seen: set[str] = set()
     for block in re.findall(r"```json\n(.*?)```", guide, re.DOTALL):
         records = [json.loads(line) for line in block.splitlines()]
         for purpose in ("pairs", "unpaired", "conversations", "documents"):

@@ -110,6 +110,12 @@ def test_overlap_with_held_out_rows_is_counted(folder: Path) -> None:
         ({"instruction": "u", "output": "a"}, "sft", "alpaca"),
         ({"prompt": "u", "chosen": "a", "rejected": "b"}, "dpo", "trl_preference"),
         ({"text": "words"}, "cpt", "text"),
+        ({"prompt": "u", "completion": "a", "label": False}, "kto", "trl"),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "label": 3},
+            "sft",
+            "openai",
+        ),
     ],
 )
 def test_a_file_alone_is_read_by_the_objective_of_its_format(
