@@ -116,6 +116,24 @@ def test_calls_and_their_results_are_read_in_every_form(tmp_path: Path, record: 
     assert all(turn.trained for turn in found.messages)
 
 
+@pytest.mark.parametrize("save", ["parquet", "folder"])
+def test_arguments_of_calls_in_arrow_have_no_keys_of_other_functions(tmp_path: Path, save: str) -> None:
+    """Arrow fills objects of a list up to the same keys with null; a template would write them."""
+    import datasets
+
+    def row(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+
+    rows = datasets.Dataset.from_list([row("now", {"zone": "CET"}), row("add", {"a": 1, "b": 2})])
+    uri = str(tmp_path / ("rows.parquet" if save == "parquet" else "rows"))
+    rows.to_parquet(uri) if save == "parquet" else rows.save_to_disk(uri)
+    filled = rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert filled == {"zone": "CET", "a": None, "b": None}, "the case that is tested"
+    found = list(iter_examples(uri, "conversations"))
+    assert [one.messages[1].tool_calls[0].arguments for one in found] == [{"zone": "CET"}, {"a": 1, "b": 2}]
+
+
 def test_two_calls_of_a_turn_are_one_turn_in_sharegpt(tmp_path: Path) -> None:
     call = json.dumps({"name": "now", "arguments": {}})
     turns = sharegpt(("human", "u"), ("function_call", call), ("function_call", call), ("observation", "1"))
