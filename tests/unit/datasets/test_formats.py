@@ -486,6 +486,33 @@ def test_no_key_of_a_turn_that_a_peer_reads_is_lost(tmp_path: Path, at: int, key
     assert outcome(tmp_path, "conversations", base, {"messages": changed}, f"messages[].{key}") != "lost"
 
 
+@pytest.mark.parametrize(("at", "key", "value"), TURN_KEYS)
+def test_no_key_of_a_sharegpt_turn_is_lost(tmp_path: Path, at: int, key: str, value: Any) -> None:
+    base = {"conversations": sharegpt(("human", "u"), ("gpt", "a"), ("human", "u"), ("gpt", "a"))}
+    changed = copy.deepcopy(base)
+    changed["conversations"][at][key] = value
+    assert outcome(tmp_path, "conversations", base, changed, f"conversations[].{key}") != "lost"
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for at, key, value in TURN_KEYS if at == 1])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_no_key_of_an_answer_of_a_pair_is_lost(tmp_path: Path, side: str, key: str, value: Any) -> None:
+    base = {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "c"}]}
+    changed = copy.deepcopy(base)
+    changed[side][0][key] = value
+    assert outcome(tmp_path, "pairs", base, changed, f"{side}[].{key}") != "lost"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("tools", [TOOL]), ("parallel_tool_calls", True), ("temperature", 1), ("model", "m")]
+)
+def test_no_key_of_the_input_of_a_preference_is_lost(tmp_path: Path, key: str, value: Any) -> None:
+    base = PAIRS[-1][1] | {"input": {"messages": [USER]}}
+    changed = {**base, "input": {"messages": [USER], key: value}}
+    name = key if key == "parallel_tool_calls" else f"input.{key}"
+    assert outcome(tmp_path, "pairs", base, changed, name) == ("used" if key == "tools" else "ignored")
+
+
 def test_the_outcomes_are_of_all_three_kinds(tmp_path: Path) -> None:
     """The check above tells them apart: a key that is read, one that is refused, one that is reported."""
     found = {
