@@ -110,7 +110,9 @@ def _probe_logits(model: Any, rank: int = 0, size: int = 1) -> torch.Tensor | No
     places_T = torch.arange(rank * length, (rank + 1) * length, device=device)
     training = model.training
     model.eval()
-    logits_TV: torch.Tensor = model(input_ids=ids_S[None, places_T], position_ids=places_T[None], use_cache=False).logits[0]
+    logits_TV: torch.Tensor = model(
+        input_ids=ids_S[None, places_T], position_ids=places_T[None], use_cache=False
+    ).logits[0]
     model.train(training)
     return logits_TV
 
