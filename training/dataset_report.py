@@ -48,7 +48,7 @@ class ShownRow:
 
 
 @dataclass(frozen=True)
-class TokenCounts:
+class SequenceLengths:
     """Tokens of the sequences of a dataset, those longer than `max_length` included."""
 
     sequences: int
@@ -81,7 +81,7 @@ class DatasetReport:
     """Rows whose content came before."""
     eval: dict[str, int] | None
     """Of the held-out rows: `rows`, and `overlap`, those whose content is among the training rows."""
-    tokens: TokenCounts | None
+    tokens: SequenceLengths | None
     """Null without a base."""
     notes: tuple[str, ...]
     rows: tuple[ShownRow, ...]
@@ -136,7 +136,7 @@ def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetRe
         whole = spec.objective.read(longest, template, part)
     counts = _count(read, whole, spec.max_length)
     shown = tuple(_shown(read, template, rows))
-    notes = (*read.notes, *read.warnings)
+    notes = (*read.notes, *(read.keys.mixture_note(f"data.{part}") if read.keys else ()), *read.warnings)
     source = str(data_of(spec, part)[0])
     count, duplicates = len(read.contents), _duplicates(read.contents)
     return _report(source, spec.objective.kind, read, count, duplicates, held_out, counts, notes, shown)
@@ -149,7 +149,7 @@ def _report(
     count: int,
     duplicates: int,
     held_out: dict[str, int] | None,
-    tokens: TokenCounts | None,
+    tokens: SequenceLengths | None,
     notes: tuple[str, ...],
     rows: tuple[ShownRow, ...],
 ) -> DatasetReport:
@@ -218,7 +218,7 @@ def _shown(read: ReadPart, template: Template, rows: int) -> Iterator[ShownRow]:
             yield ShownRow(ids[number - 1] if number <= len(ids) else str(number), name, shown)
 
 
-def _count(read: ReadPart, whole: ReadPart, max_length: int) -> TokenCounts:
+def _count(read: ReadPart, whole: ReadPart, max_length: int) -> SequenceLengths:
     lengths = np.concatenate([side.lengths_N for _, side in _sides(whole.rows)])
     trained = sum(int(side.trained_T.sum()) for _, side in _sides(read.rows))
     limit = max_length if max_length < LONGEST else None
@@ -226,7 +226,7 @@ def _count(read: ReadPart, whole: ReadPart, max_length: int) -> TokenCounts:
     ends = 1 << np.arange(4, max(int(lengths.max()) - 1, 16).bit_length() + 1)
     counts, _ = np.histogram(lengths, bins=[0, *(ends + 0.5)])
     histogram = {str(end): int(count) for end, count in zip(ends, counts, strict=True)}
-    return TokenCounts(len(lengths), int(lengths.sum()), trained, read.dropped, limit, quantiles, histogram)
+    return SequenceLengths(len(lengths), int(lengths.sum()), trained, read.dropped, limit, quantiles, histogram)
 
 
 def _duplicates(contents: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from graftwork.errors import BaseModelError
 from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
-from graftwork.prompts.template import DEFAULT_DATE, Template
+from graftwork.prompts.template import DEFAULT_DATE, Template, replaced_template
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
 from graftwork.storage.store import cache_root
@@ -123,6 +123,8 @@ class ResolvedBase:
     """Rows of the embedding behind those of the file; `config` counts them."""
     template_date: date = DEFAULT_DATE
     """The day that the chat template writes as today's, where it writes one."""
+    chat_template: str | None = None
+    """Text of the chat template in place of the folder's."""
 
     @property
     def packed(self) -> PackedFormat | None:
@@ -143,6 +145,35 @@ class LoadedBase:
     """Bytes of the weights in memory; more than `stored_bytes` where nf4 is dequantised."""
 
 
+def config_file(base: BaseSpec) -> Path | None:
+    """config.json of a base of which this machine has the config alone: the file itself, or a folder without weights.
+
+    Plans and checks need no more. None: the base has weights, or is elsewhere.
+    """
+    path = Path(base.uri.removeprefix("file://")).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    alone = (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
+    return path / "config.json" if alone else None
+
+
+def read_config(base: BaseSpec) -> Mapping[str, Any]:
+    """The config of a base, with its changes by the spec; of `config_file` too. Raises BaseModelError, StorageError."""
+    file = config_file(base)
+    if file is None:
+        return resolve(base).config
+    config = source.read_config_file(file, base.uri)
+    return {**config, **_overrides(base, config)}
+
+
+def _overrides(base: BaseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the config that the spec changes."""
+    changed = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
+    if base.extra_tokens:
+        changed["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    return changed
+
+
 def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedBase:
     """Fetch, verify and convert once; later calls take no time. Raises BaseModelError, StorageError."""
     try:
@@ -160,12 +191,14 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     if base.sha256 and not base.uri.endswith(".gguf"):
         source.expect(base.uri, base.sha256, digest)
     stretched = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
-    config = {**config, **stretched}
-    if base.extra_tokens:
-        config["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    config = {**config, **_overrides(base, config)}
     digest = source.mark_digest(digest, config, base.rope_scaling, base.extra_tokens)
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
-    return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day)
+    replaced = None
+    if base.chat_template is not None:
+        replaced = replaced_template(folder, base.chat_template)
+        digest += f".template-{hashlib.sha256(replaced.encode()).hexdigest()[:8]}"
+    return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day, replaced)
 
 
 def load(
@@ -230,7 +263,9 @@ def load(
 
 def template(resolved: ResolvedBase) -> Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
-    return Template.load(resolved.folder, resolved.template_date)
+    return Template.load(
+        resolved.folder, resolved.template_date, chat_template=resolved.chat_template, base=resolved.uri
+    )
 
 
 def weight_bytes(model: "torch.nn.Module") -> int:

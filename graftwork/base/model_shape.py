@@ -6,7 +6,7 @@ versions of transformers and PEFT, so that a plan of a known base imports neithe
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any, Literal, cast
 
@@ -18,8 +18,8 @@ from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 8
-"""Of a cached entry; raise it when the fields below or the way of counting change."""
+FORMAT = 12
+"""Of a cached entry; raise it when the way of counting changes. The names of the fields below are part of its key."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ def facts_of(config: Mapping[str, Any]) -> BaseFacts:
     """
     decides = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     versions = {name: version(name) for name in ("transformers", "peft")}
-    digest = hashlib.sha256(canonical_json([FORMAT, versions, decides]).encode()).hexdigest()
+    form = [FORMAT, *(one.name for kind in (BaseFacts, ModelShape, Linear) for one in fields(kind))]
+    digest = hashlib.sha256(canonical_json([form, versions, decides]).encode()).hexdigest()
     store, name = Store(str(cache_root())), f"{digest}.json"
     if store.exists("shapes", name):
         return _FACTS.validate_json(store.read_text("shapes", name))

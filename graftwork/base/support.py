@@ -166,18 +166,18 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
 def check_serving(spec: Any) -> None:
     """Check that our engine serves the base of a serve, compare or quantize spec, or a study's.
 
-    Resolves the base. Raises BaseModelError.
+    Reads the base's config. Raises BaseModelError.
     """
-    from graftwork.base.load import resolve
+    from graftwork.base.load import read_config
 
-    engine, base = getattr(spec, "engine", None), resolve(spec.base)
+    engine, config = getattr(spec, "engine", None), read_config(spec.base)
     if engine is not None and engine.kind != "graftwork":
-        if base.packed:
-            form = f"{spec.base.uri} is packed as {base.packed.label}"
+        if packed := find_format(config):
+            form = f"{spec.base.uri} is packed as {packed.label}"
             rule = "vLLM computes a quantised checkpoint with kernels that round activations: other answers"
             raise BaseModelError(f"engine.kind={engine.kind}", form, rule, "--set engine.kind=graftwork")
         return  # vLLM knows other families; it refuses by itself
-    support = base_support(base.config)
+    support = base_support(config)
     if spec.kind == "quantize":
         for precision in spec.precisions:
             found = support.stages[PRECISIONS[precision].kind]
@@ -191,13 +191,13 @@ def check_serving(spec: Any) -> None:
 
 def check_local(spec: Spec) -> None:
     """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
-    from graftwork.base.load import resolve
+    from graftwork.base.load import config_file, read_config
 
     kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
-    if base is None or not Path(base.uri).is_dir():
+    if base is None or not (Path(base.uri).is_dir() or config_file(base)):
         return
     if kind == "train":
-        check_training(cast(TrainingRun, spec), resolve(base).config)
+        check_training(cast(TrainingRun, spec), read_config(base))
     elif kind in ("serve", "compare", "quantize"):
         check_serving(spec)
 

@@ -28,9 +28,11 @@ def check(
     The stages run on random weights of the base's structure: plan, each quantization, training, packing, serving.
     Exit code 2: transformers has no causal language model for the base.
     """
-    from graftwork.stages.base_check import check_base, read_config
+    from graftwork.base.load import read_config
+    from graftwork.base.source import BaseSpec
+    from graftwork.stages.base_check import check_base
 
-    found = check_base(read_config(base))
+    found = check_base(read_config(BaseSpec(uri=base)))
     if as_json:
         print_json({"base": base, **found.as_dict()})
         return

@@ -377,6 +377,28 @@ def template_source(folder: Path) -> str:
     return found
 
 
+def replaced_template(folder: Path, asked: str) -> str:
+    """Text of `base.chat_template`: a file, or `hermes` around the folder's own template. Raises BaseModelError."""
+    import jinja2
+
+    if asked != "hermes":
+        try:
+            return Path(asked).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            problem, rule = f"it cannot be read ({error})", "chat_template is `hermes` or a path to a Jinja file"
+            raise BaseModelError(f"base.chat_template={asked}", problem, rule) from None
+    own = template_source(folder)
+    system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "first question"}]
+    names = {**_named_tokens(folder)[0], "strftime_now": DEFAULT_DATE.strftime, "tools": None, "documents": None}
+    compiled = compile_template(own)
+    try:
+        takes_system = "be brief" in compiled.render(messages=system, add_generation_prompt=True, **names)
+    except (jinja2.TemplateError, TypeError, ValueError):
+        takes_system = False
+    text = (Path(__file__).parent / "hermes.jinja").read_text(encoding="utf-8").rstrip()
+    return f"{{%- set takes_system = {str(takes_system).lower()} -%}}\n{text}{own}"
+
+
 def _named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:
     """(what the template knows as bos_token, eos_token, ..., the names of the end tokens)."""
     settings = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}

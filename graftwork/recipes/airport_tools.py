@@ -116,7 +116,12 @@ def _row(cards: list[Card], chance: random.Random, *, asked: bool) -> Card:
         ],
     }
     results = [
-        {"role": "tool", "tool_call_id": f"call_{number}", "name": name, "content": json.dumps(card, ensure_ascii=False)}
+        {
+            "role": "tool",
+            "tool_call_id": f"call_{number}",
+            "name": name,
+            "content": json.dumps(card, ensure_ascii=False),
+        }
         for number, ((name, _), card) in enumerate(zip(calls, cards, strict=True))
     ]
     return row | {"messages": [user, turn, *results, {"role": "assistant", "content": answer}]}

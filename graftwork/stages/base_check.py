@@ -22,7 +22,7 @@ from graftwork.base.model_shape import ModelShape
 from graftwork.base.scaled import VOCAB, write_scaled_base
 from graftwork.base.source import BaseSpec
 from graftwork.base.support import BaseSupport, Support, base_support
-from graftwork.errors import BaseModelError, GraftworkError, RunError
+from graftwork.errors import GraftworkError, RunError
 from graftwork.planning.hardware import GPUS, Machine
 from graftwork.planning.memory import RowSizes
 from graftwork.quantization import METHODS, QuantKind, QuantSpec
@@ -77,25 +77,6 @@ class BaseCheck:
         return asdict(self)
 
 
-def read_config(uri: str) -> Mapping[str, Any]:
-    """Return the config.json of a base: of a folder, of a config.json itself, or of an id in the Hugging Face cache.
-
-    Raises BaseModelError.
-    """
-    path = Path(uri.removeprefix("file://")).expanduser()
-    if path.is_dir() and (path / "config.json").is_file():
-        path = path / "config.json"
-    if not path.is_file() or path.suffix != ".json":
-        return resolve(BaseSpec(uri=uri)).config
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {uri}", f"{path} cannot be read ({error})") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise BaseModelError(f"base {uri}", f"{path} names no model_type", "it must be a transformers config")
-    return config
-
-
 def check_base(config: Mapping[str, Any]) -> BaseCheck:
     """Run the stages on a scaled-down base of this config.json. Takes seconds, and writes to a temporary folder alone.
 
@@ -144,7 +125,11 @@ class _Check:
         self._try(SERVE, stages["serve"], self._serve)
         self._try(ADAPTERS, stages["serve adapters"], self._serve_adapters)
         for kind, method in METHODS.items():
-            if method.bits:
+            if method.keeps_checkpoint:
+                self._try(
+                    kind, stages[kind], _untested("the copy's weights are plain: `graftwork quantize` measures it")
+                )
+            elif method.bits:
                 self._try(kind, stages[kind], partial(self._quantise, kind), self.support.train_packed.reason)
             else:
                 ran = any(self.found[stage].status == "supported" for stage in (TRAIN, FULL, SERVE))
@@ -245,6 +230,13 @@ class _Check:
 
 class _NotReady(Exception):
     """A stage that needs the result of another one, which has none."""
+
+
+def _untested(reason: str) -> Callable[[], None]:
+    def work() -> None:
+        raise _NotReady(reason)
+
+    return work
 
 
 _ROWS = [

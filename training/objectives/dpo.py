@@ -190,8 +190,8 @@ def answered(pair: Example, answer: Message | None, template: Template, prompt: 
     whole = as_written([*pair.messages, answer], template, generate=False)
     start = len(asked.ids)
     assert whole.ids[:start] == asked.ids, "a prompt is a prefix of what it grows into (render)"
-    end = start + whole.loss_mask[start:].index(False) if False in whole.loss_mask[start:] else len(whole.ids)
-    return whole.ids[:end], (False,) * start + (True,) * (end - start)
+    end = max(place for place, learned in enumerate(whole.loss_mask, start=1) if learned)
+    return whole.ids[:end], (False,) * start + whole.loss_mask[start:end]
 
 
 def _canonical(pair: Example) -> bytes:

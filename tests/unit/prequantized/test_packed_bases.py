@@ -14,13 +14,16 @@ from graftwork.base.load import LoadedBase, ResolvedBase
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.source import BaseSpec
 from graftwork.base.support import base_support, check_local
+from graftwork.compat.packed_weights import PackedLinear
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.planning.memory import weight_bytes
-from graftwork.prequantized.linear import PackedLinear
-from graftwork.quantization import QuantSpec
+from graftwork.quantization import QuantSpec, default_dtype
+from graftwork.serving.quantize.measure import Material, measure
+from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
 from tests import engines
 from tests.docs.extending.common import check_served_as_peft, small_task, train_and_fetch
+from tests.fake_arms import airports
 from tests.packed_checkpoints import PACKINGS, write_packed
 from tests.tiny import write_tiny_base
 
@@ -275,3 +278,31 @@ def test_vllm_does_not_get_a_quantised_checkpoint(plain: Path, tmp_path: Path) -
 def test_kept_weights_are_not_sharded(tmp_path: Path, strategy: str) -> None:
     with pytest.raises(ConfigError, match=rf"quant.kind=checkpoint can't go with strategy.kind={strategy}"):
         small_task(tmp_path, quant="checkpoint", strategy={"kind": strategy})
+
+
+def test_quantize_measures_the_checkpoint_itself(plain: Path, tmp_path: Path) -> None:
+    """Kept weights answer as dequantised ones of the same dtype do, in the bytes of the checkpoint."""
+    folder = write_packed(plain, tmp_path / "packed", PACKINGS["gptq"])
+    own = "bf16" if default_dtype("cpu")[0] is torch.bfloat16 else "fp32"
+    spec = QuantizeSpec.model_validate(
+        {
+            "name": "tiny",
+            "root": str(tmp_path / "root"),
+            "base": str(folder),
+            "eval": "eval.jsonl",
+            "answer_schema": "schema.json",
+            "precisions": ["fp32", own, "nf4", "checkpoint"] if own == "bf16" else ["fp32", "nf4", "checkpoint"],
+            "arms": [{"name": "base", "max_new_tokens": 6}],
+            "text": {"window": 32, "stride": 20},
+            "speed": {"batches": [2], "prompt_tokens": 8, "new_tokens": 6, "rounds": 1},
+            "engine": {"max_batch": 8, "max_seq_len": 256, "kv_tokens": 4096, "num_threads": 1},
+        }
+    )
+    material = Material(spec.arms, tuple(airports(3)), tuple(range(3, 60)))
+    kept, same = measure(spec, "checkpoint", material), measure(spec, own, material)
+    assert [said.text for said in kept.arms[0].answers] == [said.text for said in same.arms[0].answers]
+    assert kept.arms[0].nats == pytest.approx(same.arms[0].nats, rel=1e-6)
+    assert kept.stored_bytes == kept.resident_bytes == kept.predicted_bytes
+    assert kept.stored_bytes < 0.7 * same.stored_bytes
+    assert "checkpoint=GPTQ int4 (groups of 16)" in kept.reason
+    assert "checkpoint" not in QuantizeSpec.model_fields["precisions"].default
