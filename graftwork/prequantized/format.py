@@ -43,6 +43,8 @@ class PackedFormat:
     """Between the name of a module and that of a part."""
     of_linears: bool = True
     """The format packs linear layers; else experts, whose weights have three dimensions."""
+    native: bool = False
+    """transformers loads it packed by itself on every device."""
     check_file: Callable[[Mapping[str, str]], None] | None = None
     """Raises BaseModelError for the header of a safetensors file with weights that the format does not read."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from graftwork.base import load as base_model
@@ -28,7 +29,7 @@ from tests.packed_checkpoints import PACKINGS, write_packed
 from tests.tiny import write_tiny_base
 
 IDS = torch.arange(3, 67).reshape(4, 16)
-KEPT = [name for name in PACKINGS if not name.startswith("bnb")]
+KEPT = [name for name in PACKINGS if not name.startswith("bnb nf4")]
 ONE_OF_EACH = ["fp8 cut blocks", "ct int4 zeros", "awq", "gptq reordered", "torchao intx"]
 
 
@@ -108,6 +109,18 @@ def test_kept_weights_give_the_logits_of_dequantised_ones_in_their_own_bytes(
     predicted = sum(packed.packed_bytes(layer.in_features, layer.out_features) for layer in layers)
     assert abs(predicted - stored) <= 0.005 * stored
     assert not hasattr(kept.model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("name", ["bnb nf4", "bnb nf4 double"])
+def test_kept_4_bit_weights_of_bitsandbytes_stay_in_its_own_layers(plain: Path, tmp_path: Path, name: str) -> None:
+    folder = write_packed(plain, tmp_path / "packed", PACKINGS[name])
+    kept = load(folder, "checkpoint")
+    layers = [module for module in kept.model.modules() if isinstance(module, Linear4bit)]
+    assert {layer.compute_dtype for layer in layers} == {torch.float32}
+    assert len(layers) == 14
+    torch.testing.assert_close(logits(kept), logits(load(folder, "none")), rtol=1e-4, atol=1e-4)
+    predicted = weight_bytes(ModelShape.from_config(resolve(folder).config), QuantSpec(kind="checkpoint"))
+    assert 0 <= kept.stored_bytes - predicted <= 14 * 1300
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
