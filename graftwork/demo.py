@@ -133,7 +133,8 @@ def prepare(job: DemoState) -> None:
     started = time.monotonic()
     with job.bar("base and data"):
         base = resolve(job.specs.compare.base)
-        uris = dict.fromkeys([*(spec.data.train for spec in job.specs.train), job.specs.compare.eval])
+        trained = (str(spec.data.source("train", spec.seed)) for spec in job.specs.train)
+        uris = dict.fromkeys([*trained, job.specs.compare.eval])
         # recipes are built on first use
         rows = ", ".join(f"{len(read_rows(uri, need='train'))} rows in {uri.removeprefix('recipe://')}" for uri in uris)
     job.done("prepare", started, f"base {base.digest[:12]} verified; {rows}")
@@ -280,7 +281,7 @@ def report_stage(job: DemoState) -> DemoReport:
 
 def _burst_calls(endpoint: Endpoint, update: TrainSpec, burst: BurstSpec, compare: CompareSpec) -> list[ChatCall]:
     """The base and the adapters in turn, each with questions of its own task."""
-    own = [row.messages[0] for row in read_rows(update.data.train, limit=64, need="train")]
+    own = [row.messages[0] for row in read_rows(update.data.source("train", update.seed), limit=64, need="train")]
     other = [row.messages[0] for row in read_rows(compare.eval, limit=64, need="eval")]
     models = [endpoint.base, *(f"{endpoint.base}:{ref}" for ref in endpoint.spec.adapters)]
     return [

@@ -126,7 +126,6 @@ NOT_TUNABLE = {
     "data.eval": "trials are compared on the same held-out rows",
     "data.eval_rows": "eval_rows of the sweep takes its place",
     "objective.kind": "losses of different kinds can't be compared",
-    "objective.loss": "losses of different kinds can't be compared",
     "objective.loss_type": "losses of different kinds can't be compared",
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""

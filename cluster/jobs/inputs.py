@@ -181,6 +181,8 @@ def _key(where: str) -> str:
         parts = parts[:-1]
     if parts[-1] == "uri" and len(parts) > 1 and parts[-2] in INPUT_PARENTS:
         return "train"  # read as rows are
+    if parts[-2:] == ["train", "path"]:
+        return "train"  # one of several sources
     return parts[-1]
 
 

@@ -78,6 +78,8 @@ class AdapterKind(Spec):
     """Embedding rows of single tokens can be trained with it."""
     trains_score_head: ClassVar[bool] = False
     """A reward model's head can be trained and saved with it."""
+    trains_matrices: ClassVar[bool] = True
+    """Some trained weight is a matrix that multiplies activations."""
     has_rank: ClassVar[bool] = False
     """Its size is the key `rank`."""
 
@@ -157,9 +159,15 @@ def linears(model: Any) -> list[str]:
     ]
 
 
+def text_linears(model: Any) -> list[str]:
+    """Full names of the linear layers of the text decoder: towers for images and sound are left out, and the head."""
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    return [name for name in linears(model) if id(model.get_submodule(name)) in decoder]
+
+
 def within(asked: str, words: tuple[str, ...], model: Any) -> list[str]:
     """Full names of the linear layers in whose names one of the words stands. Raises ConfigError for none."""
-    found = [name for name in linears(model) if any(word in name.lower() for word in words)]
+    found = [name for name in text_linears(model) if any(word in name.lower() for word in words)]
     if not found:
         raise _no_target(asked, f"no linear layer of {type(model).__name__} is in such a block", model)
     return found
@@ -168,12 +176,14 @@ def within(asked: str, words: tuple[str, ...], model: Any) -> list[str]:
 def ends(asked: str, names: tuple[str, ...], model: Any) -> list[str]:
     """Those of the names that layers of the model end in, as PEFT takes them for targets. Raises ConfigError for none.
 
-    `asked` begins the error.
+    Of a model with towers for images and sound the full names: theirs end alike. `asked` begins the error.
     """
-    known = linears(model)
+    known = text_linears(model)
     found = [name for name in names if any(layer.endswith(f".{name}") for layer in known)]
     if not found:
         raise _no_target(asked, f"{type(model).__name__} has no layer named {', '.join(names)}", model)
+    if len(known) < len(linears(model)):
+        return [layer for layer in known if layer.endswith(tuple(f".{name}" for name in found))]
     return found
 
 

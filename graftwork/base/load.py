@@ -16,7 +16,7 @@ from graftwork.errors import BaseModelError
 from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
-from graftwork.prompts.template import DEFAULT_DATE, Template
+from graftwork.prompts.template import DEFAULT_DATE, Template, replaced_template
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
 from graftwork.storage.store import cache_root
@@ -123,6 +123,8 @@ class ResolvedBase:
     """Rows of the embedding behind those of the file; `config` counts them."""
     template_date: date = DEFAULT_DATE
     """The day that the chat template writes as today's, where it writes one."""
+    chat_template: str | None = None
+    """Text of the chat template in place of the folder's."""
 
     @property
     def packed(self) -> PackedFormat | None:
@@ -143,6 +145,35 @@ class LoadedBase:
     """Bytes of the weights in memory; more than `stored_bytes` where nf4 is dequantised."""
 
 
+def config_file(base: BaseSpec) -> Path | None:
+    """config.json of a base of which this machine has the config alone: the file itself, or a folder without weights.
+
+    Plans and checks need no more. None: the base has weights, or is elsewhere.
+    """
+    path = Path(base.uri.removeprefix("file://")).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    alone = (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
+    return path / "config.json" if alone else None
+
+
+def read_config(base: BaseSpec) -> Mapping[str, Any]:
+    """The config of a base, with its changes by the spec; of `config_file` too. Raises BaseModelError, StorageError."""
+    file = config_file(base)
+    if file is None:
+        return resolve(base).config
+    config = source.read_config_file(file, base.uri)
+    return {**config, **_overrides(base, config)}
+
+
+def _overrides(base: BaseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the config that the spec changes."""
+    changed = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
+    if base.extra_tokens:
+        changed["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    return changed
+
+
 def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedBase:
     """Fetch, verify and convert once; later calls take no time. Raises BaseModelError, StorageError."""
     try:
@@ -160,12 +191,14 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     if base.sha256 and not base.uri.endswith(".gguf"):
         source.expect(base.uri, base.sha256, digest)
     stretched = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
-    config = {**config, **stretched}
-    if base.extra_tokens:
-        config["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    config = {**config, **_overrides(base, config)}
     digest = source.mark_digest(digest, config, base.rope_scaling, base.extra_tokens)
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
-    return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day)
+    replaced = None
+    if base.chat_template is not None:
+        replaced = replaced_template(folder, base.chat_template)
+        digest += f".template-{hashlib.sha256(replaced.encode()).hexdigest()[:8]}"
+    return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day, replaced)
 
 
 def load(
@@ -219,6 +252,8 @@ def load(
         dequantise_linears(model)
     elif quant.is_4bit and purpose == "train":
         _keep_differentiable(model)
+    if purpose == "train":
+        complete_for_trl(model)
     model.requires_grad_(False)
     model.eval()
     packed = f"; checkpoint={resolved.packed.label}" if resolved.packed else ""
@@ -228,7 +263,9 @@ def load(
 
 def template(resolved: ResolvedBase) -> Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
-    return Template.load(resolved.folder, resolved.template_date)
+    return Template.load(
+        resolved.folder, resolved.template_date, chat_template=resolved.chat_template, base=resolved.uri
+    )
 
 
 def weight_bytes(model: "torch.nn.Module") -> int:
@@ -286,7 +323,7 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
 
     Without a device the weights go where DeepSpeed puts them.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -298,7 +335,7 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
             part.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     for key, value in overrides.items():
         setattr(config, key, value)
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -308,6 +345,42 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
         use_safetensors=True,
         local_files_only=True,
     )
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that has the model of this configuration with an output head over tokens.
+
+    Checkpoints of images and text whose family has no text-only class (Mistral-Small 3.x) are loaded whole; the stages
+    use their text decoder.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
+def complete_for_trl(model: Any) -> None:
+    """Set what TRL 1.16 reads from every model, and what some classes of transformers 5.24 lack or have wrong.
+
+    The number of experts (`num_local_experts` of PhiMoE and Granite), the place of the decoder below the head
+    (Llama-4), and, of a dense model of a class that may have experts (Granite-4), that no loss of a router is wanted.
+    """
+    text = model.config.get_text_config()
+    if hasattr(text, "output_router_logits"):
+        counts = (getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+        experts = next((count for count in counts if count), 0)
+        if not experts:
+            text.router_aux_loss_coef = 0.0
+        elif not hasattr(text, "num_experts"):
+            text.num_experts = experts
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
 
 
 def attention_of(config: Any) -> Literal["sdpa", "eager"]:

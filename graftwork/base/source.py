@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from graftwork.base.package_source import PackageFile, fetch
 from graftwork.config import Spec, canonical_json
@@ -52,10 +52,19 @@ class BaseSpec(Spec):
     """The day that a chat template with `strftime_now` (Llama 3, gpt-oss, Granite) writes as today's. null: the day of
     the manifest, where the base is one that a full run published; else 2024-07-26, and never the clock's day."""
 
+    chat_template: str | None = None
+    """Another chat template than the base's, part of the base: a path to a Jinja file, or `hermes`, which writes
+    functions, calls and results as text into the turns of the base's own template."""
+
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"uri": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "chat_template" or value is not None}
 
 
 def stretch(uri: str, config: Mapping[str, Any], rope: RopeSpec) -> dict[str, Any]:
@@ -96,7 +105,7 @@ def mark_digest(digest: str, config: Mapping[str, Any], rope: RopeSpec | None, e
 
 def parse_digest(digest: str) -> tuple[str, str, int]:
     """(digest of the weights, how they are stretched, added rows) of the digest that `mark_digest` made."""
-    weights, _, rows = digest.partition(".rows-")
+    weights, _, rows = digest.partition(".template-")[0].partition(".rows-")
     weights, _, stretch = weights.partition(".")
     return weights, stretch or "none", int(rows or 0)
 
@@ -155,19 +164,7 @@ def absolute(uri: str) -> str:
 
 def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
     """config.json of a base whose folder has safetensors. Raises BaseModelError."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaseModelError(
-            f"base {uri}",
-            f"{folder} has no config.json",
-            "a base folder holds config.json, *.safetensors and tokenizer.json",
-            "point at the folder that save_pretrained wrote",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {uri}", f"{folder / 'config.json'} cannot be read ({error})") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise BaseModelError(f"base {uri}", "its config.json names no model_type", "it must be a transformers config")
+    config = read_config_file(folder / "config.json", uri)
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no *.safetensors"
@@ -177,6 +174,24 @@ def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
             "weights are read from safetensors only: a pickle can run code",
             "convert it with transformers: save_pretrained(FOLDER)",
         )
+    return config
+
+
+def read_config_file(file: Path, uri: str) -> Mapping[str, Any]:
+    """The content of a config.json. Raises BaseModelError."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(
+            f"base {uri}",
+            f"{file.parent} has no {file.name}",
+            "a base folder holds config.json, *.safetensors and tokenizer.json",
+            "point at the folder that save_pretrained wrote",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base {uri}", f"{file} cannot be read ({error})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise BaseModelError(f"base {uri}", f"its {file.name} names no model_type", "it must be a transformers config")
     return config
 
 

@@ -1,19 +1,17 @@
-"""Records of a dataset, one after another, a batch in memory at a time, and the check of their keys.
+"""Records of a dataset, one after another, a batch in memory at a time.
 
-A dataset is a file (`.jsonl`, `.csv`, `.parquet`, the first two also `.gz`), a folder of such files in the order of
-their names, `recipe://NAME/FILE`, or a Hugging Face dataset `hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT`.
-
-Every row format has a closed list of keys. A key outside the list that would change what the model reads or what the
-loss falls on is rejected. Any other one is counted, and reported once for the dataset.
+A dataset is a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, all but the last also `.gz`), a folder of such files
+in the order of their names, a folder of `datasets.save_to_disk`, `recipe://NAME/FILE`, or a Hugging Face dataset
+`hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT`, of the hub or of a local folder (`hf:///PATH/SPLIT`).
 """
 
 import csv
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -27,6 +25,8 @@ Record = tuple[int, dict[str, Any]]
 RECIPES = "graftwork.recipes"
 """Module whose `build(name)` makes the files of `recipe://NAME/FILE`; by name, since recipes import the core."""
 
+_SAVED = ("dataset_dict.json", "state.json")
+"""Files by which a folder of `save_to_disk` is known."""
 PARQUET_BATCH = 1024
 """Rows of a Parquet file that are in memory at once."""
 
@@ -34,8 +34,8 @@ PARQUET_BATCH = 1024
 def read_records(uri: str) -> Iterator[Record]:
     """Every record of the dataset. Raises DataError that names the row, StorageError.
 
-    A row number counts lines of a JSONL (blank ones too), rows below the header of a CSV, rows of a Parquet file; over
-    the files of a folder it goes on.
+    A row number counts lines of a JSONL (blank ones too), elements of a JSON array, rows below the header of a CSV,
+    rows of a Parquet file; over the files of a folder it goes on.
     """
     if uri.startswith("hf://"):
         yield from _hub(uri)
@@ -43,6 +43,9 @@ def read_records(uri: str) -> Iterator[Record]:
     path = local_path(uri)
     if not path.is_dir():
         yield from (_reader(uri) or _jsonl)(uri, path)
+        return
+    if any((path / name).is_file() for name in _SAVED):
+        yield from _saved(uri, path, None)
         return
     before = 0
     for file in shards(uri, path):
@@ -127,10 +130,29 @@ def _jsonl(uri: str, path: Path) -> Iterator[Record]:
             yield number, record
 
 
+def _json(uri: str, path: Path) -> Iterator[Record]:
+    """An array of objects, read whole; else an object a line."""
+    with _open_file(uri, path) as handle:
+        first = handle.read(1024)
+        if not first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from _jsonl(uri, path)
+            return
+        text = _text(uri, 1, first + handle.read())
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(uri, f"it is not JSON ({error})", "a .json file is an array of objects") from None
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise DataError(f"{uri} row {number}", f"found {kind_of(record)}", "a .json file is an array of objects")
+        yield number, record
+
+
 def _csv(uri: str, path: Path) -> Iterator[Record]:
     with _open_file(uri, path) as raw:
         texts = (_text(uri, number, line) for number, line in enumerate(raw, start=0))  # row 1 is below the header
-        reader = csv.DictReader(texts, strict=True)
+        header = next(texts, "")
+        reader = csv.DictReader(itertools.chain([header], texts), delimiter=_delimiter(header, uri), strict=True)
         try:
             for number, record in enumerate(reader, start=1):
                 if None in record or None in record.values():
@@ -146,8 +168,16 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
             raise DataError(
                 f"{uri} line {reader.line_num}",
                 f"it is not CSV ({error})",
-                "a CSV is comma-separated, quotes are doubled",
+                "fields are separated as in the header, quotes are doubled",
             ) from error
+
+
+def _delimiter(header: str, uri: str) -> str:
+    """Of comma, semicolon, tab and bar the one that gives the header the most fields; a `.tsv` has tabs."""
+    if uri.lower().removesuffix(".gz").endswith(".tsv"):
+        return "\t"
+    # csv.Sniffer takes a space or a letter for the separator of some headers (CPython 3.12)
+    return max(",;\t|", key=lambda separator: len(next(csv.reader([header], delimiter=separator), ())))
 
 
 def _parquet(uri: str, path: Path) -> Iterator[Record]:
@@ -168,8 +198,12 @@ def _parquet(uri: str, path: Path) -> Iterator[Record]:
 READERS: dict[str, Callable[[str, Path], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".jsonl.gz": _jsonl,
+    ".json": _json,
+    ".json.gz": _json,
     ".csv": _csv,
     ".csv.gz": _csv,
+    ".tsv": _csv,
+    ".tsv.gz": _csv,
     ".parquet": _parquet,
 }
 """By the ending of a file's name; another ending is read as JSONL."""
@@ -178,6 +212,9 @@ READERS: dict[str, Callable[[str, Path], Iterator[Record]]] = {
 def _hub(uri: str) -> Iterator[Record]:
     """Rows of a dataset of the Hugging Face hub, or of a folder in its form (`hf:///PATH/SPLIT`), as they arrive."""
     where, config, split, revision = _hub_parts(uri)
+    if any((Path(where) / name).is_file() for name in _SAVED):
+        yield from _saved(uri, Path(where), split)
+        return
     import datasets
 
     datasets.disable_progress_bars()
@@ -191,6 +228,28 @@ def _hub(uri: str) -> Iterator[Record]:
             "a dataset of the hub is hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT, and the hub must be in reach",
             "check the names; HF_TOKEN opens private ones; without the hub take a folder of Parquet files",
         ) from error
+
+
+def _saved(uri: str, folder: Path, split: str | None) -> Iterator[Record]:
+    """Rows of a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            uri, f"it cannot be read ({' '.join(str(error).split())[:300]})", "", "save it again"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise DataError(
+                uri,
+                f"no split {split!r}" if split else "it has several splits",
+                f"splits of the folder: {', '.join(map(str, found))}",
+                f"name one as hf://{folder.absolute()}/{next(iter(found))}",
+            )
+        found = found[split]
+    yield from enumerate((dict(row) for row in found), start=1)
 
 
 def _hub_parts(uri: str) -> tuple[str, str | None, str, str | None]:
@@ -244,197 +303,3 @@ def kind_of(value: object) -> str:
     """JSON's name of a value's type."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-# Keys of rows.
-
-
-CONVERSATION = frozenset({"id", "messages", "prompt", "completion", "doc_id", "gold", "given_fields"})
-PAIR = frozenset({"id", "messages", "prompt", "chosen", "rejected"})
-DOCUMENT = frozenset({"id", "text"})
-"""Also the keys of a passage."""
-QUESTION = frozenset({"id", "question", "prompt", "messages", "doc_id", "answers", "gold", "given_fields"})
-"""Of `rag eval`: only the text of the last user turn is read."""
-PREFERENCE_LOSS = frozenset({"margin", "ref_chosen_logps", "ref_rejected_logps"})
-"""Keys of a pair that change the loss of other trainers."""
-
-RENAMED_ROW_KEYS = {"asked": "given_fields"}
-"""Old key of a row -> new key. An old key is rejected where the reader uses the new one."""
-
-_TURN = frozenset({"role", "content"})
-_TURN_FIELDS = ("messages", "prompt", "completion", "chosen", "rejected")
-_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-_PROMPT = _MEDIA | frozenset(
-    {
-        "tools",
-        "functions",
-        "documents",
-        "system",
-        "history",
-        "chat_template_kwargs",
-        "enable_thinking",
-        "reasoning_content",
-        "thinking",
-    }
-)
-_PROMPT_OF_TURN = _MEDIA | frozenset(
-    {
-        "tools",
-        "tool_calls",
-        "function_call",
-        "tool_call_id",
-        "reasoning_content",
-        "reasoning",
-        "thinking",
-        "refusal",
-        "documents",
-    }
-)
-_LOSS = frozenset({"input_ids", "loss_mask", "completion_mask", "assistant_masks"})
-_WEIGHT = frozenset({"weight", "sample_weight", "loss_weight"})
-_WEIGHT_OF_TURN = frozenset({"weight", "loss", "train"})
-_SHOWN = 20
-"""Ignored keys that a note names; the rest is a number."""
-
-
-class KeyCheck:
-    """Check the keys of one dataset's rows, and count the rows of each ignored key.
-
-    known: keys that the caller reads. prompt, loss: reject keys that change what the model reads, or what is learned;
-    a caller that renders no prompt or computes no loss counts them with the others. more: further keys to reject.
-    """
-
-    def __init__(
-        self, known: Iterable[str], *, prompt: bool = True, loss: bool = True, more: Iterable[str] = ()
-    ) -> None:
-        self.known, self.loss = frozenset(known), loss
-        self._of_row = (_PROMPT if prompt else frozenset()) | (_LOSS if loss else frozenset()) | frozenset(more)
-        self._of_turn = _PROMPT_OF_TURN if prompt else frozenset()
-        self.ignored: Counter[str] = Counter()
-        """Rows by key; a key of a turn is `messages[].KEY`."""
-
-    def check(self, record: Mapping[str, Any], where: str) -> None:
-        """Check one row, named by `where`. Raises DataError for a key that takes effect elsewhere and not here.
-
-        A value that says nothing (null, an empty text, list or object) is as good as no key.
-        """
-        others: set[str] = set()
-        for key in record.keys() - self.known:
-            value = record[key]
-            if _is_empty(value):
-                continue
-            if (new := RENAMED_ROW_KEYS.get(key)) in self.known:
-                raise DataError(f"{where}: {key}", "unknown key", f"the key is {new}", f"{key} was renamed to {new}")
-            if key in self._of_row:
-                raise _rejection(f"{where}: {key}", value)
-            if self.loss and key in _WEIGHT:
-                _require_weight(f"{where}: {key}", value)
-            elif (
-                self.loss and key == "label" and (value is False or ("messages" not in record and _is_number(value, 0)))
-            ):
-                # a false label of KTO; next to `messages` a number is the label of something else
-                raise DataError(
-                    f"{where}: label",
-                    f"found {value!r}",
-                    "every answer of a training set is learned as a good one; labels of KTO are not supported",
-                    "leave rows with a false label out, or write pairs (chosen, rejected) for objective.kind=dpo",
-                )
-            elif not (key == "label" and value is True):
-                others.add(key)
-        for field in _TURN_FIELDS:
-            if field in self.known and isinstance(record.get(field), list | dict):
-                others |= set(self._turns(record[field], field, where))
-        self.ignored.update(sorted(others))
-
-    def note(self, dataset: str) -> tuple[str, ...]:
-        """`data.train: ignored keys: source (in 120 rows), lang (in 1 row)`; nothing where no key was ignored."""
-        if not self.ignored:
-            return ()
-        found = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
-        named = ", ".join(f"{key} (in {count} row{'s' * (count != 1)})" for key, count in found[:_SHOWN])
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        return (f"{dataset}: ignored keys: {named}{more}",)
-
-    def _turns(self, value: Any, field: str, where: str) -> Iterator[str]:
-        turns = {f"{field}[{at}]": turn for at, turn in enumerate(value)} if isinstance(value, list) else {field: value}
-        for name, turn in turns.items():
-            if not isinstance(turn, dict):
-                continue
-            for key in turn.keys() - _TURN:
-                if _is_empty(turn[key]):
-                    continue
-                if key in self._of_turn:
-                    raise _rejection(f"{where}: {name}.{key}", turn[key])
-                if not (self.loss and key in _WEIGHT_OF_TURN):
-                    yield f"{field}[].{key}"
-                elif turn.get("role") == "assistant" or not _is_number(turn[key], 0):  # no loss on others anyway
-                    _require_weight(f"{where}: {name}.{key}", turn[key])
-
-
-def other_format(record: Mapping[str, Any], where: str) -> DataError | None:
-    """The error of a row without `messages` that is in a format of another tool; None for an unknown one."""
-    for keys, name, move in _OTHER_FORMATS:
-        if all(key in record for key in keys):
-            turns = record["conversations"] if keys == ("conversations",) else None
-            if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
-                move = "rename 'conversations' to 'messages'"
-            return DataError(
-                f"{where}: {', '.join(keys)}",
-                f"the row has {name}",
-                "a row has `messages` (a list of turns with role and content), or `prompt` and `completion`",
-                move,
-            )
-    return None
-
-
-SHAREGPT = "write each turn as {role, content} in `messages`: from=human is role user, from=gpt is role assistant"
-_OTHER_FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("conversations",), "ShareGPT's format", SHAREGPT),
-    (
-        ("instruction", "output"),
-        "Alpaca's format",
-        "write `prompt` (instruction, an empty line, input where there is one) and `completion` (output)",
-    ),
-    (
-        ("chosen", "rejected"),
-        "the form of a preference",
-        "set objective.kind=dpo or reward; to learn the better answers alone, write `prompt` and `completion`",
-    ),
-    (("question", "answer"), "the keys question and answer", "rename them to 'prompt' and 'completion'"),
-    (("text",), "plain text", "set objective.kind=cpt, or write the text as turns in `messages`"),
-)
-
-
-def _rejection(at: str, value: object) -> DataError:
-    found = f"{kind_of(value)} of {len(value)}" if isinstance(value, list | dict) else repr(value)
-    key = at.rpartition(".")[2].rpartition(" ")[2]
-    return DataError(
-        at,
-        f"found {found if len(found) <= 80 else found[:77] + '...'}",
-        f"{key} changes what the model reads or learns, and is not supported here",
-        "remove the key where it is of no use, else leave the row out",
-    )
-
-
-def _require_weight(at: str, value: object) -> None:
-    if not _is_number(value, 1):
-        raise DataError(
-            at,
-            f"found {value!r}",
-            "every assistant turn and row is learned with weight 1; other weights are not supported",
-            "leave the row out, or end its conversation before that turn",
-        )
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def _is_number(value: object, number: int) -> bool:
-    """Equal as a number, a boolean, or the text of one, which is all that a CSV has."""
-    if isinstance(value, str):
-        try:
-            return float({"true": "1", "false": "0"}.get(value.lower(), value)) == number
-        except ValueError:
-            return False
-    return isinstance(value, int | float) and value == number

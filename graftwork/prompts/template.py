@@ -15,28 +15,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from graftwork.errors import BaseModelError, DataError
+from graftwork.prompts.capabilities import TOOL, Turn, probe, probe_conversation
 
 if TYPE_CHECKING:
     import jinja2
 
-Turn = tuple[str, str]
-"""(role, content)."""
 DEFAULT_DATE = date(2024, 7, 26)
 """Today's date in a template unless a spec or a manifest names another: the fallback of Llama 3's own."""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Turns on which the prefix property is checked. Reasoning tags, because templates like to cut them from earlier turns.
-_PROBE: tuple[Turn, ...] = (
-    ("user", "first question"),
-    ("assistant", "<think>\nbecause\n</think>\n\nfirst answer"),
-    ("user", "second question"),
-    ("assistant", "<think>\nsince\n</think>\n\nsecond answer"),
-    ("user", "third question"),
-    ("assistant", "third answer"),
+# What a template gets from here: no variable of a spec or a row.
+_OWN_VARIABLES = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "strftime_now", "generation")
 )
+_NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Template:
@@ -49,8 +45,12 @@ class Template:
         named: Mapping[str, str],
         eos_ids: Iterable[int],
         day: date = DEFAULT_DATE,
+        base: str = "the base",
     ) -> None:
         from tokenizers import Tokenizer
+
+        self.base = base
+        """Name of the base in errors."""
 
         self.date = day if "strftime_now" in source else None
         """The day that the template writes as today's; None: it writes none."""
@@ -60,6 +60,8 @@ class Template:
         """sha256 of tokenizer.json."""
         self._named = dict(named)
         self._jinja = compile_template(source)
+        self.variables = _variables(source)
+        """Variables that the template reads besides the conversation and its tools (`enable_thinking`)."""
         model = json.loads(tokenizer_json)
         specials = [t["content"] for t in model["added_tokens"] if t["special"] and len(t["content"]) > 1]
         salt = secrets.token_hex(8)
@@ -82,38 +84,48 @@ class Template:
         """Tokenizer ids lie in [0, vocab_size)."""
         self.longest_token_bytes = _longest_token_bytes(model)
         """UTF-8 bytes of text that one token holds at most."""
-        end_id = self._end_of_turn()
-        self.stop_ids = frozenset({end_id, *eos_ids})
+        eos_id = self.specials.get(self._named.get("eos_token", ""))
+        think = self._sealed.get("<think>", "<think>")
+        self.can = probe(self, source, frozenset(eos_ids), eos_id, think)
+        """What the template writes: functions, calls, reasoning, the end of an answer."""
+        self.stop_ids = frozenset({self.can.end_id, *eos_ids, *self.can.call_end_ids})
         """Tokens that end an answer."""
-        self.pad_id: int = self.specials.get(self._named.get("pad_token", ""), end_id)
+        self.pad_id: int = self.specials.get(self._named.get("pad_token", ""), self.can.end_id)
         """Filler of a batch; never looked at."""
-        self.has_prefix_property = self._has_prefix_property()
-        """Each prompt is a text prefix of the conversation that it grows into. If not, train one turn a row."""
+        self.closing = "" if self.can.closes else self.seal_token(self._named["eos_token"])
+        """Sealed text behind the last answer of a row, where the template writes no end token there."""
+        self._prefix_holds: dict[tuple[bool, str], bool] = {}
 
     @classmethod
-    def load(cls, folder: Path, day: date = DEFAULT_DATE) -> "Template":
-        """From a folder with tokenizer.json and a chat template, on the given day. Raises BaseModelError."""
+    def load(
+        cls, folder: Path, day: date = DEFAULT_DATE, *, chat_template: str | None = None, base: str | None = None
+    ) -> "Template":
+        """From a folder with tokenizer.json and a chat template, on the given day. Raises BaseModelError.
+
+        chat_template: text of another template. base: name of the base in errors.
+        """
+        base = base or str(folder)
         try:
             tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
             named, eos_names = _named_tokens(folder)
-            source = _template_source(folder)
+            source = template_source(folder) if chat_template is None else chat_template
             added = {t["content"]: t["id"] for t in json.loads(tokenizer_json)["added_tokens"]}
             eos_ids = {added[name] for name in eos_names if name in added}
             ended = _json(folder / "generation_config.json").get("eos_token_id")
             eos_ids.update(ended if isinstance(ended, list) else [ended] if isinstance(ended, int) else [])
-            return cls(source, tokenizer_json, named, eos_ids, day)
+            return cls(source, tokenizer_json, named, eos_ids, day, base)
         except FileNotFoundError as error:
             raise BaseModelError(
-                f"tokenizer of {folder}",
+                f"tokenizer of {base}",
                 f"no {Path(error.filename).name}",
                 "a base has tokenizer.json and a chat template next to its weights",
                 "export the tokenizer in the fast (tokenizers) format, for example with save_pretrained",
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BaseModelError(f"tokenizer of {folder}", f"it cannot be read ({error})") from error
+            raise BaseModelError(f"tokenizer of {base}", f"it cannot be read ({error})") from error
         except DataError as error:
             raise BaseModelError(
-                f"chat template of {folder}", error.problem, "question and answer must be allowed"
+                f"chat template of {base}", error.problem, "question and answer must be allowed"
             ) from error
 
     def on(self, day: date | None) -> Self:
@@ -124,30 +136,82 @@ class Template:
         dated.date = day
         return dated
 
-    def sealed_text(self, turns: Sequence[Turn], *, generate: bool) -> str:
+    @property
+    def has_prefix_property(self) -> bool:
+        """Each prompt is a text prefix of the conversation that it grows into. If not, train one turn a row."""
+        return self.prefix_holds()
+
+    def prefix_holds(self, *, tools: bool = False, variables: Mapping[str, Any] = _NO_VARIABLES) -> bool:
+        """True if `has_prefix_property` holds with these variables, in conversations with calls where `tools`."""
+        key = (tools, json.dumps(dict(variables), sort_keys=True))
+        if key not in self._prefix_holds:
+            self._prefix_holds[key] = self._check_prefix(tools, variables)
+        return self._prefix_holds[key]
+
+    def sealed_text(
+        self,
+        turns: Sequence[Turn],
+        *,
+        generate: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = _NO_VARIABLES,
+    ) -> str:
         """The template's text with special tokens sealed. Raises DataError where the template refuses the turns."""
         import jinja2
 
-        # a mark behind the first character of each special token in a message breaks it, overlapping ones too
-        shield = partial(self._special_start.sub, lambda match: match.group(1) + self._mark)
-        messages = [{"role": role, "content": shield(content)} for role, content in turns]
         try:
             text = self._jinja.render(
-                messages=messages,
-                tools=None,
+                messages=self._shielded(turns),
+                tools=self._shielded(tools) or None,
                 documents=None,
                 add_generation_prompt=generate,
                 strftime_now=(self.date or DEFAULT_DATE).strftime,
-                **self._named,
+                **{**self._named, **self._shielded(variables)},
             )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(role for role, _ in turns)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two: of expressions on other types
+            roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(
                 f"conversation of turns {roles}",
                 f"the base's chat template refuses it ({error})",
                 "the template of the base decides which turns may follow each other",
             ) from error
         return self._special.sub(lambda m: self._sealed[m.group()], text).replace(self._mark, "")
+
+    def _shielded(self, value: Any) -> Any:
+        """Strings of people with a mark behind the first character of each special token in them.
+
+        The mark breaks the token, and overlapping ones too, until the template's own tokens are sealed.
+        """
+        if isinstance(value, str):
+            return self._special_start.sub(lambda match: match.group(1) + self._mark, value)
+        if isinstance(value, Mapping):
+            return {self._shielded(key): self._shielded(item) for key, item in value.items()}
+        return [self._shielded(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def control_ids(self, sealed: str) -> list[int]:
+        """Ids of the special tokens in sealed text, in order."""
+        return [self.specials[self._names[name]] for name in self._sealed_special.findall(sealed)]
+
+    def last_control(self, sealed: str) -> str:
+        """Sealed text from its last special token on; empty where there is none."""
+        found = [match.start() for match in self._sealed_special.finditer(sealed)]
+        return sealed[found[-1] :] if found else ""
+
+    def token_boundary(self, sealed: str, at: int) -> int:
+        """`at`, or the start of the special token in sealed text that `at` would cut."""
+        cut = (match.start() for match in self._sealed_special.finditer(sealed) if match.start() < at < match.end())
+        return next(cut, at)
+
+    def seal_token(self, name: str) -> str:
+        """A token that the template itself would write, in sealed text."""
+        return self._sealed.get(name, name)
+
+    def token_spans(self, sealed: str, *, continues: bool) -> list[tuple[int, int]]:
+        """Characters [start, end) of each token of `sealed_ids`, or of `continuation_ids` where `continues`."""
+        first = next(iter(self._names)) if continues else ""
+        encoding = self._tokenizer.encode_batch([first + sealed], add_special_tokens=False)[0]
+        spans = encoding.offsets[1:] if continues else encoding.offsets
+        return [(start - len(first), end - len(first)) for start, end in spans]
 
     def sealed_ids(self, sealed: str) -> list[int]:
         """Ids of sealed text: special tokens are the template's own, none comes from a message."""
@@ -174,36 +238,20 @@ class Template:
         text: str = self._tokenizer.to_str()
         return text
 
-    def _end_of_turn(self) -> int:
-        """The first special token behind an answer."""
-        prompt = self.sealed_text(_PROBE[:1], generate=True)
-        answer = "plain answer"
-        whole = self.sealed_text([*_PROBE[:1], ("assistant", answer)], generate=False)
-        rest = whole[whole.rfind(answer) + len(answer) :] if answer in whole[len(prompt) :] else ""
-        for token in self.continuation_ids(rest) if rest and self._names else ():
-            if token in self.special_ids:
-                return token
-        raise BaseModelError(
-            "chat template of the base",
-            f"it ends an answer with {rest!r}",
-            "an answer ends with a special token, or generation could not stop",
-            "use a base whose chat template closes the assistant's turn",
-        )
-
-    def _has_prefix_property(self) -> bool:
-        for opening in ((), (("system", "be brief"),)):
-            turns = (*opening, *_PROBE)
+    def _check_prefix(self, tools: bool, variables: Mapping[str, Any]) -> bool:
+        render = partial(self.sealed_text, tools=(TOOL,) if tools else (), variables=variables)
+        probes = probe_conversation(self.can.calls if tools else None)
+        for opening in ((), ({"role": "system", "content": "be brief"},)):
+            turns = (*opening, *probes)
             try:
-                whole = self.sealed_text(turns, generate=False)
-                for end in range(1, len(turns) + 1):
-                    is_prompt = turns[end - 1][0] == "user"
-                    if turns[end - 1][0] != "system" and not whole.startswith(
-                        self.sealed_text(turns[:end], generate=is_prompt)
-                    ):
+                whole = render(turns, generate=False)
+                for end in range(len(opening) + 1, len(turns) + 1):
+                    is_prompt = turns[end - 1]["role"] != "assistant"
+                    if not whole.startswith(render(turns[:end], generate=is_prompt)):
                         return False
             except DataError:
                 if not opening:
-                    raise
+                    return False
         return True
 
 
@@ -249,6 +297,24 @@ def _environment() -> "jinja2.Environment":
     return environment
 
 
+def _variables(source: str) -> frozenset[str]:
+    """Names that a template reads and that neither it nor this module sets.
+
+    A name that the template sets counts if its default is set so (`reasoning_effort` of gpt-oss).
+    """
+    from jinja2 import meta, nodes
+
+    environment = _environment()
+    tree = environment.parse(source)
+    read = meta.find_undeclared_variables(tree)
+    assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    asking = {"defined", "undefined", "default", "d"}
+    tests = (test for test in tree.find_all((nodes.Test, nodes.Filter)) if test.name in asking)
+    asked = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
+    known = environment.globals.keys() | _OWN_VARIABLES | set(_NAMED_TOKENS)
+    return frozenset(read - (assigned - asked) - known)
+
+
 def _opening_ids(processor: Any, specials: Mapping[str, int]) -> tuple[int, ...]:
     """From the `post_processor` of tokenizer.json: special tokens before the text of a single sequence."""
     if not isinstance(processor, dict):
@@ -290,13 +356,17 @@ def _rename_specials(model: dict[str, Any], sealed: Mapping[str, str]) -> dict[s
     return {**model, "added_tokens": added, "model": inner, "post_processor": None, "truncation": None, "padding": None}
 
 
-def _template_source(folder: Path) -> str:
+def template_source(folder: Path) -> str:
+    """Text of the chat template in a folder: chat_template.jinja, or the key of tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
     found = _json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):
-        found = {item["name"]: item["template"] for item in found}.get("default")
+        named = {item["name"]: item["template"] for item in found}
+        found = named.get("default")
+        if isinstance(named.get("tool_use"), str) and isinstance(found, str):  # transformers takes it for tools
+            found = "{% if tools %}" + named["tool_use"] + "{% else %}" + found + "{% endif %}"
     if not isinstance(found, str):
         raise BaseModelError(
             f"chat template of {folder}",
@@ -305,6 +375,28 @@ def _template_source(folder: Path) -> str:
             "take the instruct version of the base, or add a chat_template.jinja next to its weights",
         )
     return found
+
+
+def replaced_template(folder: Path, asked: str) -> str:
+    """Text of `base.chat_template`: a file, or `hermes` around the folder's own template. Raises BaseModelError."""
+    import jinja2
+
+    if asked != "hermes":
+        try:
+            return Path(asked).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            problem, rule = f"it cannot be read ({error})", "chat_template is `hermes` or a path to a Jinja file"
+            raise BaseModelError(f"base.chat_template={asked}", problem, rule) from None
+    own = template_source(folder)
+    system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "first question"}]
+    names = {**_named_tokens(folder)[0], "strftime_now": DEFAULT_DATE.strftime, "tools": None, "documents": None}
+    compiled = compile_template(own)
+    try:
+        takes_system = "be brief" in compiled.render(messages=system, add_generation_prompt=True, **names)
+    except (jinja2.TemplateError, TypeError, ValueError):
+        takes_system = False
+    text = (Path(__file__).parent / "hermes.jinja").read_text(encoding="utf-8").rstrip()
+    return f"{{%- set takes_system = {str(takes_system).lower()} -%}}\n{text}{own}"
 
 
 def _named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:

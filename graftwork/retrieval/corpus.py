@@ -10,7 +10,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from graftwork.config import Spec
-from graftwork.datasets.readers import KeyCheck, no_rows, read_records, require_new
+from graftwork.datasets.keys import KeyCheck
+from graftwork.datasets.readers import no_rows, read_records, require_new
 from graftwork.datasets.rows import passage_keys, read_passages, read_text
 from graftwork.errors import DataError
 from graftwork.prompts.render import Passage

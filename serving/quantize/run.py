@@ -16,7 +16,7 @@ from graftwork.base import load
 from graftwork.base.load import ResolvedBase
 from graftwork.base.support import check_serving
 from graftwork.config import canonical_json
-from graftwork.datasets.readers import KeyCheck
+from graftwork.datasets.keys import KeyCheck
 from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows, read_text
 from graftwork.environment import collect
 from graftwork.errors import ConfigError, DataError, GraftworkError, RunError
@@ -122,7 +122,8 @@ def _text(spec: QuantizeSpec, rows: Sequence[DatasetRow], template: Template) ->
     else:
         for row in rows:
             gold = () if row.answer is not None else (Message("assistant", canonical_json(dict(row.gold or {}))),)
-            ids += render((*row.messages, *gold), template, generate=False).ids
+            whole = (*row.messages, *gold)
+            ids += render(whole, template, tools=row.tools, template_kwargs=row.template_kwargs, generate=False).ids
             if len(ids) >= spec.text.max_tokens:
                 break
         what = f"questions and gold answers of {spec.eval}"

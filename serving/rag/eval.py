@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from graftwork import metrics
-from graftwork.datasets.readers import KeyCheck
+from graftwork.datasets.keys import KeyCheck
 from graftwork.errors import ConfigError, DataError
 from graftwork.report.schema import Difference, Record, Score
 from graftwork.retrieval import Hit, Retriever, open_retriever

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.datasets.readers import QUESTION, KeyCheck, no_rows, read_records, require_new
+from graftwork.datasets.keys import QUESTION, KeyCheck
+from graftwork.datasets.readers import no_rows, read_records, require_new
 from graftwork.errors import DataError
 from graftwork.retrieval import Hit, Retriever
 from graftwork.retrieval.corpus import document_of

@@ -186,7 +186,9 @@ def run_with_kills(
 ) -> dict[str, Any]:
     """Return the run's report: every row is seen once an epoch, no start is behind a commit, the adapter is whole."""
     run = run_paths(spec)
-    disturbed = Disturbed(cluster[0], s3_server, spec, run, Path(spec.data.train).parent / "noted", rng, cluster[1])
+    disturbed = Disturbed(
+        cluster[0], s3_server, spec, run, Path(str(spec.data.train)).parent / "noted", rng, cluster[1]
+    )
     disturbed.start()
     try:
         for kind in kinds:

@@ -8,7 +8,15 @@ import numpy as np
 from graftwork import metrics, retrieval
 from graftwork.base.load import resolve
 from graftwork.base.load import template as base_template
-from graftwork.datasets.rows import DatasetRow, key_check, read_fields, read_rows, resolve_prompt
+from graftwork.datasets.rows import (
+    DatasetRow,
+    key_check,
+    read_fields,
+    read_rows,
+    render_question,
+    render_row,
+    resolve_prompt,
+)
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import Metric
 from graftwork.prompts.render import Message, Passage, Prompt, fit_passages, render
@@ -79,13 +87,14 @@ def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
             "held-out conversations are answered: those of sft, distill, grpo and rloo",
             "give eval" if spec.data.eval is None else "leave out outcomes.task",
         )
-    rows = read_rows(spec.data.eval, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
+    source = spec.data.source("eval", spec.seed)
+    rows = read_rows(source, limit=min(asked.rows, spec.data.eval_rows or asked.rows), need="train")
     schema = AnswerSchema.load(asked.answer_schema) if asked.answer_schema else None
     keys = [GoldAnswer.from_row(row) for row in rows] if all(row.gold for row in rows) else []
     if asked.metric not in ("auto", "exact") and not keys:
         raise DataError(
             f"outcomes.task.metric={asked.metric}",
-            f"{spec.data.eval} has rows without a gold object",
+            f"{source} has rows without a gold object",
             "fields are held against gold",
             "set outcomes.task.metric=exact",
         )
@@ -107,7 +116,7 @@ def _task(spec: TrainSpec, asked: TaskSpec, template: Template) -> Probe:
     by_name = {one.name: one for one in (*metrics.SCORES, metrics.EXACT)}
     own = (metrics.BOTH if keys else metrics.EXACT) if asked.metric == "auto" else by_name[asked.metric]
     others = [one for one in (*known, metrics.EXACT, metrics.NATS) if one != own]
-    about = f"{spec.data.eval}, greedy, at most {asked.max_new_tokens} tokens"
+    about = f"{source}, greedy, at most {asked.max_new_tokens} tokens"
     found = _probe("task", items, (own, *others), score, template, about, units=[row.id for row in rows])
     return replace(found, prompts=tuple(row.question[-1].content for row in rows))
 
@@ -116,8 +125,8 @@ def _task_item(row: DatasetRow, context: Sequence[Passage], spec: TrainSpec, tem
     """The row's question as the run's prompt puts it, and its right answer with the token that ends it."""
     prompt = resolve_prompt(spec.prompt)
     kept, _ = fit_passages(context, template, prompt, spec.data.context.context_tokens if spec.data.context else None)
-    asked = render(row.question, template, prompt=prompt, context=kept, generate=True).ids
-    whole = render(row.messages, template, prompt=prompt, context=kept, generate=False)
+    asked = render_question(row, template, prompt, kept, spec.data.thinking).ids
+    whole = render_row(row, template, prompt, kept, spec.data.thinking)[-1]
     last = len(whole.ids) - next(n for n, trained in enumerate(reversed(whole.loss_mask)) if trained)
     return Item(row.id, tuple(asked), (tuple(whole.ids[len(asked) : last]),), write)
 

@@ -295,10 +295,11 @@ def curve_specs(spec: TrainSpec, sizes: Sequence[int]) -> list[TrainSpec]:
         check(specs[0])
     except UserError as error:
         raise type(error)(f"{asked}: {error.subject}", error.problem, error.rule, error.hint) from None
-    there = len(read_rows(spec.data.train, limit=sizes[-1], need="train"))
+    source = spec.data.source("train", spec.seed)
+    there = len(read_rows(source, limit=sizes[-1], need="train"))
     if there < sizes[-1]:
         raise ConfigError(
-            asked, f"{spec.data.train} has {there} rows", "no size is larger than the data", f"end with {there} or less"
+            asked, f"{source} has {there} rows", "no size is larger than the data", f"end with {there} or less"
         )
     return specs
 

@@ -10,22 +10,17 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets import rows as data
-from graftwork.datasets.readers import (
-    DOCUMENT,
-    READERS,
-    KeyCheck,
-    no_rows,
-    read_records,
-    reject_lone_surrogates,
-    require_new,
-)
+from graftwork.datasets.examples import iter_examples, purpose_keys
+from graftwork.datasets.keys import KeyCheck
+from graftwork.datasets.readers import READERS
+from graftwork.datasets.sources import RowSource
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.objectives.protocol import Packing, Part, Traits
 from graftwork.training.objectives.rows import ReadPart, TokenRows, check_packing, data_of, format_row_count, pack_rows
@@ -74,10 +69,10 @@ class CptSpec(Spec):
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """All tokens of all documents. Raises DataError, ConfigError (no such end token), StorageError."""
-        uri, limit = data_of(spec, part)
+        source, limit = data_of(spec, part)
         end_name, end = end_token(template, self.end_token)
         keys = document_keys()
-        documents, blank = read_documents(uri, limit=limit, keys=keys)
+        documents, blank = read_documents(source, limit=limit, keys=keys)
         warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
         ids = [document_ids(document, template, end) for document in documents]
         notes = [f"{format_row_count(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
@@ -95,7 +90,9 @@ class CptSpec(Spec):
             cuts = format_row_count(pieces[len(ids) :], "cut")
             notes.append(f"{cuts} in documents of more than {spec.max_length} tokens; none is lost")
         rows, packing = pack_rows(TokenRows.from_pairs(pieces), self.packing, spec.max_length)
-        return ReadPart(rows, 0, fingerprint(documents), (*notes, *packing), (), warnings, contents)
+        numbers = tuple(number for number, tokens in enumerate(ids, 1) for _ in split(tokens, spec.max_length))
+        about = (*notes, *packing)
+        return ReadPart(rows, 0, fingerprint(documents), about, (), warnings, contents, keys, numbers)
 
     def build(self, setting: TrainerContext) -> BuiltTrainer:
         """Next-token loss over all tokens but the first of each document, and the perplexity of held-out text."""
@@ -127,18 +124,30 @@ class Document:
 
 def document_keys() -> KeyCheck:
     """The check of the keys of rows of plain text: no prompt is rendered, all of the text is learned."""
-    return KeyCheck(DOCUMENT, prompt=False)
+    return purpose_keys("documents")
 
 
-def read_documents(uri: str, *, limit: int | None = None, keys: KeyCheck | None = None) -> tuple[list[Document], int]:
+def read_documents(
+    source: str | RowSource, *, limit: int | None = None, keys: KeyCheck | None = None
+) -> tuple[list[Document], int]:
     """(documents in order, blank files left out). keys (default: `document_keys()`) counts or rejects other keys.
 
     Raises DataError (a bad row or file named), StorageError.
     """
-    path = Path(uri.removeprefix("file://")).expanduser()
+    source = RowSource.of(source)
+    paths = {part.path: Path(part.path.removeprefix("file://")).expanduser() for part in source.parts}
+    if all(_holds_records(uri, path) for uri, path in paths.items()):
+        found = iter_examples(source, "documents", limit=limit, keys=keys or document_keys())
+        return [Document(one.id, one.text or "") for one in found], 0
+    uri, path = next(iter(paths.items()))
+    if len(paths) > 1 or source.columns or source.template or source.share:
+        raise DataError(
+            f"data.train={source}",
+            "found text files with several sources, data.columns, data.template or a share in data.eval",
+            "these keys are for rows (JSONL, JSON, CSV, Parquet)",
+            "name one folder of text files, or write the texts as rows with `text`",
+        )
     local = "://" not in uri.removeprefix("file://")
-    if _holds_records(uri, path):
-        return _read_records(uri, limit, keys or document_keys()), 0
     if local and (glob.has_magic(str(path)) or path.is_dir()):
         return _read_files(uri, path, limit)
     text = data.read_text(uri)
@@ -191,33 +200,6 @@ def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document]
             "check the path; ** in a glob goes into folders",
         )
     return documents, blank
-
-
-def _read_records(uri: str, limit: int | None, keys: KeyCheck) -> list[Document]:
-    documents: list[Document] = []
-    seen: dict[str, int] = {}
-    for number, record in read_records(uri):
-        keys.check(record, f"{uri} row {number}")
-        document = Document(str(record.get("id", number)), _text(record, f"{uri} row {number}: text"))
-        require_new(document.id, number, seen, uri)
-        documents.append(document)
-        if len(documents) == limit:
-            break
-    if not documents:
-        raise no_rows(uri)
-    return documents
-
-
-def _text(record: dict[str, Any], where: str) -> str:
-    text = record.get("text")
-    if isinstance(text, str) and text.strip():
-        reject_lone_surrogates(text, where)
-        return text
-    fields = ", ".join(record) or "no fields"
-    found = f"the field is missing (found {fields})" if "text" not in record else f"found {text!r}"
-    raise DataError(
-        where, found, "a row of plain text holds it in `text`", "conversations (`messages`) are for objective.kind=sft"
-    )
 
 
 def document_ids(document: Document, template: Template, end: int) -> list[int]:

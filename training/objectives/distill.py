@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from graftwork.base.load import template as base_template
 from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
+from graftwork.datasets.rows import DataSpec
 from graftwork.quantization import QuantSpec
 from graftwork.storage.store import ALIAS_PATTERN
 from graftwork.training.objectives.protocol import Part, Rows, SecondModel, Traits, WrappedRows, check_no_zero3
@@ -162,7 +163,8 @@ class DistillSpec(Spec):
             if part == "eval":
                 return SftSpec().read(as_sft, template, part)
             texts = load_or_generate(spec, self.generate)
-            found = SftSpec().read(as_sft.with_({"data.train": texts.uri, "data.train_rows": None}), template, part)
+            written = DataSpec(train=texts.uri, thinking=spec.data.thinking)
+            found = SftSpec().read(as_sft.model_copy(update={"data": written}), template, part)
             notes, warnings = (*texts.notes, *found.notes), (*texts.warnings, *found.warnings)
             return replace(found, notes=notes, warnings=warnings, contents=texts.contents)
         assert self.teacher is not None, "one of the two is given"

@@ -98,7 +98,7 @@ class FimSpec(Spec):
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """The documents that fit. Raises DataError, ConfigError (no sentinels, an adapter that can't train them)."""
-        uri, limit = data_of(spec, part)
+        source, limit = data_of(spec, part)
         rows = int(resolve(spec.base).config["vocab_size"])
         sentinels = sentinels_of(self.sentinels, template, rows)
         if sentinels.train and not spec.adapter.trains_tokens:
@@ -110,7 +110,7 @@ class FimSpec(Spec):
             )
         layout = Layout(template, sentinels, end_token(template, self.end_token)[1], self.loss_on == "all")
         keys = document_keys()
-        documents, _ = read_documents(uri, limit=limit, keys=keys)
+        documents, _ = read_documents(source, limit=limit, keys=keys)
         warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
         made, dropped = [], 0
         for number, document in enumerate(documents, start=1):
@@ -120,19 +120,24 @@ class FimSpec(Spec):
                 if spec.on_overlong == "refuse":
                     raise too_long(spec, part, number, document.id, len(ids))
                 continue
-            made.append((ids, trained, start))
+            made.append((ids, trained, start, number))
         if not made:
             raise nothing_left(spec, part, dropped)
-        token_rows = TokenRows.from_pairs([(ids, trained) for ids, trained, _ in made])
+        numbers = tuple(number for *_, number in made)
+        token_rows = TokenRows.from_pairs([(ids, trained) for ids, trained, *_ in made])
         how = "their rows are trained" if sentinels.train else "the base knows them"
         about = f"{format_row_count(documents, 'document')}; sentinels {sentinels.names}: {how}"
         train_ids = sentinels.ids if sentinels.train else ()
         if part == "eval":
-            starts = np.array([start for _, _, start in made], dtype=np.int64)
+            starts = np.array([start for _, _, start, _ in made], dtype=np.int64)
             held = AnsweredRows(token_rows.ids_T, token_rows.trained_T, token_rows.offsets_N1, starts)
-            return ReadPart(held, dropped, fingerprint(documents), (about,), train_ids, warnings, contents)
+            return ReadPart(
+                held, dropped, fingerprint(documents), (about,), train_ids, warnings, contents, keys, numbers
+            )
         found, packing = pack_rows(token_rows, self.packing, spec.max_length)
-        return ReadPart(found, dropped, fingerprint(documents), (about, *packing), train_ids, warnings, contents)
+        return ReadPart(
+            found, dropped, fingerprint(documents), (about, *packing), train_ids, warnings, contents, keys, numbers
+        )
 
     def build(self, setting: TrainerContext) -> BuiltTrainer:
         """Build the trainer on rearranged documents; held-out: loss, exact match, edit similarity."""

@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 
 from graftwork import retrieval
 from graftwork.config import Spec
-from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows
-from graftwork.prompts.render import Prompt, fit_passages, render
+from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows, render_question
+from graftwork.prompts.render import Prompt, fit_passages
 from graftwork.training.objectives.protocol import Part, Traits, nothing_left, passages_left_out, too_long
 from graftwork.training.objectives.rows import IGNORED, ReadPart, TokenRows, data_of, pad_left, read_prompt
 from graftwork.training.rewards import AnyReward, RewardFunctionSpec, check_rows, load_rewards
@@ -127,11 +127,11 @@ class RlSpec(Spec):
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """The prompts that leave room for an answer. Raises DataError, StorageError, ConfigError (rewards)."""
-        uri, limit = data_of(spec, part)
+        source, limit = data_of(spec, part)
         rewards = load_rewards(self.rewards, spec)
         keys = key_check("prompt")
-        raw = read_rows(uri, limit=limit, need="prompt", keys=keys)
-        contents, (prompt, shots) = array("q", [hash(row.question) for row in raw]), read_prompt(spec, part)
+        raw = read_rows(source, limit=limit, need="prompt", keys=keys)
+        contents, (prompt, shots) = array("q", [row.content_hash() for row in raw]), read_prompt(spec, part)
         check_rows(rewards, self.rewards, raw)
         rendered, left_out = _render_prompts(
             spec, template, prompt, raw, spec.seed if part == "train" else spec.seed + 1
@@ -158,6 +158,8 @@ class RlSpec(Spec):
             passages_left_out(spec, left_out) if left_out else (),
             warnings=(*keys.note(f"data.{part}"), *shots),
             contents=contents,
+            keys=keys,
+            numbers=tuple(place + 1 for place in fitting),
         )
 
     def build(self, setting: TrainerContext) -> BuiltTrainer:
@@ -250,7 +252,7 @@ def _render_prompts(
             passages(row) if passages else (), template, prompt, context.context_tokens if context else None
         )
         left_out += len(without)
-        rendered.append(render(row.question, template, prompt=prompt, context=found, generate=True).ids)
+        rendered.append(render_question(row, template, prompt, found, spec.data.thinking).ids)
     return rendered, left_out
 
 

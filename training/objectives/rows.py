@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from graftwork.base.load import resolve
 from graftwork.base.load import template as base_template
+from graftwork.datasets.keys import KeyCheck
 from graftwork.datasets.rows import DatasetRow, key_check, resolve_prompt
+from graftwork.datasets.sources import RowSource
 from graftwork.errors import DataError
 from graftwork.prompts.render import Prompt
 from graftwork.storage.local import build_once
@@ -357,22 +359,24 @@ class ReadPart:
     warnings: tuple[str, ...] = ()
     """Ignored keys of the dataset, and of the rows of the prompt's worked examples."""
     contents: "array[int]" = field(default_factory=lambda: array("q"))
-    """A hash of each raw row without its id, comparable in this process alone."""
+    """A hash of each raw row without its id (`Example.content_hash`)."""
+    keys: KeyCheck | None = None
+    """Format, ids, used and ignored keys of the rows that were read."""
+    numbers: tuple[int, ...] = ()
+    """The raw row (from 1, in order of reading) that each row of tokens came from; empty: each row gave one."""
 
 
 def noted(rows: Iterable[DatasetRow], contents: "array[int]") -> Iterator[DatasetRow]:
-    """Pass the rows on, and append the hash of each conversation to `contents`."""
+    """Pass the rows on, and append the hash of each one's content to `contents`."""
     for row in rows:
-        contents.append(hash(row.messages))
+        contents.append(row.content_hash())
         yield row
 
 
-def data_of(spec: "TrainSpec", part: Part) -> tuple[str, int | None]:
-    """URI of a dataset of the run, and the number of its rows to read."""
-    data = spec.data
-    uri, limit = (data.train, data.train_rows) if part == "train" else (data.eval, data.eval_rows)
-    assert uri is not None, "the spec has this part"
-    return uri, limit
+def data_of(spec: "TrainSpec", part: Part) -> tuple[RowSource, int | None]:
+    """Source of a dataset of the run, and the number of its rows to read."""
+    assert part == "train" or spec.data.eval is not None, "the spec has this part"
+    return spec.data.source(part, spec.seed), spec.data.train_rows if part == "train" else spec.data.eval_rows
 
 
 def read_prompt(spec: "TrainSpec", part: Part) -> tuple[Prompt, tuple[str, ...]]:
@@ -435,20 +439,25 @@ def prepare(spec: "TrainSpec") -> PreparedData:
     """
     template = base_template(resolve(spec.base))
     train = spec.objective.read(spec, template, "train")
-    warnings = list(train.warnings)
+    warnings, notes = list(train.warnings), list(train.notes)
+    notes += train.keys.mixture_note("data.train") if train.keys else ()
     if len(train.contents) == 1:
         warnings.append("data.train: 1 row: every step repeats it, so its loss says nothing about other rows")
     held_out = None
     if spec.data.eval is not None:
         held_out = spec.objective.read(spec, template, "eval")
         if sorted(held_out.contents) == sorted(train.contents):
+            rows, source = format_row_count(held_out.contents, "row"), spec.data.source("train", spec.seed)
             raise DataError(
                 f"data.eval={spec.data.eval}",
-                f"its {format_row_count(held_out.contents, 'row')} are the rows of data.train={spec.data.train}",
+                f"its {rows} are the rows of data.train={source}",
                 "held-out rows are not trained on",
                 "name other rows, or leave data.eval out",
             )
         warnings += held_out.warnings
+        if isinstance(spec.data.eval, float):
+            count, of = len(held_out.contents), len(held_out.contents) + len(train.contents)
+            notes.append(f"data.eval={spec.data.eval:g}: {count} of {of} rows held out by their content")
         if shared := int(np.isin(np.array(held_out.contents), np.array(train.contents)).sum()):
             rows = format_row_count(held_out.contents, "row")
             warnings.append(f"data.eval: {shared} of {rows} also in data.train, so its loss is too low")
@@ -459,7 +468,7 @@ def prepare(spec: "TrainSpec") -> PreparedData:
         dropped_eval=held_out.dropped if held_out else 0,
         pad_id=template.pad_id,
         fingerprint=train.fingerprint,
-        notes=train.notes,
+        notes=tuple(notes),
         warnings=tuple(dict.fromkeys(warnings)),
         trained_tokens=train.trained_tokens,
     )

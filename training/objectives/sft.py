@@ -17,11 +17,13 @@ from graftwork.datasets.rows import (
     iter_rows,
     key_check,
     passage_keys,
+    prompt_content,
     read_fields,
     read_passages,
+    render_row,
 )
 from graftwork.datasets.rows import fingerprint as data_fingerprint
-from graftwork.prompts.render import Prompt, fit_passages, render, training_rows
+from graftwork.prompts.render import Prompt, fit_passages
 from graftwork.training.objectives.protocol import (
     Packing,
     Part,
@@ -48,12 +50,12 @@ from graftwork.training.objectives.rows import (
 )
 
 if TYPE_CHECKING:
-    from graftwork.datasets.readers import KeyCheck
+    from graftwork.datasets.keys import KeyCheck
     from graftwork.prompts.template import Template
     from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
     from graftwork.training.spec import TrainSpec
 
-FORM = 2
+FORM = 4
 """Version of the rendered rows; raised when the same rows are rendered differently."""
 
 
@@ -93,19 +95,19 @@ class SftSpec(Spec):
         All rows are read and checked each time; they are rendered once, until something
         changes that decides the outcome.
         """
-        uri, limit = data_of(spec, part)
+        source, limit = data_of(spec, part)
         answers = self.answers if part == "eval" else None
         names = answers.by if answers is not None else ()
 
         keys, contents = key_check("train", names), array("q")
-        checked = iter_rows(uri, limit=limit, need="train", keys=keys)
+        checked = iter_rows(source, limit=limit, need="train", keys=keys)
         fingerprint = data_fingerprint(noted(checked, contents))
         prompt, shots = read_prompt(spec, part)
         warnings = (*keys.note(f"data.{part}"), *shots)
         seed = spec.seed if part == "train" else spec.seed + 1
 
         def fill(writer: RowWriter) -> dict[str, Any]:
-            rows = iter_rows(uri, limit=limit, need="train", keys=key_check("train", names))
+            rows = iter_rows(source, limit=limit, need="train", keys=key_check("train", names))
             return self._render(spec, template, prompt, rows, seed, writer)
 
         passages = passage_keys()
@@ -117,10 +119,22 @@ class SftSpec(Spec):
             raise nothing_left(spec, part, about["dropped"])
         notes = passages_left_out(spec, about["left_out"]) if about["left_out"] else ()
         if answers is not None:
-            groups = groups_of(read_fields(uri, names, limit=limit), about["numbers"]) if names else ()
-            return ReadPart(answered(found, groups), about["dropped"], fingerprint, notes, (), warnings, contents)
-        packs, packing = pack_rows(found, self.packing, spec.max_length)
-        return ReadPart(packs, about["dropped"], fingerprint, (*notes, *packing), (), warnings, contents)
+            numbers = about["numbers"] or range(1, len(found) + 1)
+            groups = groups_of(read_fields(source, names, limit=limit), numbers) if names else ()
+            rows: Rows = answered(found, groups)
+        else:
+            rows, packing = pack_rows(found, self.packing, spec.max_length)
+            notes = (*notes, *packing)
+        return ReadPart(
+            rows,
+            about["dropped"],
+            fingerprint,
+            notes,
+            warnings=warnings,
+            contents=contents,
+            keys=keys,
+            numbers=tuple(about["numbers"]),
+        )
 
     def _render(
         self,
@@ -133,7 +147,7 @@ class SftSpec(Spec):
     ) -> dict[str, Any]:
         """Every row that fits to the writer; the note `about` it: `too_long` names the first as (number, id, tokens).
 
-        Where answers are generated, `numbers` has the number (from 1) of the row that each written one came from.
+        `numbers` has the number (from 1) of the row that each written one came from; empty where each gave one.
         """
         context = spec.data.context
         draw = retrieval.training_context(context, seed) if context else None
@@ -144,14 +158,15 @@ class SftSpec(Spec):
             room = context.context_tokens if context else None
             passages, without = fit_passages(draw(row) if draw else (), template, prompt, room)
             left_out += len(without)
-            for messages in training_rows(row.messages, template):
-                rendered = render(messages, template, prompt=prompt, context=passages, generate=False)
+            for rendered in render_row(row, template, prompt, passages, spec.data.thinking):
                 if len(rendered.ids) <= spec.max_length:
                     writer.add(rendered.ids, rendered.loss_mask)
-                    numbers += [number] if self.answers is not None else []
+                    numbers.append(number)
                     continue
                 dropped += 1
                 first = first or [(number, row.id, len(rendered.ids))]
+        one_each = numbers == list(range(1, len(numbers) + 1))
+        numbers = [] if one_each and not dropped else numbers
         return {"dropped": dropped, "left_out": left_out, "too_long": first, "numbers": numbers}
 
     def _key(
@@ -169,10 +184,10 @@ class SftSpec(Spec):
             "template": template.digest,
             "tokenizer": template.tokenizer_digest,
             "date": str(template.date),
-            "prompt": asdict(prompt),
+            "prompt": prompt_content(prompt),
+            **({"thinking": spec.data.thinking} if spec.data.thinking != "keep" else {}),
             "max_length": spec.max_length,
             "context": context,
-            "numbered": self.answers is not None,
         }
         return hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:32]
 
@@ -228,7 +243,10 @@ def masked_sft_trainer() -> type[Any]:
             """Summed loss over the step's trained tokens, times the number of processes: DDP averages gradients."""
             head = self.model.get_output_embeddings()
             fused = inputs["labels"].is_cuda and isinstance(head, torch.nn.Linear)  # not with trained rows in it
-            if fused or return_outputs or self.aux_loss_enabled:  # TRL adds the router's loss of a base with experts
+            whole = inputs["labels"].shape == inputs["input_ids"].shape  # not a worker's part of the tokens
+            if (
+                (whole and fused) or return_outputs or self.aux_loss_enabled
+            ):  # TRL adds the router's loss of a base with experts
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             logits_NV, targets_N = trained_logits(model, head, inputs)
             total = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
@@ -238,27 +256,37 @@ def masked_sft_trainer() -> type[Any]:
     return MaskedSftTrainer
 
 
-def trainer_on(setting: TrainerContext, kind: type[Any]) -> Any:
-    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids."""
+def trainer_on(setting: TrainerContext, kind: type[Any], collate: Any = None) -> Any:
+    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids.
+
+    collate: rows of the data set to a batch; by default the batch of the run's rows.
+    """
     from trl import SFTConfig
 
     from graftwork.training.objectives.trainer import arguments
 
     prepared = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    return kind(args=SFTConfig(**arguments(setting), **prepared), **setting.trainer_arguments())
+    given = setting.trainer_arguments() | ({"data_collator": collate} if collate is not None else {})
+    trainer = kind(args=SFTConfig(**arguments(setting), **prepared), **given)
+    # Losses here and TRL's fused head are means over the step's tokens. Some models of images and text deny it of their
+    # own loss (`accepts_loss_kwargs`, Gemma-4), for which transformers 5.24 takes the mean over passes.
+    trainer.model_accepts_loss_kwargs = True
+    return trainer
 
 
 def held_out_loss(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> float:
     """Mean loss in nats over the trained tokens of all rows; each process scores its share. Called on all ranks."""
     import torch
 
+    from graftwork.training.context_parallel import replicas
     from graftwork.training.objectives.trainer import share, trained_logits
 
     model, accelerator = trainer.model, trainer.accelerator
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     model.eval()
     with torch.no_grad():
-        for batch in share(rows.lengths_N, micro_batch, accelerator.process_index, accelerator.num_processes):
+        number, of = replicas(rows, accelerator.process_index, accelerator.num_processes)
+        for batch in share(rows.lengths_N, micro_batch, number, of):
             inputs = {key: value.to(accelerator.device) for key, value in rows.collate(batch, pad_id).items()}
             with accelerator.autocast():
                 logits_NV, targets_N = trained_logits(model, model.get_output_embeddings(), inputs)

@@ -29,6 +29,7 @@ from graftwork.planning.memory import (
     weight_bytes,
 )
 from graftwork.training.loop import step_plan
+from graftwork.training.optimizers import state_bytes
 from graftwork.training.spec import TrainSpec
 
 
@@ -83,20 +84,22 @@ def passes_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> tuple[Pass, 
     sequences, cuda = traits.sequences, spec.gpus > 0
     fused = cuda or traits.head in ("fused", "fused_trained")
     masked = traits.packing != "none" or (rows.padded and micro_batch * sequences > 1)
+    masked = masked and spec.strategy.context_parallel == 1
 
     if rows.each is None:
         sizes, varied = [(-(-rows.longest // sequences), micro_batch * rows.longest_trained)], rows.padded
     else:
-        steps = step_plan(rows.each.lengths_N, spec.optim, spec.seed, spec.num_workers, None)
+        steps = step_plan(rows.each.lengths_N, spec.optim, spec.seed, spec.replicas, None)
         rows_PM = steps.rows_SR.reshape(-1, micro_batch)
         widths_P, trained_P = rows.each.widths_N[rows_PM].max(axis=1), rows.each.trained_N[rows_PM].sum(axis=1)
         sizes, varied = [], bool(widths_P.min() != widths_P.max())
         for index in np.lexsort((-trained_P, -widths_P)):
             if not sizes or trained_P[index] > sizes[-1][1]:
                 sizes.append((int(widths_P[index]), int(trained_P[index])))
-    passes = []
-    for row, trained in sizes:
-        tokens, scored = micro_batch * sequences * row, trained
+    passes, parts = [], spec.strategy.context_parallel
+    for row, trained in ((-(-row // parts), trained) for row, trained in sizes):
+        tokens = micro_batch * sequences * row
+        scored = min(trained, tokens)  # one worker's part may hold all of them
         if traits.head == "reward":
             scored = 0
         elif traits.head == "fused" and not cuda:  # TRL 1.16 scores every position where there is no Triton
@@ -167,7 +170,7 @@ def shared(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
     kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus > 0
     if kind == "ddp":
         buckets = trained * FP32 if workers > 1 else 0
-        return Shared(frozen_bytes, trained * FP32, trained * FP32, 2 * trained * FP32, buckets)
+        return Shared(frozen_bytes, trained * FP32, trained * FP32, state_bytes(spec, model), buckets)
     if kind == "fsdp2":
         gathered = LIVE_BLOCKS * -(-(frozen_bytes + trained * FP32) // (model.layers + 1))
         part = trained * FP32 // workers
@@ -252,7 +255,7 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     activations = sum(_activations(spec, model, taken, value_bytes))
     logits = logit_bytes(spec, model, taken, value_bytes)
     part = shared(spec, model, value_bytes)
-    passes = spec.optim.rows_per_step // workers // taken.rows
+    passes = spec.optim.rows_per_step // spec.replicas // taken.rows
     # gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained: a
     # tied weight gets two of them, one as the head and one as the embedding; those of other layers are small
     added = 2 * model.head_params * FP32 if passes > 1 and full else 0
@@ -295,7 +298,7 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     # of accumulated passes are there while the next keeps its activations, and a strategy's shares are in buffers of
     # their own. On a CPU both count: glibc keeps what it is given back in pieces that the optimizer's first step fills
     # (all weights of SmolLM2-135M: 3.38 GiB measured, 2.77 without the gradients).
-    one_pass = spec.optim.rows_per_step // spec.num_workers // taken.rows <= 1
+    one_pass = spec.optim.rows_per_step // spec.replicas // taken.rows <= 1
     alone = one_pass and kind == "ddp" and spec.num_workers == 1
     parts = {
         "base weights": part.weights,
@@ -346,5 +349,5 @@ def _unpacked_bytes(spec: TrainSpec, model: ModelShape, value_bytes: int, *, aut
 
 def micro_batch(spec: TrainSpec) -> int:
     """Rows of one forward pass on one worker: the largest divisor of its rows that `optim.micro_batch` allows."""
-    per_worker = spec.optim.rows_per_step // spec.num_workers
+    per_worker = spec.optim.rows_per_step // spec.replicas
     return max(size for size in range(1, min(spec.optim.rows_per_pass, per_worker) + 1) if per_worker % size == 0)

@@ -74,9 +74,10 @@ LINK_EFFICIENCY = 0.63
 
 def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
     """One optimizer step of one worker while `processes` such processes run."""
-    per_worker, full = spec.optim.rows_per_step // spec.num_workers, spec.adapter.trains_base
+    per_worker, full = spec.optim.rows_per_step / spec.num_workers, spec.adapter.trains_base
     again = 1 if spec.optim.gradient_checkpointing else 0
-    passes, trained = per_worker / micro_batch(spec), spec.adapter.trained_params(model)
+    passes = spec.optim.rows_per_step // spec.replicas / micro_batch(spec)
+    trained = spec.adapter.trained_params(model)
     tokens = per_worker * rows.mean * (PADDING if rows.padded else 1.0)
     # attention: 4 forward; backward 10, as it computes the scores again
     attention = model.layers * (14 + 4 * again) * (rows.mean + spec.adapter.virtual_tokens) * model.q_size
@@ -86,7 +87,7 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     flops = tokens * (weights * model.linear_params + added + attention) + per_worker * rows.mean_trained * head
     flops += passes * (1 + again) * spec.adapter.weight_flops(model)
     if machine.gpu is not None:
-        return _gpu_seconds(spec, model, machine, flops, passes)
+        return _gpu_seconds(spec, model, machine, flops, passes) + _exchange_seconds(spec, model, machine, tokens)
     if full:
         machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
     unpacked = model.linear_params if spec.quant.is_4bit and spec.quant.resident != "dequantised" else 0.0
@@ -125,6 +126,15 @@ def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: fl
     link = gpu.link_gbytes_per_s if workers <= gpu.per_machine else gpu.network_gbytes_per_s
     exchange_s = sent / (min(link, gpu.link_gbytes_per_s) * 1e9 * LINK_EFFICIENCY)
     return max(flops / rate, launch_s) + unpack_s + step_s + exchange_s
+
+
+def _exchange_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, tokens: float) -> float:
+    """All-to-all of queries, keys, values and outputs under context parallelism, forward and backward."""
+    size = spec.strategy.context_parallel
+    assert machine.gpu is not None, "on a CPU the workers share the memory"
+    sent = tokens * model.layers * 2 * (2 * model.q_size + 2 * model.kv_size) * machine.value_bytes * (size - 1) / size
+    link = machine.gpu.link_gbytes_per_s if size <= machine.gpu.per_machine else machine.gpu.network_gbytes_per_s
+    return sent / (link * 1e9 * LINK_EFFICIENCY)
 
 
 def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
@@ -208,7 +218,7 @@ def resolve_auto(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     notes, predicted = [], f"predicted {of_room(best.bytes, machine)}"
     if spec.optim.micro_batch == "auto":
         size = micro_batch(best.spec)
-        passes = best.spec.optim.rows_per_step // best.spec.num_workers // size
+        passes = best.spec.optim.rows_per_step // best.spec.replicas // size
         notes.append(f"micro_batch={size}, accumulation={passes} (the fastest that fits: {predicted})")
     if spec.optim.gradient_checkpointing == "auto":
         notes.append(
@@ -220,7 +230,7 @@ def resolve_auto(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
 
 
 def _candidates(spec: TrainSpec) -> Iterator[TrainSpec]:
-    per_worker = spec.optim.rows_per_step // spec.num_workers
+    per_worker = spec.optim.rows_per_step // spec.replicas
     sizes = [n for n in range(1, per_worker + 1) if per_worker % n == 0]
     if spec.optim.micro_batch != "auto":
         sizes = [spec.optim.micro_batch]

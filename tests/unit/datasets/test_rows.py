@@ -20,15 +20,13 @@ def write(path: Path, *records: Any) -> str:
 
 
 def test_both_forms_of_a_row_are_read(tmp_path: Path) -> None:
-    uri = write(
-        tmp_path / "rows.jsonl",
-        {"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER], "id": "a", "source": "kept out"},
-        {"prompt": "q", "completion": "a", "doc_id": 7, "gold": {"x": 1, "y": None}, "given_fields": "x"},
-    )
-    first, second = read_rows(uri, need="train")
+    turns = {"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER], "id": "a", "source": "kept out"}
+    text = {"prompt": "q", "completion": "a", "doc_id": 7, "gold": {"x": 1, "y": None}, "given_fields": "x"}
+    [first] = read_rows(write(tmp_path / "turns.jsonl", turns), need="train")
+    [second] = read_rows(write(tmp_path / "text.jsonl", text), need="train")
     assert first.messages == (Message("system", ""), Message(**QUESTION), Message(**ANSWER))  # type: ignore[arg-type]
     assert (first.id, first.doc_id, first.gold, first.given_fields) == ("a", None, None, ())
-    assert (second.id, second.doc_id, second.gold, second.given_fields) == ("2", "7", {"x": 1, "y": None}, ("x",))
+    assert (second.id, second.doc_id, second.gold, second.given_fields) == ("1", "7", {"x": 1, "y": None}, ("x",))
     assert second.question == (Message("user", "q"),)
     assert second.answer == "a"
 
@@ -45,10 +43,6 @@ def test_limit_blank_lines_windows_lines_and_a_bom(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "at", "found"),
     [
-        ({"mesages": []}, "row 2: messages", "the field is missing"),
-        ({"prompt": "q"}, "row 2: completion", "the field is missing"),
-        ({"prompt": ["q"], "completion": "a"}, "row 2: prompt", "found a list"),
-        ({"prompt": "q", "completion": "  "}, "row 2: completion", "it is empty"),
         ({"messages": []}, "row 2: messages", "an empty list"),
         ({"messages": "hello"}, "row 2: messages", "found a string"),
         ({"messages": ["hello"]}, r"row 2: messages\[0\]", "found a string"),
@@ -71,6 +65,8 @@ def test_limit_blank_lines_windows_lines_and_a_bom(tmp_path: Path) -> None:
         ({"messages": [QUESTION, ANSWER], "id": True}, "row 2: id", "found True"),
         ({"messages": [QUESTION, ANSWER], "id": "one"}, "row 2: id='one'", "row 1 has the same id"),
         ({"messages": [QUESTION, ANSWER], "doc_id": []}, "row 2: doc_id", "found a list"),
+        ({"mesages": []}, "row 2", "no format that sft reads has the keys mesages"),
+        ({"prompt": "q", "completion": "a"}, "row 2", "it is in the format trl, and .* row 1 in the format openai"),
         (["not an object"], "row 2", "found a list"),
     ],
 )
@@ -80,6 +76,22 @@ def test_a_bad_row_is_named_with_field_and_rule(tmp_path: Path, record: Any, at:
         read_rows(uri, need="train")
     assert caught.value.rule
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "at", "found"),
+    [
+        ({"prompt": "q"}, "row 2: completion", "the field is missing"),
+        ({"prompt": ["q"], "completion": "a"}, r"row 2: prompt\[0\]", "found a string"),
+        ({"prompt": "q", "completion": "  "}, "row 2: completion", "it is empty"),
+        ({"completion": "a"}, "row 2: prompt", "the field is missing"),
+        ({"prompt": "q", "completion": [QUESTION]}, r"row 2: completion\[0\].role", "found 'user'"),
+    ],
+)
+def test_a_bad_prompt_or_completion_is_named(tmp_path: Path, record: Any, at: str, found: str) -> None:
+    uri = write(tmp_path / "rows.jsonl", {"prompt": "q", "completion": "a", "id": "one"}, record)
+    with pytest.raises(DataError, match=f"{at}: {found}"):
+        read_rows(uri, need="train")
 
 
 def test_the_nearest_field_is_suggested(tmp_path: Path) -> None:
@@ -137,7 +149,8 @@ def test_fingerprint_is_of_the_content_and_its_order(tmp_path: Path) -> None:
     one, two = {"prompt": "q", "completion": "é"}, {"prompt": "r", "completion": "b", "gold": {"a": 1}}
     rows = read_rows(write(tmp_path / "a.jsonl", one, two), need="train")
     as_messages = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "é"}], "id": 1}
-    assert fingerprint(rows) == fingerprint(read_rows(write(tmp_path / "b.jsonl", as_messages, two), need="train"))
+    first = read_rows(write(tmp_path / "b.jsonl", as_messages), need="train")
+    assert fingerprint(rows) == fingerprint([*first, rows[1]])
     assert fingerprint(rows) != fingerprint(rows[::-1])
     assert fingerprint(rows) != fingerprint(read_rows(write(tmp_path / "c.jsonl", one, one), need="train"))
 

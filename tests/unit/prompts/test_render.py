@@ -348,6 +348,6 @@ def test_other_threads_run_while_a_long_text_is_tokenised(templates: dict[str, T
 @given(st.text(max_size=60))
 def test_ids_equal_those_of_a_single_encode(templates: dict[str, Template], text: str) -> None:
     for template in templates.values():
-        for sealed in (text, template.sealed_text([("user", text)], generate=True)):
+        for sealed in (text, template.sealed_text([{"role": "user", "content": text}], generate=True)):
             one = template._tokenizer.encode(sealed, add_special_tokens=False).ids
             assert template.sealed_ids(sealed) == one

@@ -68,11 +68,10 @@ def test_rows_travel_and_the_job_reads_the_copies(here: Path, tmp_path: Path) ->
     assert not Path(store.uri).exists(), "nothing is written before preflight"
     for one in (*sent.inputs, *sent.inputs):  # the same file again is a no-op
         send(store, one)
-    assert sent.spec.data.train.startswith(f"{store.uri}/inputs/")
+    assert str(sent.spec.data.train).startswith(f"{store.uri}/inputs/")
     (here / "rows.jsonl").unlink()
-    assert len(read_rows(sent.spec.data.train, need="train")) == 1
-    assert sent.spec.data.eval is not None
-    assert len(read_rows(sent.spec.data.eval, need="train")) == 2
+    assert len(read_rows(sent.spec.data.source("train", 0), need="train")) == 1
+    assert len(read_rows(sent.spec.data.source("eval", 0), need="train")) == 2
     assert codes(train(data={"train": "held-out.jsonl"})) == set()
 
 
@@ -257,8 +256,8 @@ def test_a_file_may_have_any_name(here: Path, tmp_path: Path) -> None:
     sent = with_inputs(train(data={"train": "rows of #1 ü?.jsonl"}), store.uri)
     send(store, sent.inputs[0])
     assert isinstance(sent.spec, TrainSpec)
-    assert sent.spec.data.train.endswith("/rows_of__1___.jsonl")
-    assert len(read_rows(sent.spec.data.train, need="train")) == 1
+    assert str(sent.spec.data.train).endswith("/rows_of__1___.jsonl")
+    assert len(read_rows(sent.spec.data.source("train", 0), need="train")) == 1
 
 
 def test_preflight_of_pods_judges_what_is_left(here: Path) -> None:

@@ -423,10 +423,10 @@ def test_held_out_rows_that_are_too_long_are_counted(tmp_path: Path) -> None:
     """From the rows to the run's report and page; the old report of a finished run, without the counts, is read."""
     asked = pair_task(tmp_path, **{"optim.epochs": 1})
     assert asked.data.eval is not None
-    rows = [json.loads(line) for line in Path(asked.data.eval).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(str(asked.data.eval)).read_text().splitlines()]
     for row in rows[:3]:
         row["chosen"] = "red " * asked.max_length
-    Path(asked.data.eval).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(str(asked.data.eval)).write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = ResolvedRun.resolve(asked)
     assert run.data.left_out(asked.max_length) == "3 of 10 held-out rows left out: longer than max_length=512"
     result = run_steps(TrainJob(run.spec, run.data, run.paths), lambda _: True)

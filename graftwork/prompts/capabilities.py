@@ -1,0 +1,210 @@
+"""What a chat template writes: functions, calls and their results, reasoning, the end of an answer.
+
+Found by rendering short conversations of words that occur nowhere else. The name of a model family decides nothing.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from graftwork.errors import BaseModelError, DataError
+
+Turn = Mapping[str, Any]
+"""A turn as chat templates read it: role, content, and tool_calls, tool_call_id, name, reasoning_content, thinking."""
+
+_ASKED: Turn = {"role": "user", "content": "first question"}
+_ANSWER = "plain answer"
+_ANSWERED: Turn = {"role": "assistant", "content": _ANSWER}
+_FUNCTION, _OTHER, _VALUE, _RESULT, _WHY, _NEXT_TO = "zq_find", "zq_rank", "zqvalue", "zqresult", "zqreason", "zqtext"
+TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": _FUNCTION,
+        "description": "Look a place up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"zq_key": {"type": "string", "description": "A place."}},
+            "required": ["zq_key"],
+        },
+    },
+}
+"""Function of the probe conversations."""
+
+
+class Renderer(Protocol):
+    """The part of a `Template` that the probes use."""
+
+    def sealed_text(
+        self, turns: Sequence[Turn], *, generate: bool, tools: Sequence[Mapping[str, Any]] = ...
+    ) -> str: ...
+
+    def control_ids(self, sealed: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template wants the calls of a turn."""
+
+    arguments: Literal["object", "text"] = "object"
+    """A JSON object, or its text (DeepSeek)."""
+    no_content: str | None = ""
+    """Content of a turn that has calls alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Abilities of one chat template."""
+
+    end_id: int
+    """Token that ends an answer."""
+    closes: bool
+    """False: the next turn's first token ends an answer (GLM), so `end_id` is added behind the last one."""
+    tools: bool
+    """The functions are in the prompt."""
+    calls: CallForm | None
+    """None: calls and their results are not in the text."""
+    call_ids: bool
+    """The id of a call is in the text and its name is not (Kimi)."""
+    parallel_calls: bool
+    """A turn may have several calls."""
+    text_with_calls: bool
+    """A turn may have text next to its calls."""
+    call_end_ids: frozenset[int]
+    """Tokens that end a turn of calls and are not the answer's (`<|call|>`)."""
+    reasoning: Literal["field", "tags", "opened"] | None
+    """Place of reasoning: a field of the turn; `<think>` in its content; none, but the prompt opens it; None: none."""
+    reads_tags: bool
+    """`<think>` in the content of a turn is read as reasoning."""
+    opening: str
+    """Sealed text that the generation prompt has and a stored answer has not (DeepSeek-R1's `<think>`)."""
+    developer: bool
+    """The role developer is known; otherwise it is written as system."""
+
+
+def probe(template: Renderer, source: str, eos_ids: frozenset[int], eos_id: int | None, think: str) -> Capabilities:
+    """Render probe conversations. source: text of the template. think: the sealed opening tag of reasoning.
+
+    Raises BaseModelError for a template whose answers have no end; DataError where it refuses question and answer.
+    """
+    end_id, closes = _end(template, eos_ids, eos_id)
+    forms = (CallForm(arguments, empty) for empty in ("", None) for arguments in ("object", "text"))
+    calls = next((form for form in forms if _writes_calls(template, form)), None)
+    tools = _FUNCTION in _text(template, [_ASKED], generate=True, tools=True)
+    opening = _opening(template, think)
+    return Capabilities(
+        end_id=end_id,
+        closes=closes,
+        tools=tools,
+        calls=calls,
+        call_ids=calls is not None and _FUNCTION not in _text(template, [_ASKED, _called(calls)[0]]),
+        parallel_calls=calls is not None and _writes_two(template, calls),
+        text_with_calls=calls is not None
+        and all(word in _text(template, [_ASKED, *_called(calls, text=_NEXT_TO)]) for word in (_NEXT_TO, _VALUE)),
+        call_end_ids=_call_end(template, calls, eos_ids | {end_id}) if calls and tools and closes else frozenset(),
+        reasoning=_place_of_reasoning(template, source, opening),
+        reads_tags="</think>" in source and not opening,
+        opening=opening,
+        developer='"developer"' in source or "'developer'" in source,
+    )
+
+
+def written_call(name: str, arguments: Any, identity: str | None) -> dict[str, Any]:
+    """Return a call in the form of OpenAI and transformers. arguments: an object, or its text."""
+    call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return call if identity is None else {"id": identity, **call}
+
+
+def _text(template: Renderer, turns: Sequence[Turn], *, generate: bool = False, tools: bool = False) -> str:
+    """Text of a probe; empty where the template refuses it."""
+    try:
+        return template.sealed_text(turns, generate=generate, tools=(TOOL,) if tools else ())
+    except DataError:
+        return ""
+
+
+def _called(form: CallForm, *, parallel: bool = False, text: str = "") -> list[Turn]:
+    """A turn of calls and a turn a result. Ids have 9 characters, as Mistral's template wants them."""
+    arguments: Any = '{"zq_key": "zqvalue"}' if form.arguments == "text" else {"zq_key": _VALUE}
+    names = (_FUNCTION, _OTHER) if parallel else (_FUNCTION,)
+    calls = [written_call(name, arguments, f"zq000000{number}") for number, name in enumerate(names)]
+    results = [
+        {"role": "tool", "content": _RESULT, "tool_call_id": call["id"], "name": call["function"]["name"]}
+        for call in calls
+    ]
+    return [{"role": "assistant", "content": text or form.no_content, "tool_calls": calls}, *results]
+
+
+def _writes_calls(template: Renderer, form: CallForm) -> bool:
+    text = _text(template, [_ASKED, *_called(form), _ANSWERED])
+    twice_encoded = '\\"zq_key' in text
+    named = _FUNCTION in text or "zq0000000" in text
+    return named and not twice_encoded and all(word in text for word in (_VALUE, _RESULT, _ANSWER))
+
+
+def _writes_two(template: Renderer, form: CallForm) -> bool:
+    text = _text(template, [_ASKED, *_called(form, parallel=True)])
+    return _OTHER in text or "zq0000001" in text
+
+
+def _end(template: Renderer, eos_ids: frozenset[int], eos_id: int | None) -> tuple[int, bool]:
+    """The first control token behind an answer, and True; or the end token that has to be added, and False."""
+    whole = template.sealed_text([_ASKED, _ANSWERED], generate=False)
+    behind = _behind(whole, _ANSWER)
+    if found := template.control_ids(behind):
+        return found[0], True
+    if _ANSWER in whole and eos_id is not None:
+        longer = template.sealed_text([_ASKED, _ANSWERED, {**_ASKED, "content": "second question"}], generate=False)
+        if not eos_ids.isdisjoint(template.control_ids(_behind(longer, _ANSWER))[:1]):
+            return eos_id, False
+    raise BaseModelError(
+        "chat template of the base",
+        f"it ends an answer with {behind!r}",
+        "an answer ends with a special token, or generation could not stop",
+        "use a base whose chat template closes the assistant's turn",
+    )
+
+
+def _call_end(template: Renderer, form: CallForm, known: frozenset[int]) -> frozenset[int]:
+    """The last control token of a turn of calls, unless a known end is among the tokens behind the call."""
+    found = template.control_ids(_behind(_text(template, [_ASKED, _called(form)[0]]), _VALUE))
+    return frozenset(found[-1:]) if known.isdisjoint(found) else frozenset()
+
+
+def _behind(text: str, word: str) -> str:
+    return text[text.rfind(word) + len(word) :] if word in text else ""
+
+
+def _opening(template: Renderer, think: str) -> str:
+    prompt = template.sealed_text([_ASKED], generate=True)
+    whole = template.sealed_text([_ASKED, _ANSWERED], generate=False)
+    at = prompt.rfind(think)
+    opens = at >= 0 and whole.startswith(prompt[:at]) and not whole.startswith(prompt[: at + len(think)])
+    return prompt[at:] if opens else ""
+
+
+def _place_of_reasoning(template: Renderer, source: str, opening: str) -> Literal["field", "tags", "opened"] | None:
+    field = {**_ANSWERED, "reasoning_content": _WHY, "thinking": _WHY}
+    if _WHY in _text(template, [_ASKED, field]):
+        return "field"
+    tags = {**_ANSWERED, "content": f"<think>\n{_WHY}\n</think>\n\n{_ANSWER}"}
+    text = _text(template, [_ASKED, tags])
+    if "</think>" in source and _WHY in text and text.count("<think>") == 1:
+        return "tags"
+    return "opened" if opening else None
+
+
+def probe_conversation(form: CallForm | None) -> list[Turn]:
+    """Three questions with answers, for the prefix property; with a call each where `form` is given.
+
+    The answers have reasoning, because templates like to cut it from earlier turns.
+    """
+    answers: list[Turn] = [
+        {"role": "assistant", "content": "<think>\nbecause\n</think>\n\nfirst answer"},
+        {"role": "assistant", "content": "second answer", "reasoning_content": "since", "thinking": "since"},
+        {"role": "assistant", "content": "third answer"},
+    ]
+    questions: list[Turn] = [{"role": "user", "content": f"{word} question"} for word in ("first", "second", "third")]
+    steps = [] if form is None else _called(form)
+    rows = ([question, *steps, answer] for question, answer in zip(questions, answers, strict=True))
+    return list(itertools.chain.from_iterable(rows))

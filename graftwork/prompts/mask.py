@@ -1,0 +1,102 @@
+"""Token ids of a rendered conversation, and the loss mask over them."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from graftwork.errors import BaseModelError, DataError
+from graftwork.prompts.turns import reasoning_of
+
+if TYPE_CHECKING:
+    from graftwork.prompts.render import Message
+    from graftwork.prompts.template import Template
+
+
+class TokenisedText:
+    """Sealed text as ids, tokenised in segments: the ids of a beginning stay when text is added."""
+
+    def __init__(self, template: "Template", *, spans: bool) -> None:
+        """spans: the characters of each token are needed too."""
+        self.ids: list[int] = []
+        self.spans: list[tuple[int, int]] = []
+        """Characters [start, end) of each token, where asked for."""
+        self.text = ""
+        self._template, self._with_spans = template, spans
+
+    def extend_to(self, text: str) -> tuple[int, int]:
+        """Go on to a longer text; returns its tokens and characters."""
+        whole = self._template.sealed_ids(text)
+        if continues := whole[: len(self.ids)] != self.ids:
+            self.ids += self._template.continuation_ids(text[len(self.text) :])
+        else:
+            self.ids = whole
+        if self._with_spans:
+            before = len(self.text) if continues else 0
+            found = self._template.token_spans(text[before:], continues=continues)
+            self.spans = [*(self.spans if continues else ()), *((a + before, b + before) for a, b in found)]
+        self.text = text
+        return len(self.ids), len(text)
+
+
+def loss_mask(
+    tokens: TokenisedText,
+    starts: Mapping[int, tuple[int, int]],
+    learned: Sequence[int],
+    conversation: Sequence["Message"],
+    template: "Template",
+) -> tuple[bool, ...]:
+    """Mark each learned answer from behind the generation prompt up to and including the token that ends its turn.
+
+    starts: tokens and characters before each answer that stands behind its prompt. learned: turns of the loss.
+    """
+    mask = [False] * len(tokens.ids)
+    for turn in learned:
+        if turn not in starts:
+            raise BaseModelError(
+                f"chat template of {template.base}",
+                f"its generation prompt is not how it writes the answer of turn {turn + 1}",
+                "an answer is learned right behind the prompt that asks for it",
+                "train on another base, or fix its chat_template.jinja",
+            )
+        start, characters = starts[turn]
+        end = _end_of_turn(tokens.ids, start, template)
+        mask[start:end] = [True] * (end - start)
+        following = [at for _, at in starts.values() if at > characters]
+        reasoning = _place_of_reasoning(
+            tokens.text, characters, min(following, default=None), conversation[turn], template
+        )
+        if reasoning and conversation[turn].thinking == "mask":
+            for index in range(start, end):
+                first, behind = tokens.spans[index]
+                mask[index] = not (first < reasoning[1] and behind > reasoning[0])
+    return tuple(mask)
+
+
+def _place_of_reasoning(
+    text: str, start: int, end: int | None, message: "Message", template: "Template"
+) -> tuple[int, int] | None:
+    """Characters [start, end) of the reasoning of a turn. Raises DataError where the template has left it out."""
+    reasoning = (reasoning_of(message)[0] or "").strip()
+    if not reasoning:
+        return None
+    at = text.find(reasoning, start, end)
+    if at < 0:
+        raise DataError(
+            "messages.reasoning_content",
+            f"the chat template of {template.base} leaves it out of this turn",
+            "reasoning is learned as the template of the base writes it",
+            "set data.thinking=drop, or write it into the content of the turn",
+        )
+    return at, at + len(reasoning)
+
+
+def _end_of_turn(ids: Sequence[int], start: int, template: "Template") -> int:
+    """Index behind the first stop token from `start` on."""
+    for index in range(start, len(ids)):
+        if ids[index] in template.stop_ids:
+            return index + 1
+    raise BaseModelError(
+        f"chat template of {template.base}",
+        "an answer in the middle of a conversation has no end token",
+        "every answer ends with a stop token",
+        "fix its chat_template.jinja",
+    )
