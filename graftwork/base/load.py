@@ -308,6 +308,10 @@ def check_form(resolved: ResolvedBase, quant: QuantSpec, shards: str = "none") -
 
 def _read_packed(resolved: ResolvedBase, packed: PackedFormat, device: str | None, dtype: "torch.dtype") -> Any:
     """The model whose packed linears stay packed."""
+    if packed.native:
+        model = _read(resolved.folder, resolved.overrides, None, device, dtype)
+        _keep_differentiable(model)
+        return model
     from graftwork.compat.packed_weights import PackedLoadConfig
 
     files = PackedFiles(resolved.folder, packed)
@@ -326,7 +330,9 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for part in (config, config.get_text_config()):
         if settings is not None and hasattr(part, "quantization_config"):
-            del part.quantization_config
+            del part.quantization_config  # of a packed checkpoint: `settings` are those of this load
+        elif "bnb_4bit_compute_dtype" in (getattr(part, "quantization_config", None) or {}):
+            part.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     for key, value in overrides.items():
         setattr(config, key, value)
     return auto_class(config).from_pretrained(

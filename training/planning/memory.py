@@ -23,9 +23,9 @@ from graftwork.planning.memory import (
     MemoryPlan,
     RowSizes,
     kv_bytes,
-    largest_linear,
     loading_bytes,
     saved_bytes,
+    unpacked_layer_bytes,
     weight_bytes,
 )
 from graftwork.training.loop import step_plan
@@ -343,7 +343,7 @@ def _activations(
 def _unpacked_bytes(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:
     """A quantised layer while it is multiplied; with DoRA an identity of its inputs, or four forms of the weight."""
     plain = not spec.quant.is_packed or spec.quant.resident == "dequantised"
-    layer = 0 if plain else largest_linear(model) * value_bytes
+    layer = 0 if plain else unpacked_layer_bytes(model, spec.quant, value_bytes)
     return layer + spec.adapter.weight_scratch_bytes(model, autocast=autocast)
 
 
