@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from graftwork.adapters.target_modules import choose_linears
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
@@ -142,7 +143,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
 
 
 def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
-    """Check a training spec against its base with this config.json. Raises BaseModelError."""
+    """Check a training spec against its base with this config.json. Raises BaseModelError, ConfigError."""
     support = base_support(config)
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
     if spec.quant.is_packed:
@@ -153,6 +154,10 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
         support.require(support.experts, "adapter.experts=true")
     if targets is not None and not (experts and support.lora[targets].hint == ADAPT_EXPERTS):
         support.require(support.lora[targets], f"adapter.targets={targets}")
+    names = getattr(spec.adapter, "target_modules", None)
+    if names not in (None, "all-linear"):
+        facts = facts_of(config)
+        choose_linears(names, facts.shape.adapted["all-linear"], facts.model_class)
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
     return support
