@@ -30,7 +30,7 @@ HELLO = (Message("user", "Hello"),)
 def write_rows(path: Path, count: int, asked: str = "Name", **row: Any) -> None:
     """Conversations of a call, its result and an answer with reasoning."""
     call = {"id": "call00001", "type": "function", "function": {"name": "paint", "arguments": '{"n": 1}'}}
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "Name a colour"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call00001", "content": "red"},
@@ -61,7 +61,7 @@ def trained(spec: TrainSpec) -> PublishedModel:
 
 def test_an_adapter_is_served_with_the_functions_and_variables_of_its_training(tmp_path: Path) -> None:
     """The lengths of the prompts tell them apart."""
-    prompt = {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
+    prompt: dict[str, Any] = {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
     spec = spec_of(tmp_path, "qwen3", {}, prompt=prompt, **{"data.thinking": "drop"})
     made = trained(spec)
     manifest = open_adapter(Store(spec.root), spec.name, made.version)
@@ -81,7 +81,7 @@ def test_an_adapter_is_served_with_the_functions_and_variables_of_its_training(t
     async def play() -> dict[str, int]:
         async with replica_of(Path(spec.base.uri), Path(spec.root), max_seq_len=512) as replica:
             tuned = f"{spec.name}@{made.version}"
-            own = {"tools": [TOOL, TOOL], "chat_template_kwargs": {"enable_thinking": True}}
+            own: dict[str, Any] = {"tools": [TOOL, TOOL], "chat_template_kwargs": {"enable_thinking": True}}
             requests = {
                 "base": ask("base"),
                 "tuned": ask("tuned", adapter=tuned),
