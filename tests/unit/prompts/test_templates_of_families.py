@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from graftwork.errors import BaseModelError, DataError
 from graftwork.prompts.capabilities import CallForm
 from graftwork.prompts.render import Message, Prompt, Rendered, Tool, ToolCall, message_fields, render, training_rows
-from graftwork.prompts.template import Template, replaced_template
+from graftwork.prompts.template import Template, hermes_template
 from tests.chat_templates import FAMILIES
 
 TOOLS: tuple[Tool, ...] = (
@@ -392,7 +392,7 @@ def test_hermes_writes_calls_into_the_turns_of_any_template(
     folders: dict[str, Path], templates: dict[str, Template], tokenizers: dict[str, Any], name: str, case: str
 ) -> None:
     """Source: transformers' apply_chat_template with the same text; parsing gives the calls back."""
-    source = replaced_template(folders[name], "hermes")
+    source = hermes_template(folders[name])
     template, (messages, tools) = Template.load(folders[name], chat_template=source), CONVERSATIONS[case]
     calls = [call for message in messages for call in message.tool_calls]
     written = []
@@ -407,13 +407,6 @@ def test_hermes_writes_calls_into_the_turns_of_any_template(
     assert written == [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
     plain = (QUESTION, ANSWER)
     assert render(plain, template, generate=False).ids == render(plain, templates[name], generate=False).ids
-
-
-def test_another_template_is_read_from_a_file(folders: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "own.jinja").write_text(FAMILIES["qwen2_5"].source)
-    assert replaced_template(folders["llama3"], str(tmp_path / "own.jinja")) == FAMILIES["qwen2_5"].source
-    with pytest.raises(BaseModelError, match=r"base.chat_template=.*none.jinja.*cannot be read"):
-        replaced_template(folders["llama3"], str(tmp_path / "none.jinja"))
 
 
 def test_the_template_for_tools_is_taken_where_a_base_has_two(folders: dict[str, Path], tmp_path: Path) -> None:

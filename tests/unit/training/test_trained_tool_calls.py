@@ -11,7 +11,7 @@ from graftwork.artifacts.registry import open_adapter
 from graftwork.base import load as base_model
 from graftwork.base import publish as base_publish
 from graftwork.base.source import BaseSpec
-from graftwork.errors import BaseModelError, ConfigError, DataError
+from graftwork.errors import BaseModelError, ConfigError, DataError, StorageError
 from graftwork.prompts.render import Message, Prompt, PromptSpec, render
 from graftwork.storage.store import Store
 from graftwork.training.loop import run_steps
@@ -135,6 +135,19 @@ def test_a_full_run_publishes_the_template_that_it_was_trained_with(tmp_path: Pa
     published = base_model.template(base_model.resolve(BaseSpec(uri=made.base)))
     assert published.digest == base_model.template(own).digest != base_model.template(plain).digest
     assert base_publish.find(Store(spec.root), spec.name, made.version) is not None
+
+
+def test_another_template_is_read_from_a_file(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base")
+    (tmp_path / "own.jinja").write_text(FAMILIES["qwen2_5"].source)
+    resolved = base_model.resolve(BaseSpec(uri=str(base), chat_template=str(tmp_path / "own.jinja")))
+    assert resolved.chat_template == FAMILIES["qwen2_5"].source
+    assert base_model.template(resolved).can.tools
+    with pytest.raises(StorageError, match=r"none\.jinja"):
+        base_model.resolve(BaseSpec(uri=str(base), chat_template=str(tmp_path / "none.jinja")))
+    (tmp_path / "own.jinja").write_bytes(b"\xff")
+    with pytest.raises(BaseModelError, match=r"base.chat_template=.*not UTF-8"):
+        base_model.resolve(BaseSpec(uri=str(base), chat_template=str(tmp_path / "own.jinja")))
 
 
 def test_what_a_row_asks_of_a_template_is_checked_before_training(tmp_path: Path) -> None:
