@@ -15,6 +15,7 @@ from graftwork.prompts.capabilities import CallForm
 from graftwork.prompts.render import Message, Prompt, Rendered, Tool, ToolCall, message_fields, render, training_rows
 from graftwork.prompts.template import Template, hermes_template
 from tests.chat_templates import FAMILIES
+from tests.tiny import write_tiny_tokenizer
 
 TOOLS: tuple[Tool, ...] = (
     {
@@ -355,6 +356,28 @@ def test_developer_is_a_role_where_the_template_knows_it(templates: dict[str, Te
     assert "<|start|>developer<|message|># Instructions\n\nBe brief." in text
     ours = render(asked, templates["qwen2_5"], prompt=Prompt(system="Not this."), generate=True)
     assert ours == render((SYSTEM, QUESTION), templates["qwen2_5"], generate=True)
+
+
+NINE = (
+    "{%- for m in messages -%}{%- if m.tool_calls -%}{%- for call in m.tool_calls -%}"
+    "{%- if call.id|length != 9 -%}{{ raise_exception('ids have 9 characters') }}{%- endif -%}"
+    "{{ '[' + call.id + ']' + call.function.name + (call.function.arguments|tojson) }}{%- endfor -%}<|im_end|>"
+    "{%- elif m.role == 'tool' -%}{{ '[' + m.tool_call_id + ']' + m.content }}"
+    "{%- else -%}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{%- endif -%}{%- endfor -%}"
+    "{%- if tools -%}{{ tools|tojson }}{%- endif -%}"
+)
+
+
+def test_long_ids_are_shortened_where_the_template_takes_nine_characters(tmp_path: Path) -> None:
+    """As Mistral's templates do; call and result keep one id, and ids of nine characters stay."""
+    template = Template.load(write_tiny_tokenizer(tmp_path, NINE))
+    for identity in ("abcdefgh1", "call_5cf0e9d2b7a84"):
+        call = Message("assistant", "", (ToolCall("find_airport", {}, identity),))
+        asked = (QUESTION, call, Message("tool", "{}", tool_call_id=identity))
+        ids = re.findall(r"\[(\w+)\]", spelled(render(asked, template, generate=True), template))
+        assert len(ids) == 2
+        assert ids[0] == ids[1]
+        assert (ids[0] == identity) == (len(identity) == 9)
 
 
 BAD = {
