@@ -19,7 +19,7 @@ from graftwork.errors import BaseModelError
 if TYPE_CHECKING:
     import torch
 
-QuantKind = Literal["none", "int8", "nf4"]
+QuantKind = Literal["none", "int8", "nf4", "checkpoint"]
 SMALLEST: QuantKind = "nf4"
 """Method of the least memory: the default, and what a plan suggests where memory is short."""
 
@@ -45,13 +45,15 @@ class QuantMethod:
     """One method. Defaults are the careful answer for a method that was not tried."""
 
     bits: int
-    """Of a packed weight, without its scales; 0: weights stay plain."""
+    """Of a packed weight, without its scales, at most; 0: weights stay plain."""
     packed_bytes: Callable[[int, int, bool], float] = lambda weights, rows, double: 0
     """Bytes of linears with these weights and output rows, scales included; the third: `double_quant`."""
     config: Callable[[LoadOptions], Any] | None = None
     """transformers' quantization config; None loads plain weights."""
     note: str = ""
     """Of the packed weights in memory, for the reason that a load reports."""
+    keeps_checkpoint: bool = False
+    """A quantised checkpoint's weights stay as they are; other methods get them dequantised."""
     shards_in_fsdp2: bool = False
     training_advice: str = ""
     """Warning of a training plan."""
@@ -113,6 +115,12 @@ METHODS: dict[QuantKind, QuantMethod] = {
         vllm_problem="vLLM loads bitsandbytes int8 only from a checkpoint that is already int8",
     ),
     "nf4": four_bit("nf4", vllm_problem=""),
+    "checkpoint": QuantMethod(
+        bits=8,
+        keeps_checkpoint=True,
+        note="packed as in the checkpoint; each pass computes their exact values",
+        vllm_problem="vLLM computes a quantised checkpoint with kernels that round activations",
+    ),
 }
 FOUR_BIT = tuple(kind for kind, method in METHODS.items() if method.bits == 4)
 
@@ -121,7 +129,8 @@ class QuantSpec(Spec):
     """Precision of the frozen base weights. In YAML a plain string is its `kind`."""
 
     kind: QuantKind = SMALLEST
-    """nf4: 4-bit NormalFloat of QLoRA (arXiv 2305.14314) by bitsandbytes."""
+    """nf4: 4-bit NormalFloat of QLoRA (arXiv 2305.14314) by bitsandbytes. checkpoint: a quantised base stays as its
+    checkpoint packs it; with the others it is dequantised first."""
     double_quant: bool = False
     """Quantize the scales of a 4-bit method too: 0.4 bit a weight less, a little slower."""
     resident: Literal["auto", "packed", "dequantised"] = "auto"
@@ -160,7 +169,7 @@ class QuantSpec(Spec):
         return self.method.bits == 4
 
 
-Precision = Literal["fp32", "bf16", "int8", "nf4", "nf4-double"]
+Precision = Literal["fp32", "bf16", "int8", "nf4", "nf4-double", "checkpoint"]
 """nf4-double: nf4 whose scales are quantised too."""
 
 PRECISIONS: dict[Precision, QuantSpec] = {
@@ -169,8 +178,13 @@ PRECISIONS: dict[Precision, QuantSpec] = {
     "int8": QuantSpec(kind="int8"),
     "nf4": QuantSpec(kind="nf4"),
     "nf4-double": QuantSpec(kind="nf4", double_quant=True),
+    "checkpoint": QuantSpec(kind="checkpoint"),
 }
 """`quant:` of each precision that `graftwork quantize` measures."""
+OF_ALL_BASES: tuple[Precision, ...] = tuple(
+    name for name, quant in PRECISIONS.items() if not quant.method.keeps_checkpoint
+)
+"""Precisions of a base whose checkpoint is not quantised."""
 
 
 def compute_dtype(quant: QuantSpec, device: str) -> "tuple[torch.dtype, str]":

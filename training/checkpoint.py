@@ -75,6 +75,11 @@ def shapes_of(model: Any) -> Shapes:
     return Counter(tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters() if p.requires_grad)
 
 
+def _values(shapes: Shapes) -> int:
+    """Number of values in tensors of these shapes: transformers 5.24 saves fused experts as one tensor an expert."""
+    return sum(count * math.prod(shape) for shape, count in shapes.items())
+
+
 def faults_of_weights(folder: Path, trained: Shapes) -> list[str]:
     """Why the saved weights are not those of a model in training: too few, of other shapes, not finite, all zero."""
     import torch
@@ -90,8 +95,8 @@ def faults_of_weights(folder: Path, trained: Shapes) -> list[str]:
                 nonzero = nonzero or bool(tensor.any())
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     faults.append(f"{name} is not finite")
-    lacking = trained - shapes
-    if lacking:
+    lacking, other = trained - shapes, shapes - trained
+    if _values(lacking) > _values(other):
         shape, count = next(iter(lacking.items()))
         faults.append(
             f"{lacking.total()} of {trained.total()} trained tensors are missing, e.g. {count} of shape {shape}"

@@ -9,8 +9,9 @@ import errno
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +55,7 @@ def train_as_worker(
     `preemption_requested` returns True once this process has notice to save and exit; rank 0 adds the attempt's stop
     requests (`job.fence`).
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # PEFT's and TRL's calls of it
     rank = rank_and_world()[0]
     monitor = FenceMonitor(job.fence) if job.fence is not None and rank == 0 else None
 
@@ -140,6 +142,8 @@ def _train(
     outcomes = Measuring(job, base) if job.parts else None
     if outcomes is not None:
         outcomes.before(loaded.model)
+    if spec.strategy.context_parallel > 1:
+        job = _with_context_parallel(job, loaded.model)
     model = _with_adapter(job, loaded)
     start = reshaped(start, spec, world)
     saver = None
@@ -164,10 +168,21 @@ def _train(
     return _result(log, start, done, wall_s, notes, stopped=callback.stopped, preempted=callback.preempted)
 
 
+def _with_context_parallel(job: TrainJob, model: Any) -> TrainJob:
+    """The job on this worker's parts of the rows; the model's attention runs over the workers that share them."""
+    from graftwork.training.context_parallel import parts_of, use_context_parallel
+
+    size, rank, data = job.spec.strategy.context_parallel, rank_and_world()[0], job.data
+    use_context_parallel(model, size)
+    held_out = parts_of(data.eval, size, rank) if data.eval is not None else None
+    return replace(job, data=replace(data, train=parts_of(data.train, size, rank), eval=held_out))
+
+
 def plan_of(job: TrainJob, world: int) -> "StepPlan":
     """The rows of every step of a job on `world` workers."""
     repeats = job.spec.objective.traits.steps_per_batch
-    return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, world, job.max_steps, repeats)
+    replicas = world // job.spec.strategy.context_parallel
+    return step_plan(job.data.train.lengths_N, job.spec.optim, job.spec.seed, replicas, job.max_steps, repeats)
 
 
 def device_of(spec: TrainSpec) -> str:
@@ -180,6 +195,7 @@ def _with_adapter(job: TrainJob, loaded: LoadedBase) -> Any:
     from transformers import set_seed
 
     from graftwork.training.adapters.attach import attach, attach_frozen_adapter, load_adapter_weights
+    from graftwork.training.adapters.merge import require_deltas
     from graftwork.training.objectives.reward_head import add_reward_head
     from graftwork.training.warm_start import adapter_folder, folder_below
 
@@ -189,6 +205,8 @@ def _with_adapter(job: TrainJob, loaded: LoadedBase) -> Any:
     if spec.base_adapter is not None:
         attach_frozen_adapter(base, folder_below(spec))
     model = attach(base, spec.adapter, job.data.trained_tokens)
+    if spec.base_adapter is not None:  # the published sum of both must be one that PEFT can write
+        require_deltas(f"base_adapter={spec.base_adapter}", model.active_peft_config.to_dict())
     if spec.init_from is not None:
         load_adapter_weights(model, adapter_folder(spec))
     return model

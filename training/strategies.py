@@ -12,6 +12,8 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from graftwork.config import Spec
 from graftwork.errors import ConfigError, DataError
 from graftwork.quantization import compute_dtype
@@ -38,11 +40,15 @@ class StrategySpec(Spec):
     """Where a GPU's part of the weights lies; zero3, and fsdp2 on GPUs (with the optimizer's state, cpu alone)."""
     nvme_path: str | None = None
     """Folder on a fast disk of each machine, where something is offloaded to nvme."""
+    context_parallel: int = Field(default=1, ge=1)
+    """Workers that share one row, each with an equal part of its tokens, for rows that are too long for one worker
+    (DeepSpeed-Ulysses, arXiv 2309.14509). Divides `num_workers` and the base's attention heads."""
 
     def check(self, run: TrainSpec) -> None:
         """Raise ValueError for keys of the run that cannot be combined with this strategy, or have no effect."""
         self._check_offload(run)
         self._check_precision(run)
+        self._check_context_parallel(run)
         if run.adapter.virtual_tokens and self.kind in WEIGHTS_SHARDED:
             raise ValueError(
                 f"adapter.kind={run.adapter.kind} can't go with strategy.kind={self.kind}: PEFT computes it outside of "
@@ -85,12 +91,50 @@ class StrategySpec(Spec):
         if self.nvme_path and not nvme:
             raise ValueError(f"strategy.nvme_path={self.nvme_path} can't take effect: nothing is offloaded to nvme")
 
+    def _check_context_parallel(self, run: TrainSpec) -> None:
+        size = self.context_parallel
+        if size == 1:
+            return
+        key = f"strategy.context_parallel={size}"
+        if run.num_workers % size:
+            raise ValueError(f"num_workers={run.num_workers} must be a multiple of {key}: so many workers share a row")
+        if self.kind not in ("ddp", "fsdp2"):
+            raise ValueError(
+                f"{key} can't go with strategy.kind={self.kind}: DeepSpeed weighs the gradients of workers as those of "
+                "whole rows. Set strategy.kind=fsdp2 or ddp"
+            )
+        if run.objective.kind not in ("sft", "cpt"):
+            raise ValueError(
+                f"{key} can't go with objective.kind={run.objective.kind}: the loss must be a sum over tokens, as in "
+                "sft and cpt"
+            )
+        if run.objective.traits.packing != "none":
+            raise ValueError(
+                f"{key} can't go with objective.packing={run.objective.traits.packing}: documents of a row would see "
+                "each other. Set objective.packing=none"
+            )
+        if getattr(run.objective, "answers", None) is not None:
+            raise ValueError(f"{key} can't go with objective.answers: a worker has a part of each row alone")
+        if run.outcomes.task or run.outcomes.retention or run.outcomes.fairness:
+            raise ValueError(f"{key} can't go with outcomes: a worker has a part of each row alone. Leave outcomes out")
+        if run.adapter.virtual_tokens:
+            raise ValueError(
+                f"{key} can't go with adapter.kind={run.adapter.kind}: its virtual tokens stand in one part"
+            )
+        if run.recovery.min_workers is not None and run.recovery.min_workers % size:
+            raise ValueError(f"recovery.min_workers={run.recovery.min_workers} must be a multiple of {key}")
+
     def _check_precision(self, run: TrainSpec) -> None:
         kind, quant = self.kind, run.quant
         if kind in ZERO and run.gpus and quant.dtype == "float32":
             raise ValueError(
                 f"quant.dtype=float32 can't take effect with strategy.kind={kind} on GPUs: DeepSpeed computes in bf16 "
                 "and steps fp32 copies. Set quant.dtype=auto, or strategy.kind=ddp"
+            )
+        if kind in ("fsdp2", "zero3") and quant.method.keeps_checkpoint:
+            raise ValueError(
+                f"quant.kind={quant.kind} can't go with strategy.kind={kind}: the packed weights of a checkpoint are "
+                "not sharded. Set strategy.kind=zero2, or quant.kind=nf4 with strategy.kind=fsdp2"
             )
         if kind == "fsdp2" and not quant.method.shards_in_fsdp2:
             raise ValueError(

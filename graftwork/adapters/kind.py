@@ -78,6 +78,8 @@ class AdapterKind(Spec):
     """Embedding rows of single tokens can be trained with it."""
     trains_score_head: ClassVar[bool] = False
     """A reward model's head can be trained and saved with it."""
+    trains_matrices: ClassVar[bool] = True
+    """Some trained weight is a matrix that multiplies activations."""
     has_rank: ClassVar[bool] = False
     """Its size is the key `rank`."""
 
@@ -128,9 +130,17 @@ class AdapterKind(Spec):
         """Return the number of trained values, each with a gradient and the optimizer's state."""
         raise NotImplementedError
 
+    def token_params(self, model: "ModelShape") -> float:
+        """Return the trained values that one token is multiplied with: 6 operations each in a step."""
+        return self.trained_params(model)
+
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return the bytes that one token leaves in one block for the backward pass, next to the frozen block's."""
         raise NotImplementedError
+
+    def saved_weights(self, model: "ModelShape") -> float:
+        """Return the changed weights of all blocks that a forward pass keeps, whatever its tokens."""
+        return 0.0
 
     def dropped_inputs(self, model: "ModelShape") -> int:
         """Return the values of one token that pass the dropout of training, in all blocks."""
@@ -157,9 +167,15 @@ def linears(model: Any) -> list[str]:
     ]
 
 
+def text_linears(model: Any) -> list[str]:
+    """Full names of the linear layers of the text decoder: towers for images and sound are left out, and the head."""
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    return [name for name in linears(model) if id(model.get_submodule(name)) in decoder]
+
+
 def within(asked: str, words: tuple[str, ...], model: Any) -> list[str]:
     """Full names of the linear layers in whose names one of the words stands. Raises ConfigError for none."""
-    found = [name for name in linears(model) if any(word in name.lower() for word in words)]
+    found = [name for name in text_linears(model) if any(word in name.lower() for word in words)]
     if not found:
         raise _no_target(asked, f"no linear layer of {type(model).__name__} is in such a block", model)
     return found
@@ -168,12 +184,14 @@ def within(asked: str, words: tuple[str, ...], model: Any) -> list[str]:
 def ends(asked: str, names: tuple[str, ...], model: Any) -> list[str]:
     """Those of the names that layers of the model end in, as PEFT takes them for targets. Raises ConfigError for none.
 
-    `asked` begins the error.
+    Of a model with towers for images and sound the full names: theirs end alike. `asked` begins the error.
     """
-    known = linears(model)
+    known = text_linears(model)
     found = [name for name in names if any(layer.endswith(f".{name}") for layer in known)]
     if not found:
         raise _no_target(asked, f"{type(model).__name__} has no layer named {', '.join(names)}", model)
+    if len(known) < len(linears(model)):
+        return [layer for layer in known if layer.endswith(tuple(f".{name}" for name in found))]
     return found
 
 

@@ -30,7 +30,7 @@ _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
 PEFT_TYPES = (*PEFT_KINDS, "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS")
 """Kinds that are published; what of each can be served is decided where it is loaded."""
-_SET_KEYS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
+_SET_KEYS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules", "target_parameters")
 
 
 @dataclass(frozen=True)

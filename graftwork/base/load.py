@@ -13,6 +13,9 @@ from graftwork.base.source import BaseSpec
 from graftwork.compat.hf import has_sdpa
 from graftwork.config import canonical_json
 from graftwork.errors import BaseModelError
+from graftwork.prequantized.convert import PackedFiles, write_plain
+from graftwork.prequantized.detect import find_format, unkept_reason
+from graftwork.prequantized.format import PackedFormat
 from graftwork.prompts.template import DEFAULT_DATE, Template, hermes_template
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 WORTH_BYTES = 64 * 2**20
 """Weights of a base from which on its quantised form is cached: smaller ones are quantised in no time."""
 _DIGEST = "digest.txt"
+_PLAIN_FORM = 1
+"""Of the files that `cache_dequantised` writes; raise it when the computation of a format's values changes."""
 
 
 def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[], Any]) -> Path:
@@ -35,33 +40,56 @@ def cache_quantised(base: Path, settings: dict[str, Any], quantise: Callable[[],
 
     Raises BaseModelError where the folder's digest is no longer the one it was made with, or the disk is full.
     """
-    what = {
-        "base": source.base_digest(base),
-        "settings": settings,
-        "libraries": [version(name) for name in ("bitsandbytes", "transformers")],
-    }
-    name = hashlib.sha256(canonical_json(what).encode()).hexdigest()
 
-    def build(empty: Path) -> None:
+    def save(empty: Path) -> None:
         model = quantise()
         # transformers 5.23 writes on rank 0 of a process group alone; whichever rank comes first builds this folder
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
         model.save_pretrained(empty)
+
+    libraries = [version(name) for name in ("bitsandbytes", "transformers")]
+    what = {"base": source.base_digest(base), "settings": settings, "libraries": libraries}
+    return _cached_form("quantised", base, what, save)
+
+
+def cache_dequantised(resolved: "ResolvedBase", packed: PackedFormat, dtype: "torch.dtype") -> Path:
+    """Folder of the weights of a packed checkpoint as plain values in `dtype`, with a config.json that says so.
+
+    Raises BaseModelError for weights that are not packed as config.json says, and as `cache_quantised` does.
+    """
+    what = {
+        "base": source.base_digest(resolved.folder),
+        "dtype": str(dtype),
+        "format": _PLAIN_FORM,
+        "libraries": [version("bitsandbytes")],
+    }
+    config = source.read_config(resolved.folder, resolved.uri)
+    return _cached_form(
+        "dequantised", resolved.folder, what, lambda empty: write_plain(resolved.folder, packed, config, dtype, empty)
+    )
+
+
+def _cached_form(place: str, base: Path, what: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    """Folder in the cache's `place` that `write(empty folder)` filled; `what` decides its content."""
+    name = hashlib.sha256(canonical_json(what).encode()).hexdigest()
+
+    def build(empty: Path) -> None:
+        write(empty)
         (empty / _DIGEST).write_text(source.base_digest(empty), encoding="utf-8")
 
     try:
-        folder = build_once(cache_root() / "quantised" / name, build)
+        folder = build_once(cache_root() / place / name, build)
         found, wanted = source.base_digest(folder), (folder / _DIGEST).read_text(encoding="utf-8")
     except OSError as error:
         raise BaseModelError(
-            f"quantised form of {base}",
+            f"{place} form of {base}",
             f"a file cannot be read or written ({error})",
             "it is stored in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
             "free disk space, or set GRAFTWORK_CACHE to another folder",
         ) from error
     if found != wanted:
         raise BaseModelError(
-            f"quantised form of {base}",
+            f"{place} form of {base}",
             f"{folder} has sha256 {found}, made with {wanted}",
             "a cached base is used only as it was made",
             f"delete {folder}: it is made again",
@@ -98,6 +126,11 @@ class ResolvedBase:
     chat_template: str | None = None
     """Text of the chat template in place of the folder's."""
 
+    @property
+    def packed(self) -> PackedFormat | None:
+        """Format of a quantised checkpoint; None where the weights are plain."""
+        return find_format(self.config)
+
 
 @dataclass(frozen=True)
 class LoadedBase:
@@ -110,6 +143,44 @@ class LoadedBase:
     """Bytes of the weights as quantised, scales included: what a file of them takes."""
     resident_bytes: int
     """Bytes of the weights in memory; more than `stored_bytes` where nf4 is dequantised."""
+
+
+def config_file(base: BaseSpec) -> Path | None:
+    """config.json of a base of which this machine has the config alone: the file itself, or a folder without weights.
+
+    Plans and checks need no more. None: the base has weights, or is elsewhere.
+    """
+    path = Path(base.uri.removeprefix("file://")).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    alone = (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
+    return path / "config.json" if alone else None
+
+
+def config_beside(base: BaseSpec, folder: Path) -> Path | None:
+    """config.json in the folder of a spec file whose base is a Hugging Face id that is not in this machine's cache.
+
+    A plan from it downloads nothing. None: the base is here, or there is no such file.
+    """
+    file = folder / "config.json"
+    return file if file.is_file() and source.is_uncached_hub_id(base.uri) else None
+
+
+def read_config(base: BaseSpec) -> Mapping[str, Any]:
+    """The config of a base, with its changes by the spec; of `config_file` too. Raises BaseModelError, StorageError."""
+    file = config_file(base)
+    if file is None:
+        return resolve(base).config
+    config = source.read_config_file(file, base.uri)
+    return {**config, **_overrides(base, config)}
+
+
+def _overrides(base: BaseSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the config that the spec changes."""
+    changed = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
+    if base.extra_tokens:
+        changed["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    return changed
 
 
 def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedBase:
@@ -125,12 +196,11 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
             "bases are stored in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
             "free disk space, or set GRAFTWORK_CACHE to another folder",
         ) from error
+    find_format(config)
     if base.sha256 and not base.uri.endswith(".gguf"):
         source.expect(base.uri, base.sha256, digest)
     stretched = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}
-    config = {**config, **stretched}
-    if base.extra_tokens:
-        config["vocab_size"] = int(config["vocab_size"]) + base.extra_tokens
+    config = {**config, **_overrides(base, config)}
     digest = source.mark_digest(digest, config, base.rope_scaling, base.extra_tokens)
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
     replaced = None
@@ -164,6 +234,7 @@ def load(
         raise BaseModelError(f"device {device!r}", found, "a device is cpu or cuda:N", "use cpu")
     dtype, dtype_reason = compute_dtype(quant, device)
     dequantise, form_reason = resident_form(quant, device, purpose)
+    check_form(resolved, quant, shards)
     try:
         settings = load_config(quant, dtype, storage=dtype if shards == "fsdp2" else None)
         model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
@@ -190,9 +261,12 @@ def load(
         dequantise_linears(model)
     elif quant.is_4bit and purpose == "train":
         _keep_differentiable(model)
+    if purpose == "train":
+        complete_for_trl(model)
     model.requires_grad_(False)
     model.eval()
-    reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}"
+    packed = f"; checkpoint={resolved.packed.label}" if resolved.packed else ""
+    reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}{packed}"
     return LoadedBase(model, dtype, reason, stored, weight_bytes(model) if dequantise else stored)
 
 
@@ -227,13 +301,41 @@ def _from_folder(
     resolved: ResolvedBase, quant: QuantSpec, settings: Any, device: str | None, dtype: "torch.dtype"
 ) -> tuple[Any, bool]:
     """The model, and whether it came quantised out of the cache: then its file holds nothing but what it keeps."""
-    size = sum(path.stat().st_size for path in resolved.folder.glob("*.safetensors"))
+    folder, packed = resolved.folder, resolved.packed
+    if packed is not None and quant.method.keeps_checkpoint:
+        return _read_packed(resolved, packed, device, dtype), True
+    if packed is not None:
+        folder = cache_dequantised(resolved, packed, dtype)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if quant.is_4bit and device == "cpu" and size >= WORTH_BYTES:  # a GPU quantises faster than a file is read
-        folder = cache_quantised(
-            resolved.folder, settings.to_dict(), lambda: _read(resolved.folder, {}, settings, device, dtype)
+        cached = cache_quantised(folder, settings.to_dict(), lambda: _read(folder, {}, settings, device, dtype))
+        return _read(cached, resolved.overrides, None, device, dtype), True
+    return _read(folder, resolved.overrides, settings, device, dtype), False
+
+
+def check_form(resolved: ResolvedBase, quant: QuantSpec, shards: str = "none") -> None:
+    """Raise BaseModelError where `quant.kind=checkpoint` cannot keep the weights of this base packed."""
+    if not quant.method.keeps_checkpoint:
+        return
+    found, rule = unkept_reason(resolved.packed), "kind=checkpoint keeps the packed linear layers of a quantised base"
+    if not found and shards != "none":
+        found, rule = f"strategy.kind={shards}", "packed weights are not sharded: each worker holds all of them"
+    if found:
+        raise BaseModelError(
+            f"quant.kind=checkpoint with base {resolved.uri}", found, rule, "set quant.kind=nf4 or none"
         )
-        return _read(folder, resolved.overrides, None, device, dtype), True
-    return _read(resolved.folder, resolved.overrides, settings, device, dtype), False
+
+
+def _read_packed(resolved: ResolvedBase, packed: PackedFormat, device: str | None, dtype: "torch.dtype") -> Any:
+    """The model whose packed linears stay packed."""
+    if packed.native:
+        model = _read(resolved.folder, resolved.overrides, None, device, dtype)
+        _keep_differentiable(model)
+        return model
+    from graftwork.compat.packed_weights import PackedLoadConfig
+
+    files = PackedFiles(resolved.folder, packed)
+    return _read(resolved.folder, resolved.overrides, PackedLoadConfig(files, packed, dtype), device, dtype)
 
 
 def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str | None, dtype: "torch.dtype") -> Any:
@@ -241,14 +343,19 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
 
     Without a device the weights go where DeepSpeed puts them.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for part in (config, config.get_text_config()):
+        if settings is not None and hasattr(part, "quantization_config"):
+            del part.quantization_config  # of a packed checkpoint: `settings` are those of this load
+        elif "bnb_4bit_compute_dtype" in (getattr(part, "quantization_config", None) or {}):
+            part.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     for key, value in overrides.items():
         setattr(config, key, value)
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -258,6 +365,42 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
         use_safetensors=True,
         local_files_only=True,
     )
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that has the model of this configuration with an output head over tokens.
+
+    Checkpoints of images and text whose family has no text-only class (Mistral-Small 3.x) are loaded whole; the stages
+    use their text decoder.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
+def complete_for_trl(model: Any) -> None:
+    """Set what TRL 1.16 reads from every model, and what some classes of transformers 5.24 lack or have wrong.
+
+    The number of experts (`num_local_experts` of PhiMoE and Granite), the place of the decoder below the head
+    (Llama-4), and, of a dense model of a class that may have experts (Granite-4), that no loss of a router is wanted.
+    """
+    text = model.config.get_text_config()
+    if hasattr(text, "output_router_logits"):
+        counts = (getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+        experts = next((count for count in counts if count), 0)
+        if not experts:
+            text.router_aux_loss_coef = 0.0
+        elif not hasattr(text, "num_experts"):
+            text.num_experts = experts
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
 
 
 def attention_of(config: Any) -> Literal["sdpa", "eager"]:

@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -16,11 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from graftwork.adapters.kind import ATTENTION_WORDS, MLP_ENDS, MLP_WORDS, linears
+from graftwork.adapters.experts import adaptable_linears, expert_weights, experts_problem
+from graftwork.adapters.kind import ATTENTION_WORDS, MLP_WORDS, linears, text_linears
 from graftwork.adapters.lora import LoraSpec
-from graftwork.base.load import attention_of
-from graftwork.base.model_shape import BaseFacts, Linear, ModelShape, Targets
+from graftwork.base.load import attention_of, auto_class, complete_for_trl
+from graftwork.base.model_shape import MLP_OUTPUTS, BaseFacts, Linear, ModelShape, Targets
 from graftwork.errors import BaseModelError, GraftworkError
+from graftwork.prequantized.detect import find_format
 from graftwork.quantization import import_bitsandbytes
 
 ATTACH = ("graftwork.training.adapters.attach", "attach")
@@ -37,17 +39,24 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 def build(config: Mapping[str, Any], dtype: Any = None) -> Any:
     """Return the model of this config.json on the meta device, in eval mode. Raises BaseModelError."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return model_from(config, dtype)
+
+
+def model_from(config: Mapping[str, Any], dtype: Any = None) -> Any:
+    """Return a model of this config.json with random weights, in eval mode. Raises BaseModelError."""
+    import torch
+    from transformers import AutoConfig
 
     given = {key: value for key, value in config.items() if key not in LEFT_OUT}
     try:
         with TemporaryDirectory() as folder:  # read as a base's own file is, special values of JSON included
             (Path(folder) / "config.json").write_text(json.dumps(given), encoding="utf-8")
             known = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                known, dtype=dtype or torch.float32, attn_implementation=attention_of(known)
-            )
+        model = auto_class(known).from_config(
+            known, dtype=dtype or torch.float32, attn_implementation=attention_of(known)
+        )
     except Exception as error:  # code of any architecture, given a config of any content
         raise BaseModelError(
             f"base of model_type={config.get('model_type')!r}",
@@ -62,39 +71,42 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
     """Count sizes and traits of the base with this config.json. Raises BaseModelError."""
     import_bitsandbytes()
     model = build(config)
+    complete_for_trl(model)
     adapted: dict[Targets, tuple[Linear, ...]] = {}
-    routed: dict[Targets, tuple[str, ...]] = {}
     unattached: dict[Targets, str] = {}
     for which in TARGETS:
         try:
-            adapted[which], routed[which] = _adaptable_linears(build(config), which)
+            adapted[which] = _adapted_linears(build(config), which)
         except Exception as error:  # PEFT on a model of any architecture
-            adapted[which], routed[which], unattached[which] = (), (), _first_line(error)
-    grouped = _group_linears((name, *_sizes(model.get_submodule(name))) for name in linears(model))
-    shape = _shape(model, config, grouped, adapted)
+            adapted[which], unattached[which] = (), _first_line(error)
+    text = {*text_linears(model)}
+    grouped = tuple(
+        one
+        for inside in (True, False)
+        for one in _group_linears(
+            ((name, *_sizes(model.get_submodule(name))) for name in linears(model) if (name in text) == inside),
+            outside=not inside,
+        )
+    )
+    shape = _packed_shape(model, config, _shape(model, config, grouped, adapted))
     unserved, kv = _serving_facts(build(config))
     if kv:  # as the attention is called with them; a config need not name them
         shape = replace(shape, kv_values=sum(2 * layer.heads * layer.head_dim for layer in kv))
-    if len(set(kv)) == 1:
+    if len(set(kv)) == 1 and not hasattr(model.config.get_text_config(), "kv_lora_rank"):  # of MLA: keys of two parts
         shape = replace(shape, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
-    decoder = {id(module) for module in model.get_decoder().modules()}
-    outside = [name for name in linears(model) if id(model.get_submodule(name)) not in decoder]
-    shape = replace(shape, unplanned=_unplanned_reason(model, shape, outside))
-    text = model.config.get_text_config()
+    shape = replace(shape, unplanned=_unplanned_reason(model, shape))
     return BaseFacts(
         shape=shape,
         model_type=str(config["model_type"]),
         model_class=type(model).__name__,
         attention=attention_of(model.config),
-        expert_params=sum(weight.numel() for _, weight in _expert_weights(model)),
-        routed=routed,
+        fixed=tuple(dict.fromkeys(map(_pattern, sorted({*linears(model)} - {*adaptable_linears(model)})))),
+        unadapted_experts=_unadapted_experts(model),
         recurrent=is_recurrent(model.config),
-        outside=tuple(dict.fromkeys(_pattern(name) for name in outside)),
         transposed=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         packs=_packs(build(config)),
-        reads_weights="" if _expert_weights(model) else _reads_weights(build(config)),
+        reads_weights="" if expert_weights(model) else _reads_weights(build(config)),
         bodied=model.base_model is not model,
-        router_loss=hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0,
         unattached=unattached,
         unserved=unserved,
     )
@@ -107,9 +119,12 @@ def _shape(
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     heads = int(getattr(text, "num_attention_heads", None) or 1)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(text, "head_dim", None) or hidden // heads)
-    inner = [x.inputs for x in linears if x.part == "mlp" and x.name.endswith(tuple(f".{end}" for end in MLP_ENDS))]
+    # of a config whose layers differ in it the attribute raises an error of transformers' own (Gemma-4)
+    head_dim = int(text.to_dict().get("head_dim") or hidden // heads)
+    inner = [x.inputs for x in linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS)]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    found = expert_weights(model)
+    experts = _group_linears((one.name, one.inputs, one.outputs) for one in found for _ in range(one.experts))
     return ModelShape(
         hidden=hidden,
         layers=layers,
@@ -124,41 +139,55 @@ def _shape(
         adapted=adapted,
         kv_values=2 * layers * kv_heads * head_dim,
         file_bytes=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
+        experts=experts,
+        qk_norm=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
+        num_experts=found[0].experts if found else 1,
+        experts_per_token=_top_k(model, found[0].module) if found else 1,
+        router_loss=hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0,
     )
 
 
-def _adaptable_linears(model: Any, which: Targets) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
-    """The linears on which PEFT puts a LoRA, and the names of experts and routers on which it puts one."""
-    attach = _named(ATTACH)
-    experts = {name.rpartition(".")[0].rpartition(".")[0] for name, _ in _expert_weights(model)}
-    with warnings.catch_warnings(action="ignore"):  # about patterns of fused experts that the targets leave out
-        attached = attach(model, LoraSpec(rank=1, targets=which)).get_base_model()
-    found, routed = [], []
+def _packed_shape(model: Any, config: Mapping[str, Any], shape: ModelShape) -> ModelShape:
+    """The sizes with those of the linears that a quantised checkpoint packs, and of its dequantised file."""
+    packed = find_format(config)
+    if packed is None:
+        return shape
+    sizes = [_sizes(model.get_submodule(name)) for name in linears(model) if packed.packs(name)]
+    return replace(
+        shape,
+        file_bytes=4,  # fp32 on most CPUs: the dtype of compute
+        packed_params=sum(inputs * outputs for inputs, outputs in sizes),
+        packed_bytes=sum(packed.packed_bytes(inputs, outputs) for inputs, outputs in sizes),
+    )
+
+
+def _top_k(model: Any, experts: str) -> int:
+    """Experts that a token passes: of the router next to a module of experts, or as the config names it."""
+    block = model.get_submodule(experts.rpartition(".")[0])
+    owners = (*block.modules(), model.config.get_text_config())
+    named = (getattr(one, key, None) for one in owners for key in ("top_k", "num_experts_per_tok"))
+    return next(int(found) for found in named if isinstance(found, int))
+
+
+def _unadapted_experts(model: Any) -> str:
+    """The engine computes experts by the marks of transformers' `use_experts_implementation`."""
+    for one in expert_weights(model):
+        kind = type(model.get_submodule(one.module))
+        if problem := experts_problem(model.get_submodule(one.module)):
+            return f"{problem} ({kind.__name__})"
+    return ""
+
+
+def _adapted_linears(model: Any, which: Targets) -> tuple[Linear, ...]:
+    """The linears on which PEFT puts a LoRA; none where the only ones are experts and routers."""
+    if which == "mlp" and expert_weights(model) and not any(_part(name) == "mlp" for name in adaptable_linears(model)):
+        return ()
+    attached = _named(ATTACH)(model, LoraSpec(rank=1, targets=which)).get_base_model()
+    found = []
     for name, module in attached.named_modules():
-        if "default" not in getattr(module, "lora_A", ()):
-            continue
-        plain = name.replace(".base_layer", "")
-        # one of the experts, or in their block and choosing among them
-        inside = any(plain.startswith(f"{block}.") for block in experts)
-        if inside and not re.search(r"shared_(expert|mlp)s?\.", plain) if experts else ".experts." in plain:
-            routed.append(_pattern(plain))
-        down, up = module.lora_A["default"], module.lora_B["default"]
-        found += [(plain, down.in_features, up.out_features)] * down.out_features  # PEFT stacks the ranks of experts
-    return _group_linears(found), tuple(dict.fromkeys(routed))
-
-
-def _expert_weights(model: Any) -> list[tuple[str, Any]]:
-    """Parameters of the decoder with three dimensions, one matrix an expert; kernels of convolutions are none."""
-    import torch
-
-    decoder = {id(module) for module in model.get_decoder().modules()}
-    return [
-        (f"{name}.{key}", weight)
-        for name, module in model.named_modules()
-        if id(module) in decoder and not isinstance(module, torch.nn.Conv1d)
-        for key, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3
-    ]
+        if "default" in getattr(module, "lora_A", ()):
+            found.append((name, module.lora_A["default"].in_features, module.lora_B["default"].out_features))
+    return _group_linears(found)
 
 
 def _named(place: tuple[str, str]) -> Any:
@@ -238,17 +267,17 @@ def is_recurrent(config: Any) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
-def _unplanned_reason(model: Any, shape: ModelShape, outside: Sequence[str]) -> str:
+def _unplanned_reason(model: Any, shape: ModelShape) -> str:
     """Reason why the closed forms of `graftwork.planning.memory` do not predict a training step's activations."""
     found = ""
-    if _expert_weights(model) or any(".experts." in name for name in linears(model)):
-        found = "experts"
+    if any(".experts." in name for name in linears(model)):
+        found = "experts that are linear layers"
     elif is_recurrent(model.config):
         found = "recurrent layers"
-    elif outside:
-        found = "layers outside of the text decoder"
     elif attention_of(model.config) == "eager":
         found = "attention without sdpa, which keeps a matrix of scores"
+    elif shape.experts and _unadapted_experts(model):
+        found = _unadapted_experts(model)
     elif any(type(module).__name__ == "NewGELUActivation" for module in model.modules()):
         found = "an activation function of several operations (gelu_new), each of which keeps its input"
     elif not _is_uniform(shape):
@@ -257,11 +286,18 @@ def _unplanned_reason(model: Any, shape: ModelShape, outside: Sequence[str]) -> 
 
 
 def _is_uniform(shape: ModelShape) -> bool:
-    """Return whether every block is q, k, v, o and a plain or gated MLP, fused or not, of the sizes in the config."""
+    """Return whether every block is q, k, v, o and a plain or gated MLP, fused or not, of the sizes in the config.
+
+    Of a base with experts: attention of equal sizes, and gated MLPs next to the experts or in their place.
+    """
     attention = shape.hidden * (2 * shape.q_size + 2 * shape.kv_size)
+    if shape.experts:
+        inner = sum(x.count * x.inputs for x in shape.linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS))
+        return shape.linear_params == shape.layers * attention + 3 * shape.hidden * inner
     mlp = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
-    every = all(x.part != "other" and x.count == shape.layers for x in shape.linears)
-    return every and shape.linear_params == shape.layers * (attention + mlp)
+    text = [x for x in shape.linears if x.part != "outside"]
+    every = all(x.part != "other" and x.count == shape.layers for x in text)
+    return every and sum(x.count * x.params for x in text) == shape.layers * (attention + mlp)
 
 
 def _sizes(module: Any) -> tuple[int, int]:
@@ -272,10 +308,10 @@ def _sizes(module: Any) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def _group_linears(found: Iterable[tuple[str, int, int]]) -> tuple[Linear, ...]:
-    """Equal layers of different blocks as one entry, in the model's order."""
+def _group_linears(found: Iterable[tuple[str, int, int]], *, outside: bool = False) -> tuple[Linear, ...]:
+    """Equal layers of different blocks as one entry, in the model's order. outside: of the text decoder."""
     counts = Counter((_pattern(name), inputs, outputs) for name, inputs, outputs in found)
-    return tuple(Linear(*key, count, _part(key[0])) for key, count in counts.items())
+    return tuple(Linear(*key, count, "outside" if outside else _part(key[0])) for key, count in counts.items())
 
 
 def _part(name: str) -> Literal["attention", "mlp", "other"]:

@@ -6,19 +6,21 @@ versions of transformers and PEFT, so that a plan of a known base imports neithe
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter
 
+from graftwork.adapters.kind import MLP_ENDS
+from graftwork.adapters.target_modules import TargetModules, choose_linears
 from graftwork.config import canonical_json
 from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 5
-"""Of a cached entry; raise it when the fields below or the way of counting change."""
+FORMAT = 12
+"""Of a cached entry; raise it when the way of counting changes. The names of the fields below are part of its key."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Linear:
     outputs: int
     count: int
     """Layers of that name in the whole model."""
-    part: Literal["attention", "mlp", "other"]
+    part: Literal["attention", "mlp", "other", "outside"]
+    """`outside`: of the text decoder, in a tower for images or sound."""
 
     @property
     def params(self) -> int:
@@ -63,6 +66,20 @@ class ModelShape:
     """Values that one token leaves as keys and values in all layers."""
     file_bytes: int = 2
     """Bytes of a weight in the checkpoint's file."""
+    packed_params: int = 0
+    """Weights of the linears that a quantised checkpoint packs."""
+    packed_bytes: int = 0
+    """Bytes of those in the checkpoint, scales included."""
+    experts: tuple[Linear, ...] = ()
+    """Matrices of experts in parameters of three dimensions, one layer an expert; no part of `linears`."""
+    qk_norm: bool = False
+    """Queries and keys are normalised, each norm with an input of its own."""
+    num_experts: int = 1
+    """Experts of one block."""
+    experts_per_token: int = 1
+    """Experts that one token passes in a block (`num_experts_per_tok`)."""
+    router_loss: bool = False
+    """TRL 1.16 adds the load-balancing loss of a router to the objective's (`aux_loss_enabled` of its trainers)."""
     unplanned: str = ""
     """The reason for which no formula predicts the activations of a training step; empty where one does."""
 
@@ -100,19 +117,81 @@ class ModelShape:
 
     def match_layers(self, ends: tuple[str, ...]) -> tuple[Linear, ...]:
         """The linear layers whose path ends in one of the names, as PEFT matches them."""
-        return tuple(x for x in self.linears if any(x.name.endswith(f".{end}") for end in ends))
+        return tuple(x for x in self.linears if x.part != "outside" and any(x.name.endswith(f".{end}") for end in ends))
 
-    def read(self, which: Targets) -> int:
+    def adapted_linears(self, which: Targets | TargetModules) -> tuple[Linear, ...]:
+        """The linear layers of `adapter.targets` or `adapter.target_modules`. Raises ConfigError for a name of none."""
+        if which in self.adapted:
+            return self.adapted[cast(Targets, which)]
+        return choose_linears(which, self.adapted["all-linear"], "the base")
+
+    def read(self, which: Targets | TargetModules) -> int:
         """Values of one token and block that the targets read, each once; the attention's own output is left out."""
-        targets = self.adapted[which]
+        targets = self.adapted_linears(which)
         parts = {x.part for x in targets if x.inputs == self.hidden and not x.name.endswith(ATTENTION_OUTPUTS)}
         inner = any(x.part == "mlp" and x.inputs == self.intermediate for x in targets)
         return self.hidden * len(parts) + self.intermediate * inner
 
     @property
     def linear_params(self) -> int:
-        """Weights of the linears: the weights that are quantised, and the N of the FLOP count."""
+        """Weights of the linears, which are quantised."""
         return sum(x.count * x.params for x in self.linears)
+
+    @property
+    def expert_params(self) -> int:
+        """Weights of all experts."""
+        return sum(x.count * x.params for x in self.experts)
+
+    @property
+    def active_experts(self) -> float:
+        """Share of the experts that one token passes."""
+        return self.experts_per_token / self.num_experts
+
+    @property
+    def expert_blocks(self) -> int:
+        """Blocks with experts."""
+        return self.experts[0].count // self.num_experts if self.experts else 0
+
+    @property
+    def expert_inputs(self) -> float:
+        """Inputs of the experts that one token passes, on average over the blocks."""
+        return sum(x.inputs * x.count for x in self.experts) * self.active_experts / self.layers
+
+    @property
+    def mlp_values(self) -> float:
+        """Values that one token leaves in the MLP of one frozen block, on average over the blocks.
+
+        gate, silu(gate) and up, or an activation's input; of experts their results too, which the router weighs.
+        """
+        if not self.experts:
+            return (3 if self.gated else 1) * self.intermediate
+        plain = sum(3 * x.inputs * x.count for x in self.linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS))
+        passed = sum((1.0 if x.name.endswith(MLP_OUTPUTS) else 1.5) * x.outputs * x.count for x in self.experts)
+        return (plain + passed * self.active_experts) / self.layers
+
+    @property
+    def mlp_gradients(self) -> int:
+        """Values of one token that the backward pass of one MLP has at once: of inner activations and two streams."""
+        plain = 3 * self.intermediate + 2 * self.hidden
+        inner = max((x.outputs for x in self.experts if not x.name.endswith(MLP_OUTPUTS)), default=0)
+        return max(plain, self.experts_per_token * max(inner + self.hidden, 3 * self.hidden) if self.experts else 0)
+
+    @property
+    def active_linear_params(self) -> int:
+        """Weights that one token is multiplied with, the head left out: the N of the FLOP count."""
+        return self.linear_params + round(self.expert_params * self.active_experts)
+
+    @property
+    def active_params(self) -> int:
+        """Parameters of the model without the experts that one token does not pass."""
+        return self.params - round(self.expert_params * (1 - self.active_experts))
+
+    def describe_experts(self) -> str:
+        """Return the parameters as text, in total and of one token; empty for a dense base."""
+        if not self.experts:
+            return ""
+        share = f"{self.experts_per_token} of {self.num_experts} experts"
+        return f"{self.params / 1e9:.3g}B parameters, {self.active_params / 1e9:.3g}B active per token ({share})"
 
     @property
     def head_params(self) -> int:
@@ -123,11 +202,14 @@ class ModelShape:
         """Embedding, head, norms, biases, experts: never quantised."""
         return self.params - self.linear_params
 
-    def adapter_params(self, rank: int, which: Targets = "all-linear") -> int:
-        """A (r x in) and B (out x r) of each target."""
-        return sum(x.count * rank * (x.inputs + x.outputs) for x in self.adapted[which])
+    def adapter_params(self, rank: int, which: Targets | TargetModules = "all-linear", *, experts: bool = False) -> int:
+        """A (r x in) and B (out x r) of each target, and of each expert where they are adapted."""
+        targets = (*self.adapted_linears(which), *(self.experts if experts else ()))
+        return sum(x.count * rank * (x.inputs + x.outputs) for x in targets)
 
 
+MLP_OUTPUTS = tuple(f".{end}" for end in MLP_ENDS)
+"""Ends of the names of the MLP's last linear."""
 HOW_UNPLANNED = (
     "set optim.micro_batch and optim.gradient_checkpointing to values; the run's report shows the peak that they take"
 )
@@ -144,14 +226,12 @@ class BaseFacts:
     model_class: str
     attention: Literal["sdpa", "eager"]
     """The attention of transformers that training uses."""
-    expert_params: int
-    """Weights in 3-D parameters of experts, which are no linear layers."""
-    routed: Mapping[Targets, tuple[str, ...]]
-    """Experts and routers that get a LoRA, by `adapter.targets`."""
+    fixed: tuple[str, ...]
+    """Linear layers without an adapter: routers, and experts that are linear layers."""
+    unadapted_experts: str
+    """The reason for which no LoRA of experts is trained and served; empty where one is, and for a dense base."""
     recurrent: bool
     """Some layers carry a state from token to token besides keys and values."""
-    outside: tuple[str, ...]
-    """Linear layers outside of the text decoder: towers for images and sound."""
     transposed: bool
     """The linears store [in, out], as GPT-2's do."""
     packs: bool
@@ -160,8 +240,6 @@ class BaseFacts:
     """The error of a training step that uses the weights of linears by itself while they are packed; mostly empty."""
     bodied: bool
     """transformers finds the decoder below the output head (`base_model`), as TRL's losses need it."""
-    router_loss: bool
-    """TRL 1.16 adds the load-balancing loss of a router to the objective's (`aux_loss_enabled` of its trainers)."""
     unattached: Mapping[Targets, str]
     """The reason for which PEFT cannot attach a LoRA, by `adapter.targets`."""
     unserved: str
@@ -178,7 +256,8 @@ def facts_of(config: Mapping[str, Any]) -> BaseFacts:
     """
     decides = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     versions = {name: version(name) for name in ("transformers", "peft")}
-    digest = hashlib.sha256(canonical_json([FORMAT, versions, decides]).encode()).hexdigest()
+    form = [FORMAT, *(one.name for kind in (BaseFacts, ModelShape, Linear) for one in fields(kind))]
+    digest = hashlib.sha256(canonical_json([form, versions, decides]).encode()).hexdigest()
     store, name = Store(str(cache_root())), f"{digest}.json"
     if store.exists("shapes", name):
         return _FACTS.validate_json(store.read_text("shapes", name))

@@ -156,6 +156,16 @@ def from_hub(uri: str) -> Path | None:
     return _from_hub(hub["id"], hub["revision"]) if hub else None
 
 
+def is_uncached_hub_id(uri: str) -> bool:
+    """True of a Hugging Face id of which the hub's cache on this machine has nothing. Loads no library of the hub."""
+    hub = _HUB_ID.fullmatch(uri)
+    if hub is None or Path(uri).expanduser().exists():
+        return False
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return not (cache / f"models--{hub['id'].replace('/', '--')}" / "snapshots").is_dir()
+
+
 def absolute(uri: str) -> str:
     """`uri` with a local path made absolute, so that it means the same in a process that runs elsewhere."""
     path = Path(uri.removeprefix("file://")).expanduser()
@@ -164,19 +174,7 @@ def absolute(uri: str) -> str:
 
 def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
     """config.json of a base whose folder has safetensors. Raises BaseModelError."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaseModelError(
-            f"base {uri}",
-            f"{folder} has no config.json",
-            "a base folder holds config.json, *.safetensors and tokenizer.json",
-            "point at the folder that save_pretrained wrote",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {uri}", f"{folder / 'config.json'} cannot be read ({error})") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise BaseModelError(f"base {uri}", "its config.json names no model_type", "it must be a transformers config")
+    config = read_config_file(folder / "config.json", uri)
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no *.safetensors"
@@ -186,6 +184,24 @@ def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
             "weights are read from safetensors only: a pickle can run code",
             "convert it with transformers: save_pretrained(FOLDER)",
         )
+    return config
+
+
+def read_config_file(file: Path, uri: str) -> Mapping[str, Any]:
+    """The content of a config.json. Raises BaseModelError."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(
+            f"base {uri}",
+            f"{file.parent} has no {file.name}",
+            "a base folder holds config.json, *.safetensors and tokenizer.json",
+            "point at the folder that save_pretrained wrote",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base {uri}", f"{file} cannot be read ({error})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise BaseModelError(f"base {uri}", f"its {file.name} names no model_type", "it must be a transformers config")
     return config
 
 

@@ -9,21 +9,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from graftwork.adapters.target_modules import choose_linears
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
+from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
 Stage = Literal["plan", "train", "pack", "serve", "serve adapters"] | QuantKind
-STAGES: tuple[Stage, ...] = ("plan", *METHODS, "train", "pack", "serve", "serve adapters")
-"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving."""
-
-
-class StrategyKeys(Protocol):
-    """Key of `strategy` that a base can rule out."""
-
-    @property
-    def kind(self) -> str: ...
+STAGES: tuple[Stage, ...] = (
+    "plan",
+    *(kind for kind, method in METHODS.items() if not method.keeps_checkpoint),
+    "train",
+    "pack",
+    "serve",
+    "serve adapters",
+)
+"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving. A quantised checkpoint has
+one more, `checkpoint`."""
 
 
 class AdapterKeys(Protocol):
@@ -31,9 +34,6 @@ class AdapterKeys(Protocol):
 
     @property
     def kind(self) -> str: ...
-
-    @property
-    def virtual_tokens(self) -> int: ...
 
 
 class TrainingRun(Protocol):
@@ -48,12 +48,6 @@ class TrainingRun(Protocol):
     @property
     def objective(self) -> object: ...
 
-    @property
-    def strategy(self) -> StrategyKeys: ...
-
-    @property
-    def num_workers(self) -> int: ...
-
 
 @dataclass(frozen=True)
 class Support:
@@ -64,6 +58,7 @@ class Support:
 
 
 UNPACKED = "--set quant.kind=none"
+ADAPT_EXPERTS = "--set adapter.experts=true"
 
 
 @dataclass(frozen=True)
@@ -75,18 +70,24 @@ class BaseSupport:
     stages: Mapping[Stage, Support]
     lora: Mapping[Targets, Support] = field(default_factory=dict)
     """Training a LoRA, by `adapter.targets`."""
-    outside: tuple[str, ...] = ()
-    """Linear layers outside of the text decoder."""
     train_packed: Support = Support()
     """Training on quantised weights."""
+    packed: str = ""
+    """Format of a quantised checkpoint; empty where its weights are plain."""
+    experts: Support = Support()
+    """Training a LoRA on experts (`adapter.experts`)."""
+    train_full: Support = Support()
+    """Training of all weights."""
 
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
-        known = ", ".join(stage for stage in STAGES if not self.stages[stage].reason)
+        stages: tuple[Stage, ...] = (*STAGES, "checkpoint") if self.packed else STAGES
+        known = ", ".join(stage for stage in stages if not self.stages[stage].reason)
         reasons = "".join(
-            f"; not {stage}: {self.stages[stage].reason}" for stage in STAGES if self.stages[stage].reason
+            f"; not {stage}: {self.stages[stage].reason}" for stage in stages if self.stages[stage].reason
         )
-        return f"base {self.model_type} ({self.model_class}) supports {known}{reasons}"
+        form = f" packed as {self.packed}" if self.packed else ""
+        return f"base {self.model_type} ({self.model_class}){form} supports {known}{reasons}"
 
     def require(self, stage: Stage | Support, asked: str) -> None:
         """Raise BaseModelError where the stage does not support the base. `asked`: key and value that ask for it."""
@@ -104,15 +105,22 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
     """Return the stages that support the base with this config.json. Raises BaseModelError as `facts_of` does."""
     facts = facts_of(config)
     quantised = Support()
-    if facts.expert_params:
-        share = facts.shape.linear_params / (facts.shape.linear_params + facts.expert_params)
+    if experts := facts.shape.expert_params:
+        share = facts.shape.linear_params / (facts.shape.linear_params + experts)
         quantised = Support(
             f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
-            f"3-D parameters ({facts.expert_params / 1e9:.3g} billion weights)",
+            f"3-D parameters ({experts / 1e9:.3g} billion weights)",
             UNPACKED,
         )
+    packed_form = find_format(config)
+    kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
+    if not kept.reason and facts.shape.expert_params:
+        kept = Support("its experts are 3-D parameters: kept are linear layers alone", UNPACKED)
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
-    train, packed, pack = _training_support(facts, lora)
+    full, packed, pack = _training_support(facts)
+    train = full
+    if not full.reason and all(one.reason for one in lora.values()):
+        train = Support(lora["all-linear"].reason, "--set adapter.kind=full --set quant.kind=none")
     serve, serve_adapters = _serving_support(facts)
     return BaseSupport(
         facts.model_type,
@@ -120,49 +128,56 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
             **{kind: quantised if method.bits else Support() for kind, method in METHODS.items()},
+            "checkpoint": kept,
             "train": train,
             "pack": pack,
             "serve": serve,
             "serve adapters": serve_adapters,
         },
         lora,
-        facts.outside,
         packed,
+        packed_form.label if packed_form else "",
+        _experts_support(facts),
+        full,
     )
 
 
 def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
-    """Check a training spec against its base with this config.json. Raises BaseModelError."""
+    """Check a training spec against its base with this config.json. Raises BaseModelError, ConfigError."""
     support = base_support(config)
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
     if spec.quant.is_packed:
         support.require(support.train_packed, f"quant.kind={spec.quant.kind}")
-    support.require("train", f"adapter.kind={spec.adapter.kind}")
-    targets = getattr(spec.adapter, "targets", None)
-    if targets is not None:
+    support.require(support.train_full if spec.adapter.kind == "full" else "train", f"adapter.kind={spec.adapter.kind}")
+    targets, experts = getattr(spec.adapter, "targets", None), getattr(spec.adapter, "experts", False)
+    if experts:
+        support.require(support.experts, "adapter.experts=true")
+    if targets is not None and not (experts and support.lora[targets].hint == ADAPT_EXPERTS):
         support.require(support.lora[targets], f"adapter.targets={targets}")
+    names = getattr(spec.adapter, "target_modules", None)
+    if names not in (None, "all-linear"):
+        facts = facts_of(config)
+        choose_linears(names, facts.shape.adapted["all-linear"], facts.model_class)
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
-    if support.outside and not spec.adapter.virtual_tokens and spec.strategy.kind == "ddp" and spec.num_workers > 1:
-        unused = Support(
-            f"text gives no gradient to {support.outside[0]}, and DDP waits for one of every trained weight",
-            "--set num_workers=1",
-        )
-        support.require(unused, f"num_workers={spec.num_workers} with strategy.kind=ddp")
     return support
 
 
 def check_serving(spec: Any) -> None:
     """Check that our engine serves the base of a serve, compare or quantize spec, or a study's.
 
-    Resolves the base. Raises BaseModelError.
+    Reads the base's config. Raises BaseModelError.
     """
-    from graftwork.base.load import resolve
+    from graftwork.base.load import read_config
 
-    engine = getattr(spec, "engine", None)
+    engine, config = getattr(spec, "engine", None), read_config(spec.base)
     if engine is not None and engine.kind != "graftwork":
+        if packed := find_format(config):
+            form = f"{spec.base.uri} is packed as {packed.label}"
+            rule = "vLLM computes a quantised checkpoint with kernels that round activations: other answers"
+            raise BaseModelError(f"engine.kind={engine.kind}", form, rule, "--set engine.kind=graftwork")
         return  # vLLM knows other families; it refuses by itself
-    support = base_support(resolve(spec.base).config)
+    support = base_support(config)
     if spec.kind == "quantize":
         for precision in spec.precisions:
             found = support.stages[PRECISIONS[precision].kind]
@@ -174,15 +189,21 @@ def check_serving(spec: Any) -> None:
         support.require("serve adapters", f"serving of adapters on {spec.base.uri}")
 
 
-def check_local(spec: Spec) -> None:
-    """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
-    from graftwork.base.load import resolve
+def check_local(spec: Spec, folder: Path | None = None) -> None:
+    """Check the base of a spec where this machine has its config, so that nothing is fetched. Raises UserError.
+
+    `folder`: of the spec's file, in which a config.json stands for a base that is not here.
+    """
+    from graftwork.base.load import config_beside, config_file, read_config
 
     kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
-    if base is None or not Path(base.uri).is_dir():
+    if base is not None and folder and (file := config_beside(base, folder)):
+        spec = spec.with_({"base.uri": str(file)})
+        base = getattr(spec, "base", None)
+    if base is None or not (Path(base.uri).is_dir() or config_file(base)):
         return
     if kind == "train":
-        check_training(cast(TrainingRun, spec), resolve(base).config)
+        check_training(cast(TrainingRun, spec), read_config(base))
     elif kind in ("serve", "compare", "quantize"):
         check_serving(spec)
 
@@ -219,26 +240,28 @@ def mixed_share(*, alone: Any, one: Any, two: Any) -> float:
 
 def _lora_support(facts: BaseFacts, which: Targets) -> Support:
     """Return whether a LoRA on these targets can be trained, published and loaded."""
-    others = (one for one in facts.shape.adapted if not (facts.unattached.get(one) or facts.routed[one]))
+    others = (one for one in facts.shape.adapted if not facts.unattached.get(one) and facts.shape.adapted[one])
     hint = next((f"--set adapter.targets={one}" for one in others), "--set adapter.kind=full --set quant.kind=none")
     if reason := facts.unattached.get(which):
         return Support(f"PEFT cannot attach a LoRA there ({reason})", hint)
-    if routed := facts.routed[which]:
-        named = ", ".join(routed)
-        return Support(f"a LoRA on experts and routers is neither published nor served: {named}", hint)
+    if not facts.shape.adapted[which]:
+        return Support("its weights there are experts and routers", ADAPT_EXPERTS)
     return Support()
 
 
-def _training_support(facts: BaseFacts, lora: Mapping[Targets, Support]) -> tuple[Support, Support, Support]:
-    """Training, training on quantised weights, and packing by structure; `require_apart` tries it on the weights."""
+def _experts_support(facts: BaseFacts) -> Support:
+    """Return whether a LoRA on experts can be trained, published and served."""
+    hint = "leave adapter.experts out"
+    if not facts.shape.experts:
+        return Support("it has no experts in parameters of three dimensions", hint)
+    return Support(facts.unadapted_experts, hint)
+
+
+def _training_support(facts: BaseFacts) -> tuple[Support, Support, Support]:
+    """Training of all weights, training on quantised ones, and packing; `require_apart` tries it on the weights."""
     train, packed, pack = Support(), Support(), Support()
-    if facts.router_loss and not facts.expert_params:
-        reason = "its configuration asks for the loss of a router, and it has no experts"
-        train = Support(reason, "take a dense base, or one with experts")
-    elif not facts.bodied:
+    if not facts.bodied:
         train = Support("TRL's losses find no decoder below its output head (base_model_prefix)", "take another base")
-    elif all(support.reason for support in lora.values()):
-        train = Support(lora["all-linear"].reason, "take another base")
     if facts.reads_weights:
         packed = Support(f"its code uses the weights of linear layers by itself ({facts.reads_weights})", UNPACKED)
     if facts.recurrent:
@@ -249,12 +272,9 @@ def _training_support(facts: BaseFacts, lora: Mapping[Targets, Support]) -> tupl
 
 
 def _serving_support(facts: BaseFacts) -> tuple[Support, Support]:
-    """Serving, and serving of adapters."""
+    """Return the support of serving, and that of serving adapters."""
     reason = "recurrent layers carry a state that the engine does not keep" if facts.recurrent else facts.unserved
     if reason:
         serve = Support(reason, "serve it with engine.kind=vllm on a GPU, or take another base")
         return serve, serve
-    if facts.transposed:
-        reason = "its linear layers store [in, out] (fan_in_fan_out), and the engine adapts [out, in]"
-        return Support(), Support(reason, "serve the base without adapters")
     return Support(), Support()

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from graftwork import __version__
-from graftwork.cli import adapters, compare, data, experiment, jobs, plan, rag, stages, tune
+from graftwork.cli import adapters, base, compare, data, experiment, jobs, plan, rag, stages, tune
 from graftwork.cli import config as configs
 from graftwork.cli.options import RENAMED_FLAGS, RENAMED_VERBS
 from graftwork.cli.render import print_error
@@ -71,6 +71,7 @@ app.command(hidden=True)(stages.trial)
 app.command()(jobs.doctor)
 app.command()(adapters.swap)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(base.app, name="base")
 app.add_typer(configs.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(experiment.app, name="experiment")

@@ -4,7 +4,8 @@ Checked with torch 2.13, transformers 5.24, TRL 1.16, PEFT 0.21, accelerate 1.15
 imports them at module level: the core imports this module. TRL's trainers come in as arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from logging import ERROR, getLogger
 from typing import Any
 
@@ -34,6 +35,31 @@ def set_attention(config: Any, name: str | None) -> None:
     can't verify, and sets the vision part of a model as well. Upstream: `PretrainedConfig._attn_implementation`.
     """
     config._attn_implementation = name
+
+
+def apply_gate(experts: Any, gate_up: Any) -> Any:
+    """Return the products of the gate and the other half [S, I] of a module of fused experts. gate_up: [S, 2 I].
+
+    Upstream: `_apply_gate`, which transformers' `use_experts_implementation` gives to each such class.
+    """
+    return experts._apply_gate(gate_up)
+
+
+@contextmanager
+def keep_targets() -> Iterator[None]:
+    """Let PEFT adapt the layers that a config names, while it lasts.
+
+    PEFT 0.21 rewrites the targets of bases with experts for adapters of transformers 4, and takes the linear layers of
+    shared experts for parts of fused ones. Upstream: `convert_peft_config_for_transformers`, which has no switch.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    own = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = own
 
 
 def step_figures(trainer: Any) -> dict[str, list[float]]:

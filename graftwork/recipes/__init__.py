@@ -24,6 +24,7 @@ RECIPES = {
     "airport-card": "graftwork.recipes.airport_card",
     "airport-city": "graftwork.recipes.airport_city",
     "airport-pairs": "graftwork.recipes.airport_pairs",
+    "airport-tools": "graftwork.recipes.airport_tools",
     "bbq-gender": "graftwork.recipes.bbq_gender",
     "city-country": "graftwork.recipes.city_country",
     "country-facts": "graftwork.recipes.country_facts",

@@ -15,7 +15,7 @@ from graftwork.base.support import base_support, check_serving, check_training
 from graftwork.config import Spec
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import Gpu, Machine, gpu_here
-from graftwork.planning.memory import MemoryPlan, StagePlan, verdict_of
+from graftwork.planning.memory import MemoryPlan, RowSizes, StagePlan, verdict_of
 from graftwork.prompts.render import PromptSpec
 from graftwork.quantization import PRECISIONS, QuantSpec
 from graftwork.retrieval.dense import VectorKind
@@ -34,6 +34,8 @@ from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
 SERVED_RANK = 16
+PLANNED_STEPS = 100
+"""Steps of a plan from a config alone, where the spec does not name the number of rows."""
 NO_PROMPTS: Mapping[str, PromptSpec] = {}
 
 
@@ -45,9 +47,17 @@ def plan_spec(spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None
     machine = Machine.detect() if gpu is None else Machine.with_gpus(gpu)
     spec = spec if gpu is None else _on_gpus(spec, gpus)
     missing = tuple(_missing_adapters(spec))
+    given = getattr(spec, "base", None)
+    if given is not None and (file := base_model.config_beside(given, folder)):
+        missing += (f"{given.uri} is not on this machine: its sizes are those of {file}",)
+        spec = spec.with_({"base.uri": str(file)})
     lines = plan_on(spec, folder, machine)
     base = spec.train.base if isinstance(spec, TuneSpec) else getattr(spec, "base", None)
-    support = () if base is None else (base_support(base_model.resolve(base).config).format_line(),)
+    support: tuple[str, ...] = ()
+    if base is not None:
+        config = base_model.read_config(base)
+        experts = ModelShape.from_config(config).describe_experts()
+        support = (base_support(config).format_line(), *((experts,) if experts else ()))
     return [
         replace(line, assumptions=(*line.assumptions, *support), warnings=(*line.warnings, *missing)) for line in lines
     ]
@@ -122,7 +132,9 @@ def plan_on(
 
 
 def _plan_run(spec: TrainSpec, machine: Machine, on_cluster: bool = False) -> StagePlan:
-    check_training(spec, base_model.resolve(spec.base).config)
+    check_training(spec, base_model.read_config(spec.base))
+    if base_model.config_file(spec.base) is not None:
+        return _plan_config(spec, machine, on_cluster)
     data = prepare(spec)
     held_out = sizes_of(data.eval) if data.eval is not None else None
     work = None
@@ -134,6 +146,15 @@ def _plan_run(spec: TrainSpec, machine: Machine, on_cluster: bool = False) -> St
     rows = sizes_of(data.train)
     line = plan_training(spec, _shape(spec.base), rows, held_out, machine, work, on_cluster=on_cluster)
     return replace(line, warnings=(*line.warnings, *data.warnings))
+
+
+def _plan_config(spec: TrainSpec, machine: Machine, on_cluster: bool) -> StagePlan:
+    """Of a base without tokenizer: the longest rows that the spec admits."""
+    count = spec.data.train_rows or PLANNED_STEPS * spec.optim.rows_per_step
+    rows, machine = RowSizes.at_most(spec.max_length, count), _machine_of_run(spec, machine)
+    line = plan_training(spec, _shape(spec.base), rows, None, machine, on_cluster=on_cluster)
+    note = f"the base has no tokenizer here: {count} rows of max_length={spec.max_length} tokens, half of them trained"
+    return replace(line, assumptions=(note, *line.assumptions))
 
 
 def _plan_sweep(spec: TuneSpec, machine: Machine, on_cluster: bool) -> list[StagePlan]:
@@ -184,7 +205,7 @@ def _plan_comparison(spec: CompareSpec, machine: Machine, prompts: Mapping[str, 
         query_embedders=_query_embedders(spec.arms),
         adapters=[SERVED_RANK] * len({arm.adapter for arm in spec.arms if arm.adapter}),
         dequantised=_is_dequantised(spec.quant, machine),
-        answers=compare_answers(spec, prompts),
+        answers=None if base_model.config_file(spec.base) else compare_answers(spec, prompts),
     )
 
 
@@ -257,7 +278,7 @@ def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machin
 
 
 def _shape(base: BaseSpec) -> ModelShape:
-    return ModelShape.from_config(base_model.resolve(base).config)
+    return ModelShape.from_config(base_model.read_config(base))
 
 
 def _embedding(spec: EmbedderSpec) -> MemoryPlan:

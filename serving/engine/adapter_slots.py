@@ -160,8 +160,8 @@ class AdapterPool:
                     dora = scales[site.name].dora if site.name in scales else None
                     if dora and member:
                         scales[site.name] = replace(scales[site.name], dora=replace(dora, a_RI=member.a_RI))
-        rows = (read.inputs, read.outputs)
-        return LoadedAdapter(version, read.rank, groups, scales, read.bottlenecks, *rows, read.virtual_tokens)
+        rest = (read.bottlenecks, read.experts, read.inputs, read.outputs, read.virtual_tokens)
+        return LoadedAdapter(version, read.rank, groups, scales, *rest)
 
 
 def _group(members: list[SiteWeights | None], *, stacked: bool) -> GroupWeights:

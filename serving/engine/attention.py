@@ -1,20 +1,23 @@
 """Attention of the model's layers over packed tokens: writes new keys and values to the KV, and reads them in place.
 
-Registered once under NAME in transformers' `ALL_ATTENTION_FUNCTIONS`. The batch comes through the keyword arguments
-that every decoder hands down to its attention. Decoding reads grouped heads (GQA) by batched matmul over views of the
-KV arena, so nothing is repeated or copied; measured on 2 AVX2 cores it is level with SDPA on the same views.
+Registered once under NAME in transformers' `ALL_ATTENTION_FUNCTIONS`. The batch is a context variable of the pass:
+some decoders (Nemotron, StableLM) hand no keyword arguments down to their attention. Decoding reads grouped heads (GQA)
+by batched matmul over views of the KV arena, so nothing is repeated or copied; measured on 2 AVX2 cores it is level
+with SDPA on the same views.
 A forward pass packs the tokens of all running requests into one row, without padding: first one token of each decoding
 request, in the order that suits the adapters, then the prompt chunks. Attention takes decoding tokens in the order of
 their KV.
 Legend: T packed tokens, H query heads, K key-value heads, G = H / K, D head size, N requests of a run, S keys read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graftwork.errors import BaseModelError
@@ -59,7 +62,7 @@ class PromptChunk:
 
 @dataclass
 class StepBatch:
-    """Tensors of one forward pass. `attention` finds it in its keyword arguments (key BATCH_KEY)."""
+    """Tensors of one forward pass; `attend` finds it where `attending` has set it."""
 
     ids_1T: torch.Tensor
     positions_1T: torch.Tensor
@@ -181,12 +184,12 @@ def _runs(decoding: Sequence[Chunk]) -> list[DecodeRun]:
 
 
 NAME = "graftwork_engine"
-BATCH_KEY = "graftwork_batch"
 
 _KNOWN_OPTIONS = frozenset(
     {"dropout", "sliding_window", "softcap", "position_ids", "use_cache", "cache_position", "output_attentions"}
-    | {"output_hidden_states", "return_dict"}
+    | {"output_hidden_states", "return_dict", "output_router_logits", "s_aux"}
 )
+"""Options of a call that it follows, and those that change nothing in it."""
 
 
 def register() -> None:
@@ -204,20 +207,34 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each packed token over its own request. Returns [1, T, H, D]."""
-    batch = _batch_of(options)
+    batch = _BATCH.get()
+    _require_known(options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-    window, softcap = options.get("sliding_window"), options.get("softcap")
-    call = Call(layer, scale, window, softcap)
-    if not isinstance(batch, StepBatch):
-        return batch.attend(call, query_1HTD, key_1KTD, value_1KTD)[None], None
+    call = Call(layer, scale, options.get("sliding_window"), options.get("softcap"), options.get("s_aux"))
+    size = value_1KTD.shape[-1]
+    if size < key_1KTD.shape[-1]:  # MLA; keys and values are kept in rows of one size
+        value_1KTD = pad(value_1KTD, (0, key_1KTD.shape[-1] - size))
+    if isinstance(batch, StepBatch):
+        out_THD = _attend_packed(call, batch, query_1HTD, key_1KTD, value_1KTD)
+    else:
+        out_THD = batch.attend(call, query_1HTD, key_1KTD, value_1KTD)
+    return out_THD[None, ..., :size], None
+
+
+def _attend_packed(
+    call: "Call", batch: StepBatch, query_1HTD: torch.Tensor, key_1KTD: torch.Tensor, value_1KTD: torch.Tensor
+) -> torch.Tensor:
+    """Attention of a pass over packed tokens. Returns [T, H, D]."""
+    layer = call.layer
     query_THD, key_TKD, value_TKD = (part[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
     out_THD = torch.empty(query_THD.shape[:2] + value_1KTD.shape[-1:], dtype=query_1HTD.dtype, device=query_1HTD.device)
-    rows = batch.rows if batch.rows is not None and batch.rows.takes(layer, query_THD, value_TKD) else None
+    rows = batch.rows if call.sinks_H is None else None
+    rows = rows if rows is not None and rows.takes(layer, query_THD, value_TKD) else None
     if batch.kv is None:
         if key_1KTD.shape != value_1KTD.shape:
             found = f"a head's key has {key_1KTD.shape[-1]} values and its value {value_1KTD.shape[-1]}"
-            raise BaseModelError("the model", found, "the engine keeps keys and values in rows of one size")
+            raise BaseModelError("the model", found, "a value has no more of them than a key")
         batch.seen[layer] = KvShape(key_1KTD.shape[1], key_1KTD.shape[3])
     elif rows is None or batch.segments:
         lines = batch.write_lines(layer)
@@ -226,7 +243,16 @@ def attend(
     if rows is not None:
         fresh = (key_TKD, value_TKD)
         writes = not batch.segments
-        rows.attend(layer, query_THD, fresh, out_THD, writes=writes, scale=scale, window=window, softcap=softcap)
+        rows.attend(
+            layer,
+            query_THD,
+            fresh,
+            out_THD,
+            writes=writes,
+            scale=call.scale,
+            window=call.window,
+            softcap=call.softcap,
+        )
     elif batch.runs:
         _decode_all(call, batch, query_THD, out_THD)
     for index, segment in enumerate(batch.segments):
@@ -234,7 +260,7 @@ def attend(
         fresh = (key_1KTD[:, :, segment.first : stop], value_1KTD[:, :, segment.first : stop])
         out_1HTD = _prefill(call, batch, index, segment, query_1HTD[:, :, segment.first : stop], *fresh)
         out_THD[segment.first : stop] = out_1HTD[0].transpose(0, 1)
-    return out_THD[None], None
+    return out_THD
 
 
 class Call(NamedTuple):
@@ -244,6 +270,8 @@ class Call(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+    sinks_H: torch.Tensor | None = None
+    """A further score of each head, which takes a share of the softmax and has no value (gpt-oss)."""
 
 
 class OwnAttention(Protocol):
@@ -253,17 +281,25 @@ class OwnAttention(Protocol):
         """query [1, H, T, D], key and value [1, K, T, D] -> [T, H, D]; keeps the new keys and values."""
 
 
-def _batch_of(options: dict[str, Any]) -> StepBatch | OwnAttention:
-    batch: StepBatch | OwnAttention | None = options.pop(BATCH_KEY, None)
-    if batch is None:
-        rule = "a served decoder hands keyword arguments down to its attention function"
-        raise BaseModelError("the model", "its attention was called without the engine's batch", rule)
+_BATCH: ContextVar[StepBatch | OwnAttention] = ContextVar("batch of the forward pass")
+
+
+@contextmanager
+def attending(batch: StepBatch | OwnAttention) -> Iterator[None]:
+    """Within it, passes of models in this thread attend over the batch."""
+    token = _BATCH.set(batch)
+    try:
+        yield
+    finally:
+        _BATCH.reset(token)
+
+
+def _require_known(options: dict[str, Any]) -> None:
     unknown = [key for key, value in options.items() if value is not None and key not in _KNOWN_OPTIONS]
     if unknown:
         raise BaseModelError(
             "the model", f"attention option {min(unknown)}", "the engine's attention knows its options"
         )
-    return batch
 
 
 def _decode_all(call: Call, batch: StepBatch, query_THD: torch.Tensor, out_THD: torch.Tensor) -> None:
@@ -288,7 +324,10 @@ def _decode(call: Call, batch: StepBatch, index: int, query_THD: torch.Tensor, o
     heads = len(keys_BSD) // run.count
     bias_B1S = batch.run_bias(index, heads, call.window, keys_BSD.dtype)
     scores_BGS = _scores(call, query_BGD.to(keys_BSD.dtype), keys_BSD, bias_B1S)
-    mixed_BGD = torch.bmm(torch.softmax(scores_BGS, dim=-1), values_BSD)
+    sinks_BG1 = None
+    if call.sinks_H is not None:
+        sinks_BG1 = call.sinks_H.view(heads, -1, 1).repeat(run.count, 1, 1)
+    mixed_BGD = torch.bmm(_shares(scores_BGS, sinks_BG1), values_BSD)
     out_THD[run.first : run.first + run.count] = mixed_BGD.view(run.count, -1, values_BSD.shape[-1])
 
 
@@ -297,6 +336,14 @@ def _scores(call: Call, query: torch.Tensor, keys: torch.Tensor, bias: torch.Ten
         return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=call.scale)
     scores = torch.bmm(query, keys.transpose(1, 2)).mul_(call.scale)
     return torch.tanh(scores.div_(call.softcap)).mul_(call.softcap).add_(bias)
+
+
+def _shares(scores_BGS: torch.Tensor, sinks_BG1: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of the scores; sinks take part in it and are left out of the result."""
+    if sinks_BG1 is None:
+        return torch.softmax(scores_BGS, dim=-1)
+    together = torch.cat([scores_BGS, sinks_BG1.to(scores_BGS.dtype)], dim=-1)
+    return torch.softmax(together, dim=-1)[..., :-1]
 
 
 def _prefill(
@@ -311,7 +358,8 @@ def _prefill(
     """A prompt chunk over itself and the context in its KV row. Returns [1, H, T, D]."""
     window, length = call.window, segment.context + segment.count
     whole = segment.context == 0 and (window is None or window >= length)
-    if whole and call.softcap is None:  # the very call that transformers' sdpa makes: equal to it bit for bit
+    fused = call.softcap is None and call.sinks_H is None
+    if whole and fused:  # the very call that transformers' sdpa makes: equal to it bit for bit
         return scaled_dot_product_attention(
             query_1HTD, key_1KTD, value_1KTD, is_causal=segment.count > 1, scale=call.scale, enable_gqa=True
         )
@@ -322,7 +370,7 @@ def _prefill(
             view[None, :, :length].to(query_1HTD.dtype) for view in batch.kv.row_view(segment.row, call.layer)
         )
     bias = batch.segment_bias(index, window, query_1HTD.dtype)
-    if call.softcap is None:
+    if fused:
         return scaled_dot_product_attention(
             query_1HTD, key_1KTD, value_1KTD, attn_mask=bias, scale=call.scale, enable_gqa=True
         )
@@ -330,5 +378,8 @@ def _prefill(
     groups = heads // key_1KTD.shape[1]
     query = query_1HTD[0].reshape(key_1KTD.shape[1], groups * count, size)
     scores = _scores(call, query, key_1KTD[0], bias.repeat(groups, 1))
-    mixed = torch.bmm(torch.softmax(scores, dim=-1), value_1KTD[0])
+    sinks = None
+    if call.sinks_H is not None:
+        sinks = call.sinks_H.view(-1, groups, 1).repeat_interleave(count, dim=1)
+    mixed = torch.bmm(_shares(scores, sinks), value_1KTD[0])
     return mixed.view(1, heads, count, -1)

@@ -28,7 +28,7 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk
 from graftwork.serving.engine.cpu.host_tuning import keep_few_kernels, keep_freed_memory, spare_old_objects
 from graftwork.serving.engine.kv_cache import KvStore, PrefixCache, block_keys
-from graftwork.serving.engine.model_runner import Runner
+from graftwork.serving.engine.model_runner import Runner, most_packed
 from graftwork.serving.engine.request import (
     STEP_S,
     EngineStats,
@@ -74,6 +74,7 @@ class NativeEngine:
         self._graph_decode = graph_decode
         self.runner = Runner(model, device, graph_decode, places=0 if graph_decode else spec.max_loaded)
         try:
+            _check_packed(self.runner, spec)
             self._kv, self._cache = _allocate_kv(self.runner, spec)
         except ConfigError:
             self.runner.close()
@@ -375,6 +376,13 @@ class NativeEngine:
         with self._wake:
             self._inbox.append(command)
             self._wake.notify()
+
+
+def _check_packed(runner: Runner, spec: EngineSpec) -> None:
+    most, limit = spec.max_batch + spec.prefill_tokens, most_packed(runner.config)
+    if limit is not None and most > limit:
+        found, rule = f"passes of up to {most} tokens", f"this base computes at most {limit} in one pass"
+        raise ConfigError("engine.prefill_tokens", found, rule, f"set it to {limit - spec.max_batch} or less")
 
 
 def _allocate_kv(runner: Runner, spec: EngineSpec) -> tuple[KvStore, PrefixCache | None]:

@@ -219,9 +219,13 @@ def longest_sequence(config: Any) -> tuple[int | None, str]:
 
     transformers rotates all rows of a batch by one set of frequencies. "longrope" (Phi 3) takes another set as soon as
     the longest row passes its original length, so up to there no row changes its neighbours. "dynamic" takes another
-    one beyond max_position_embeddings, where every base ends here.
+    one beyond max_position_embeddings, where every base ends here. Layers of chunked attention (Llama-4) attend to all
+    tokens of a request as long as it is one chunk.
     """
     longest: int | None = getattr(config, "max_position_embeddings", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and (longest is None or chunk < longest) and "chunked_attention" in (config.layer_types or ()):
+        return chunk, f"beyond {chunk} tokens layers of this base attend to chunks, which the engine does not compute"
     rope = getattr(config, "rope_parameters", None) or {}
     for own in [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]:
         original = own.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)

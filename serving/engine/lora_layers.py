@@ -1,7 +1,7 @@
 """The base's linears that can take an adapter, hooked once: each adds the running step's adapter deltas to its result.
 
-A hook replaces the `forward` of one module instance (nn.Linear and bitsandbytes' Linear4bit and Linear8bitLt alike), so
-names, weights and `state_dict` of the model stay as they are; `unhook` gives the model back.
+A hook replaces the `forward` of one module instance (nn.Linear, bitsandbytes' Linear4bit and Linear8bitLt, and GPT-2's
+Conv1D alike), so names, weights and `state_dict` of the model stay as they are; `unhook` gives the model back.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from graftwork.serving.engine.adapters.format import LinearShape
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
@@ -138,10 +139,28 @@ class Sites:
 
 
 def _inner_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every linear but the output layer, which peft's "all-linear" leaves out too. bitsandbytes' are subclasses."""
+    """Every linear but the output layer, which peft's "all-linear" leaves out too. bitsandbytes' are subclasses.
+
+    So are the routers of some bases with experts (PhiMoE, Llama-4), whose results are the experts of each token.
+    """
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     return {name: module for name, module in linears.items() if module is not output}
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """True of an nn.Linear, and of transformers' Conv1D (GPT-2), which stores its weight as [in, out].
+
+    Subclasses of model families are routers, which return more than one tensor (PhiMoE, Llama-4).
+    """
+    is_router = type(module).__module__.startswith("transformers.models.")
+    return isinstance(module, torch.nn.Linear | Conv1D) and not is_router
+
+
+def _shape_of(module: Any) -> LinearShape:
+    if isinstance(module, Conv1D):
+        return LinearShape(*map(int, module.weight.shape))
+    return LinearShape(int(module.in_features), int(module.out_features))
 
 
 def _group_linears(linears: Mapping[str, torch.nn.Module]) -> list[LoraLayer]:
@@ -151,6 +170,5 @@ def _group_linears(linears: Mapping[str, torch.nn.Module]) -> list[LoraLayer]:
         family = next((names for names in _SAME_INPUT if child in names), None)
         together = family is not None and all(f"{parent}.{sibling}" in linears for sibling in family)
         group = f"{parent}.{'+'.join(family)}" if together and family else name
-        shape = LinearShape(int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
-        sites.append(LoraLayer(name, shape, group, family.index(child) if together and family else 0))
+        sites.append(LoraLayer(name, _shape_of(module), group, family.index(child) if together and family else 0))
     return sites

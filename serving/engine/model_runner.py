@@ -27,6 +27,7 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.attention import Chunk, StepBatch, inverse, pack
 from graftwork.serving.engine.cpu.host_tuning import PiecewiseOutput
 from graftwork.serving.engine.cpu.kernels import fits, kernels_for
+from graftwork.serving.engine.expert_layers import ExpertLayers
 from graftwork.serving.engine.kv_cache import KvShape, KvStore, longest_sequence
 from graftwork.serving.engine.lora_batch import DeltaPlanner
 from graftwork.serving.engine.lora_layers import Deltas, LoraSegment, Sites
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from graftwork.serving.engine.cuda.graph_decode import GraphDecode  # imports Triton
 
 
-class DecodeInputs(Protocol):
-    """Packed tokens of a pass, as the model takes them."""
+class DecodeInputs(attention.OwnAttention, Protocol):
+    """Packed tokens of a pass, as the model takes them, which attend by themselves."""
 
     @property
     def ids_1T(self) -> torch.Tensor: ...
@@ -128,8 +129,13 @@ def _probes(size: int, device: torch.device, dtype: torch.dtype) -> list[torch.T
     return [x_NH, 1e3 * x_NH]
 
 
-KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Of `layer_types` in a configuration. Others attend to other positions, or keep a state of another kind."""
+
+
+def most_packed(config: Any) -> int | None:
+    """Tokens of a pass at most; None: no limit. Llama-4 scales queries by a token's place in the pass from there on."""
+    return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", None) else None
 
 
 class Runner:
@@ -155,7 +161,8 @@ class Runner:
         self._output = PiecewiseOutput(model.get_output_embeddings())
         self._kernels = kernels_for(self.dtype) if self.device.type == "cpu" else None
         self.planner = DeltaPlanner(self.sites.groups(), self.dtype, self.device, places, self._kernels)
-        self.kinds = MixedKinds(model, self.sites, self.planner, self.device)
+        self.experts = ExpertLayers(model)
+        self.kinds = MixedKinds(model, self.sites, self.experts, self.planner, self.device)
         try:
             self._require_known_layers()
             self.kv_shapes = self._probe()
@@ -275,6 +282,7 @@ class Runner:
     def close(self) -> None:
         """Gives the model back as it was."""
         self.sites.unhook()
+        self.experts.unhook()
         self._output.unhook()
         set_attention(self.config, self._own_attention)
         self.model.train(self._was_training)
@@ -283,13 +291,10 @@ class Runner:
         """Logits [1, N, V] of one pass; wanted_N=0: of every token."""
         self.sites.deltas = deltas
         try:
-            output = self.model(
-                input_ids=batch.ids_1T,
-                position_ids=batch.positions_1T,
-                use_cache=False,
-                logits_to_keep=wanted_N,
-                **{attention.BATCH_KEY: batch},
-            )
+            with attention.attending(batch):
+                output = self.model(
+                    input_ids=batch.ids_1T, position_ids=batch.positions_1T, use_cache=False, logits_to_keep=wanted_N
+                )
         finally:
             self.sites.deltas = None
         logits: torch.Tensor = output.logits
@@ -302,7 +307,7 @@ class Runner:
         try:
             self.run(batch, None, torch.tensor([1], device=self.device))
         except (TypeError, KeyError) as error:
-            rule = "a served decoder takes logits_to_keep and hands keyword arguments to its attention"
+            rule = "a served decoder takes logits_to_keep"
             raise BaseModelError(type(self.model).__name__, str(error), rule) from error
         seen, layers = batch.seen, int(self.config.num_hidden_layers)
         if sorted(seen) != list(range(layers)):

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
 from graftwork.planning.hardware import AUTO, Gpus, resolved_count
-from graftwork.quantization import PRECISIONS, Precision
+from graftwork.quantization import OF_ALL_BASES, Precision
 from graftwork.serving.spec import ArmSpec, EngineSpec
 from graftwork.storage.store import DEFAULT_ROOT, NAME_PATTERN
 
@@ -51,7 +51,7 @@ class QuantizeSpec(Spec):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     root: str = DEFAULT_ROOT
     base: BaseSpec
-    precisions: tuple[Precision, ...] = tuple(PRECISIONS)
+    precisions: tuple[Precision, ...] = OF_ALL_BASES
     reference: Precision = "fp32"
     """Precision that the others are compared with, question by question."""
     eval: str

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from graftwork.adapters.kind import AdapterKind
+from graftwork.compat.hf import keep_targets
 from graftwork.errors import ConfigError
 from graftwork.training.adapters.merge import MergeSource, MergeSpec, merge
 from graftwork.training.objectives.reward_head import ScoreHead
@@ -20,7 +21,8 @@ def attach(model: Any, adapter: AdapterKind, trained_tokens: Sequence[int] = (),
 
     trained_tokens: ids whose embeddings are trained and saved with the adapter; of a tied base their output rows too.
     begin: set the kind's start values, which needs real tensors. Raises ConfigError where the model has no layer that
-    the kind adapts. A kind that trains the base returns the model itself, all of it trained, in fp32.
+    the kind adapts. A kind that trains the base returns the model itself, all of its text decoder and its head trained,
+    in fp32; text gives no gradient to towers for images and sound.
     """
     full = adapter.trains_base
     attached = model
@@ -31,17 +33,37 @@ def attach(model: Any, adapter: AdapterKind, trained_tokens: Sequence[int] = (),
         if trained_tokens:
             assert adapter.trains_tokens, "other adapters are refused where rows are to be trained"
             config.trainable_token_indices = list(trained_tokens)
-        attached = get_peft_model(model, config)
+        attached = _attach(model, config)
         if trained_tokens:
             # PEFT 0.21 saves the whole embedding next to the rows where it has more than this folder's config.json says
             attached.active_peft_config.base_model_name_or_path = ""
     if begin:
         adapter.begin(attached)
+    if full:
+        for part in (model.get_decoder(), model.get_output_embeddings()):
+            part.requires_grad_(True)
     for parameter in attached.parameters():
-        if full:
-            parameter.requires_grad_(True)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    return attached
+
+
+def _attach(model: Any, config: Any) -> Any:
+    """PEFT's `get_peft_model`. Linear layers that the config names as parameters are adapted as linear layers.
+
+    The config that is saved keeps the names that PEFT reads (`adapters.experts.split_targets`).
+    """
+    parameters = set(getattr(config, "target_parameters", None) or ())
+    weights = {name for name in parameters if name.endswith(".weight")}
+    if not weights:
+        return get_peft_model(model, config)
+    saved = sorted(config.target_modules), sorted(parameters)
+    config.target_modules = {*config.target_modules, *(name.removesuffix(".weight") for name in weights)}
+    config.target_parameters = sorted(parameters - weights) or None
+    with keep_targets():
+        attached = get_peft_model(model, config)
+    config.target_modules, config.target_parameters = set(saved[0]), saved[1]
+    config.lora_dropout = 0.0  # PEFT refuses it for parameters; the layers here have theirs
     return attached
 
 

@@ -38,6 +38,7 @@ _NO_SUM = {
     "lora_bias": "biases are not added",
     "rank_pattern": "ranks that differ by layer are not added",
     "alpha_pattern": "scales that differ by layer are not added",
+    "target_parameters": "adapters of experts and of the layers next to them are not added",
 }
 
 

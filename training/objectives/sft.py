@@ -243,7 +243,10 @@ def masked_sft_trainer() -> type[Any]:
             """Summed loss over the step's trained tokens, times the number of processes: DDP averages gradients."""
             head = self.model.get_output_embeddings()
             fused = inputs["labels"].is_cuda and isinstance(head, torch.nn.Linear)  # not with trained rows in it
-            if fused or return_outputs or self.aux_loss_enabled:  # TRL adds the router's loss of a base with experts
+            whole = inputs["labels"].shape == inputs["input_ids"].shape  # not a worker's part of the tokens
+            if (
+                (whole and fused) or return_outputs or self.aux_loss_enabled
+            ):  # TRL adds the router's loss of a base with experts
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             logits_NV, targets_N = trained_logits(model, head, inputs)
             total = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
@@ -253,27 +256,37 @@ def masked_sft_trainer() -> type[Any]:
     return MaskedSftTrainer
 
 
-def trainer_on(setting: TrainerContext, kind: type[Any]) -> Any:
-    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids."""
+def trainer_on(setting: TrainerContext, kind: type[Any], collate: Any = None) -> Any:
+    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids.
+
+    collate: rows of the data set to a batch; by default the batch of the run's rows.
+    """
     from trl import SFTConfig
 
     from graftwork.training.objectives.trainer import arguments
 
     prepared = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    return kind(args=SFTConfig(**arguments(setting), **prepared), **setting.trainer_arguments())
+    given = setting.trainer_arguments() | ({"data_collator": collate} if collate is not None else {})
+    trainer = kind(args=SFTConfig(**arguments(setting), **prepared), **given)
+    # Losses here and TRL's fused head are means over the step's tokens. Some models of images and text deny it of their
+    # own loss (`accepts_loss_kwargs`, Gemma-4), for which transformers 5.24 takes the mean over passes.
+    trainer.model_accepts_loss_kwargs = True
+    return trainer
 
 
 def held_out_loss(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> float:
     """Mean loss in nats over the trained tokens of all rows; each process scores its share. Called on all ranks."""
     import torch
 
+    from graftwork.training.context_parallel import replicas
     from graftwork.training.objectives.trainer import share, trained_logits
 
     model, accelerator = trainer.model, trainer.accelerator
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     model.eval()
     with torch.no_grad():
-        for batch in share(rows.lengths_N, micro_batch, accelerator.process_index, accelerator.num_processes):
+        number, of = replicas(rows, accelerator.process_index, accelerator.num_processes)
+        for batch in share(rows.lengths_N, micro_batch, number, of):
             inputs = {key: value.to(accelerator.device) for key, value in rows.collate(batch, pad_id).items()}
             with accelerator.autocast():
                 logits_NV, targets_N = trained_logits(model, model.get_output_embeddings(), inputs)

@@ -16,8 +16,9 @@ from graftwork.base.support import PROBE_LENGTH, mixed_share, most_mixed, probe_
 from graftwork.compat.hf import step_figures
 from graftwork.errors import ConfigError
 from graftwork.training.loop import StepPlan
-from graftwork.training.lr_schedule import scheduler_arguments
+from graftwork.training.lr_schedule import scheduler_of
 from graftwork.training.objectives.rows import IGNORED, AnsweredRows, pad_left
+from graftwork.training.optimizers import optimizer_arguments, set_optimizer
 from graftwork.training.strategies import strategy_arguments
 from graftwork.training.worker_messages import TrainJob, rank_and_world
 
@@ -30,17 +31,20 @@ def trained_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, V) and targets (N) of the positions whose next token is trained, through the model's own forward.
 
+    labels (B, T), or (B, T + 1) where the row goes on behind the batch's last position.
+
     A hook drops the other positions just before the output head, so that scaling or soft-capping after it still apply.
     """
     labels_BT = inputs["labels"]
-    keep_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-    keep_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
+    next_BT = labels_BT[:, 1:]
+    keep_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    keep_BT[:, : next_BT.shape[1]] = next_BT != IGNORED
     hook = head.register_forward_pre_hook(lambda _head, args: (args[0][keep_BT], *args[1:]))
     try:
         output = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
     finally:
         hook.remove()
-    return output.logits, labels_BT[:, 1:][keep_BT[:, :-1]]
+    return output.logits, next_BT[next_BT != IGNORED]
 
 
 BATCH = 8
@@ -156,11 +160,16 @@ class TrainerContext:
         """Keyword arguments of TRL's trainers: model, row numbers of all steps in order, rows to batches, callback."""
         return {
             "model": self.model,
-            "train_dataset": Dataset.from_dict({"row": self.plan.rows_SR.reshape(-1)}),
+            "train_dataset": Dataset.from_dict({"row": self.rows_in_order()}),
             "data_collator": self.collate,
             "processing_class": self.tokenizer(),
             "callbacks": [self.callback],
         }
+
+    def rows_in_order(self) -> "NDArray[np.int64]":
+        """Row numbers as the data loader deals them to all workers, a pass of each in turn."""
+        size = self.job.spec.strategy.context_parallel
+        return self.plan.rows_SR.reshape(-1, self.plan.micro_batch).repeat(size, axis=0).reshape(-1)
 
     def collate(self, batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         """Rows of `dataset` -> a batch."""
@@ -187,7 +196,7 @@ def arguments(setting: TrainerContext) -> dict[str, Any]:
     """TrainingArguments, for TRL's config classes: steps, optimizer, precision, processes; no logs, no saving."""
     spec, plan, world = setting.job.spec, setting.plan, rank_and_world()[1]
     optim, cuda = spec.optim, spec.gpus > 0
-    scheduler, warmup_steps = scheduler_arguments(optim, plan.steps)
+    scheduler = scheduler_of(optim, plan.steps)
     shared = {
         "output_dir": str(setting.folder),
         "max_steps": plan.steps,
@@ -195,8 +204,10 @@ def arguments(setting: TrainerContext) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.accumulation,
         "train_sampling_strategy": "sequential",  # the plan is the order
         "learning_rate": optim.lr,
-        "lr_scheduler_type": scheduler,
-        "warmup_steps": warmup_steps,
+        "lr_scheduler_type": scheduler.name,
+        "lr_scheduler_kwargs": scheduler.kwargs,
+        "warmup_steps": scheduler.warmup_steps,
+        **optimizer_arguments(optim),
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.max_grad_norm,
         "seed": spec.seed,
@@ -247,6 +258,7 @@ def build(setting: TrainerContext) -> BuiltTrainer:
     training = setting.job.spec.objective.build(setting)
     for parameter, data in fp32:
         parameter.data = data
+    set_optimizer(training.trainer, setting.job.spec.optim)
     training.trainer.remove_callback(PrinterCallback)
     if not training.decodes:
         training.trainer.processing_class = None  # each checkpoint would hold a copy of the tokenizer

@@ -23,12 +23,13 @@ from graftwork.planning.memory import (
     MemoryPlan,
     RowSizes,
     kv_bytes,
-    largest_linear,
     loading_bytes,
     saved_bytes,
+    unpacked_layer_bytes,
     weight_bytes,
 )
 from graftwork.training.loop import step_plan
+from graftwork.training.optimizers import state_bytes
 from graftwork.training.spec import TrainSpec
 
 
@@ -83,20 +84,22 @@ def passes_of(spec: TrainSpec, rows: RowSizes, micro_batch: int) -> tuple[Pass, 
     sequences, cuda = traits.sequences, spec.gpus > 0
     fused = cuda or traits.head in ("fused", "fused_trained")
     masked = traits.packing != "none" or (rows.padded and micro_batch * sequences > 1)
+    masked = masked and spec.strategy.context_parallel == 1
 
     if rows.each is None:
         sizes, varied = [(-(-rows.longest // sequences), micro_batch * rows.longest_trained)], rows.padded
     else:
-        steps = step_plan(rows.each.lengths_N, spec.optim, spec.seed, spec.num_workers, None)
+        steps = step_plan(rows.each.lengths_N, spec.optim, spec.seed, spec.replicas, None)
         rows_PM = steps.rows_SR.reshape(-1, micro_batch)
         widths_P, trained_P = rows.each.widths_N[rows_PM].max(axis=1), rows.each.trained_N[rows_PM].sum(axis=1)
         sizes, varied = [], bool(widths_P.min() != widths_P.max())
         for index in np.lexsort((-trained_P, -widths_P)):
             if not sizes or trained_P[index] > sizes[-1][1]:
                 sizes.append((int(widths_P[index]), int(trained_P[index])))
-    passes = []
-    for row, trained in sizes:
-        tokens, scored = micro_batch * sequences * row, trained
+    passes, parts = [], spec.strategy.context_parallel
+    for row, trained in ((-(-row // parts), trained) for row, trained in sizes):
+        tokens = micro_batch * sequences * row
+        scored = min(trained, tokens)  # one worker's part may hold all of them
         if traits.head == "reward":
             scored = 0
         elif traits.head == "fused" and not cuda:  # TRL 1.16 scores every position where there is no Triton
@@ -115,6 +118,15 @@ def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: in
         return models * (gathered + tile)
     copies = LOGIT_COPIES * FP32 + (value_bytes if value_bytes == BF16 else 0)
     return taken.scored * model.vocab * copies
+
+
+def router_loss_bytes(model: ModelShape, taken: Pass) -> int:
+    """Bytes of the load-balancing loss: a number for each expert of each place of each token, of all blocks at once.
+
+    transformers 5.24 makes it as int64 and again in fp32, with padding twice (`load_balancing_loss_func`).
+    """
+    values = taken.tokens * model.expert_blocks * model.experts_per_token * model.num_experts
+    return values * (8 + FP32) * (2 if taken.masked else 1) * model.router_loss
 
 
 def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
@@ -167,7 +179,7 @@ def shared(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
     kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus > 0
     if kind == "ddp":
         buckets = trained * FP32 if workers > 1 else 0
-        return Shared(frozen_bytes, trained * FP32, trained * FP32, 2 * trained * FP32, buckets)
+        return Shared(frozen_bytes, trained * FP32, trained * FP32, state_bytes(spec, model), buckets)
     if kind == "fsdp2":
         gathered = LIVE_BLOCKS * -(-(frozen_bytes + trained * FP32) // (model.layers + 1))
         part = trained * FP32 // workers
@@ -250,9 +262,9 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     if full:
         value_bytes = FP32  # the trained weights are in fp32, and there is no autocast on a CPU
     activations = sum(_activations(spec, model, taken, value_bytes))
-    logits = logit_bytes(spec, model, taken, value_bytes)
+    logits = max(logit_bytes(spec, model, taken, value_bytes), router_loss_bytes(model, taken))
     part = shared(spec, model, value_bytes)
-    passes = spec.optim.rows_per_step // workers // taken.rows
+    passes = spec.optim.rows_per_step // spec.replicas // taken.rows
     # gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained: a
     # tied weight gets two of them, one as the head and one as the embedding; those of other layers are small
     added = 2 * model.head_params * FP32 if passes > 1 and full else 0
@@ -288,14 +300,13 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     kept, again = _activations(spec, model, taken, value_bytes, autocast=autocast, mask_bytes=1)
     part = shared(spec, model, value_bytes)
     copies = spec.adapter.trained_params(model) * BF16 if autocast and kind in ("ddp", "fsdp2") else 0
-    # gradients alive at once in one block: of the MLP's inner activations and of two streams
-    backward = round(taken.tokens * (3 * model.intermediate + 2 * model.hidden) * value_bytes)
-    logits = max(logit_bytes(spec, model, taken, value_bytes), backward)
+    backward = taken.tokens * model.mlp_gradients * value_bytes
+    logits = max(logit_bytes(spec, model, taken, value_bytes), backward, router_loss_bytes(model, taken))
     # In the backward pass gradients take the place of activations, where one worker computes one pass a step: gradients
     # of accumulated passes are there while the next keeps its activations, and a strategy's shares are in buffers of
     # their own. On a CPU both count: glibc keeps what it is given back in pieces that the optimizer's first step fills
     # (all weights of SmolLM2-135M: 3.38 GiB measured, 2.77 without the gradients).
-    one_pass = spec.optim.rows_per_step // spec.num_workers // taken.rows <= 1
+    one_pass = spec.optim.rows_per_step // spec.replicas // taken.rows <= 1
     alone = one_pass and kind == "ddp" and spec.num_workers == 1
     parts = {
         "base weights": part.weights,
@@ -331,20 +342,22 @@ def _activations(
     row = taken.row if taken.masked or spec.adapter.virtual_tokens else None  # where a mask is saved
     block = saved_bytes(model, spec.adapter, row, value_bytes=value_bytes, autocast=autocast, mask_bytes=mask_bytes)
     ends = 2 * model.hidden * value_bytes
+    weights = spec.adapter.saved_weights(model) * value_bytes
+    one = weights / max(1, model.expert_blocks)  # and the gradient of its smaller parameter, a third of it
     if not spec.optim.gradient_checkpointing:
-        return round(taken.tokens * (block * model.layers + ends)), 0
+        return round(taken.tokens * (block * model.layers + ends) + weights), round(one / 3)
     inputs = model.layers * model.hidden * value_bytes
-    return round(taken.tokens * (inputs + ends)), round(taken.tokens * block)
+    return round(taken.tokens * (inputs + ends)), round(taken.tokens * block + one * 4 / 3)
 
 
 def _unpacked_bytes(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:
     """A quantised layer while it is multiplied; with DoRA an identity of its inputs, or four forms of the weight."""
     plain = not spec.quant.is_packed or spec.quant.resident == "dequantised"
-    layer = 0 if plain else largest_linear(model) * value_bytes
+    layer = 0 if plain else unpacked_layer_bytes(model, spec.quant, value_bytes)
     return layer + spec.adapter.weight_scratch_bytes(model, autocast=autocast)
 
 
 def micro_batch(spec: TrainSpec) -> int:
     """Rows of one forward pass on one worker: the largest divisor of its rows that `optim.micro_batch` allows."""
-    per_worker = spec.optim.rows_per_step // spec.num_workers
+    per_worker = spec.optim.rows_per_step // spec.replicas
     return max(size for size in range(1, min(spec.optim.rows_per_pass, per_worker) + 1) if per_worker % size == 0)

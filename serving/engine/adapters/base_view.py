@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
+from graftwork.adapters.experts import expert_weights
 from graftwork.compat.hf import unpack_cpu_layout
 from graftwork.serving.engine.adapters.format import LinearShape
 from graftwork.serving.engine.kv_cache import KvShape
@@ -19,12 +21,18 @@ class BaseView:
 
     def __init__(self, model: Any, linears: Mapping[str, LinearShape], kv_shapes: Sequence[KvShape] = ()) -> None:
         self.linears, self.kv_shapes = linears, tuple(kv_shapes)
+        self.experts = {one.name: one for one in expert_weights(model)}
         self._modules: dict[str, torch.nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.embedding: Any = model.get_input_embeddings()
         self.output: Any = model.get_output_embeddings()
         self.embedding_name = self._name_of(self.embedding)
         self.output_name = self._name_of(self.output)
         self.vocab_size, self.hidden_size = (int(size) for size in self.embedding.weight.shape)
+
+    @property
+    def transposed(self) -> bool:
+        """True: the linears store [in, out], as GPT-2's do."""
+        return any(isinstance(self._modules[name], Conv1D) for name in self.linears)
 
     @property
     def tied(self) -> bool:
@@ -55,7 +63,7 @@ class BaseView:
 
 
 def linear_weight(module: torch.nn.Module) -> torch.Tensor:
-    """Weight of an nn.Linear or of bitsandbytes' Linear4bit or Linear8bitLt, fp32, [out, in]. Changes nothing in it."""
+    """Weight of a linear, of bitsandbytes' ones or of a Conv1D, fp32, [out, in]. Changes nothing in it."""
     weight: Any = module.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -69,7 +77,7 @@ def linear_weight(module: torch.nn.Module) -> torch.Tensor:
         scale_O = weight.SCB if state.SCB is None else state.SCB
         plain = int8_vectorwise_dequant(rows_OI, scale_O.to(rows_OI.device))
     else:
-        plain = weight.detach()
+        plain = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
     return plain.float()
 
 

@@ -48,6 +48,20 @@ class SiteWeights:
 
 
 @dataclass(frozen=True)
+class ExpertLora:
+    """LoRA of the experts of one parameter. a_ERI: [experts, rank, in], b_EOR: [experts, out, rank], as `SiteWeights`
+    has them for one linear."""
+
+    a_ERI: torch.Tensor
+    b_EOR: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a_ERI.shape[1])
+
+
+@dataclass(frozen=True)
 class SiteScale:
     """Channels of one linear, multiplied: inputs by input_I, results by output_O (both fp32; None: left as they are).
 
@@ -113,14 +127,16 @@ class AdapterWeights:
     """By linear. For DoRA lora_B is already multiplied by the channel's scale."""
     scales: Mapping[str, SiteScale] = field(default_factory=dict)
     bottlenecks: Mapping[str, SiteBottleneck] = field(default_factory=dict)
+    experts: Mapping[str, ExpertLora] = field(default_factory=dict)
+    """By parameter: `model.layers.0.mlp.experts.down_proj`."""
     inputs: InputRows | None = None
     outputs: OutputRows | None = None
     virtual_tokens: VirtualTokens | None = None
 
     @property
     def rank(self) -> int:
-        """Largest LoRA rank, or bottleneck, over its linears; 0 without either."""
-        sizes = [site.rank for site in self.linears.values()]
+        """Largest LoRA rank, or bottleneck, over its linears and experts; 0 without either."""
+        sizes = [site.rank for site in self.linears.values()] + [one.rank for one in self.experts.values()]
         return max([*sizes, *(len(site.down_RO) for site in self.bottlenecks.values())], default=0)
 
 
@@ -229,15 +245,23 @@ class Targets:
     excluded: Names
     some_layers: bool
     """Only some layers are adapted (`layers_to_transform`)."""
+    parameters: tuple[str, ...] = ()
+    """Ends of names of parameters (`target_parameters`): NAME.weight means a linear, others mean experts."""
 
     @classmethod
     def from_config(cls, config: ConfigFile) -> "Targets":
         """From target_modules, exclude_modules and layers_to_transform."""
         some = config.values.get("layers_to_transform") is not None
-        return cls(config.names("target_modules"), config.names("exclude_modules", optional=True), some)
+        parameters = config.names("target_parameters", optional=True)
+        if isinstance(parameters, str):
+            raise config.make_error("target_parameters", "target_parameters is a list of names")
+        modules, excluded = config.names("target_modules"), config.names("exclude_modules", optional=True)
+        return cls(modules, excluded, some, parameters)
 
     def include(self, module: str) -> bool:
         """True: peft would put an adapter on this linear."""
+        if self.parameters and matches_module(self.parameters, f"{module}.weight"):
+            return True
         if self.excluded and matches_module(self.excluded, module):
             return False
         return self.names == "all-linear" or matches_module(self.names, module)

@@ -21,6 +21,7 @@ from graftwork.serving.engine.adapters.loaded import LoadedAdapter
 from graftwork.serving.engine.adapters.token_rows import changed_result, input_change, output_change
 from graftwork.serving.engine.adapters.weights_file import TensorFile
 from graftwork.serving.engine.attention import StepBatch
+from graftwork.serving.engine.expert_layers import ExpertLayers, expert_rows
 from graftwork.serving.engine.lora_batch import DeltaPlanner
 from graftwork.serving.engine.lora_layers import Deltas, LoraSegment, Sites
 
@@ -95,8 +96,10 @@ Adapters = Sequence[LoadedAdapter | None]
 class MixedKinds:
     """The hooks and planners beyond LoRA, for the engine's thread. Steps of LoRA and base rows never come here."""
 
-    def __init__(self, model: Any, sites: Sites, lora: DeltaPlanner, device: torch.device) -> None:
-        self._sites, self._lora, self._device = sites, lora, device
+    def __init__(
+        self, model: Any, sites: Sites, experts: ExpertLayers, lora: DeltaPlanner, device: torch.device
+    ) -> None:
+        self._sites, self._experts, self._lora, self._device = sites, experts, lora, device
         self._embedding, self._output = model.get_input_embeddings(), model.get_output_embeddings()
         self._scales = ScalePlanner(device)
 
@@ -126,6 +129,8 @@ class MixedKinds:
                     stack.enter_context(changed_result(layer, change))
             self._sites.inputs = scales if scales is not None and scales.changes_inputs else None
             stack.callback(setattr, self._sites, "inputs", None)
+            self._experts.adapters = expert_rows(decoding, segments, self._device)
+            stack.callback(setattr, self._experts, "adapters", ())
             yield scaled if networks is None else networks
 
     def forget(self, version: str) -> None:

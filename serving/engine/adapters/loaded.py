@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from graftwork.serving.engine.adapters.format import (
+    ExpertLora,
     InputRows,
     OutputRows,
     SiteBottleneck,
@@ -45,6 +46,7 @@ class LoadedAdapter:
     scales: Mapping[str, SiteScale] = field(default_factory=dict)
     """DoRA and IA3: channels that are multiplied, by linear."""
     bottlenecks: Mapping[str, SiteBottleneck] = field(default_factory=dict)
+    experts: Mapping[str, ExpertLora] = field(default_factory=dict)
     inputs: InputRows | None = None
     outputs: OutputRows | None = None
     virtual_tokens: VirtualTokens | None = None
@@ -57,7 +59,7 @@ class LoadedAdapter:
     @property
     def decodes_by_lora(self) -> bool:
         """True: `groups` is all that a decoding token needs of it; what stands before the prompt is in its KV."""
-        return not (self.scales or self.bottlenecks or self.inputs or self.outputs)
+        return not (self.scales or self.bottlenecks or self.experts or self.inputs or self.outputs)
 
 
 T = TypeVar("T")

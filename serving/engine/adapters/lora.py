@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from graftwork.adapters.experts import file_modules
 from graftwork.adapters.kind import MODULE_PREFIX
 from graftwork.adapters.lora import HALF_KEY, MAGNITUDE_KEY
 from graftwork.errors import ArtifactError
@@ -20,11 +21,13 @@ from graftwork.serving.engine.adapters.base_view import BaseView
 from graftwork.serving.engine.adapters.format import (
     AdapterWeights,
     ConfigFile,
+    ExpertLora,
     ReadOptions,
     SiteScale,
     SiteWeights,
     Targets,
     is_positive,
+    matches_module,
 )
 from graftwork.serving.engine.adapters.token_rows import ROW_KEYS, replaced_rows
 from graftwork.serving.engine.adapters.weights_file import TensorFile
@@ -45,23 +48,23 @@ def rescaled(
 _EXPECTED = f"{MODULE_PREFIX}MODULE.lora_A.weight and .lora_B.weight, and what the config names"
 _HONOURED = frozenset(
     {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
+    | {"target_parameters"}
     | {"layers_to_transform", "layers_pattern", "init_lora_weights"}
     | ROW_KEYS
 )
 _WITHOUT_EFFECT_HERE = frozenset(
-    {"lora_dropout", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+    {"lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
     | {"qalora_group_size", "runtime_config"}
 )
-"""Training and bookkeeping only. `loftq_config` and its kin act through `init_lora_weights`, which is checked."""
+"""Training and bookkeeping only. `fan_in_fan_out`: the base's linears store [in, out], which the tensors of a LoRA do
+not depend on. `loftq_config` and its kin act through `init_lora_weights`, which is checked."""
 _NEUTRAL_INIT = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base weights as they are; pissa, olora, corda, loftq, ... change the base itself."""
 _WHY_REFUSED = {
     "bias": "trained biases would replace the base's for every request",
     "lora_bias": "a bias on lora_B is not applied",
-    "target_parameters": "only linear modules take an adapter",
     "layer_replication": "replicated layers make another base model",
     "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",
-    "fan_in_fan_out": "the base's linears store [out, in]",
     "megatron_config": "Megatron's parallel linears are not used here",
 }
 
@@ -112,10 +115,13 @@ class LoraSettings:
 def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
     """Return a LoRA or DoRA adapter, with the embedding and output rows that were trained with it."""
     settings, targets = LoraSettings.from_config(config), Targets.from_config(config)
+    if config.values.get("fan_in_fan_out") and not base.transposed:
+        raise config.make_error("fan_in_fan_out", "the linears of this base store [out, in]")
     inputs, outputs = replaced_rows(config, tensors, base, options.dtype)
-    modules = _modules(tensors)
-    targets.check(modules, base.linears, config, tensors.path)
     keep = frozenset({torch.bfloat16}) if options.narrow and not settings.use_dora else frozenset()
+    experts = _experts(settings, targets.parameters, config, tensors, base, options, keep)
+    modules = _modules(tensors, alone=not experts)
+    targets.check(modules, base.linears, config, tensors.path)
     sites = {module: _site(settings, module, tensors, base, options, keep) for module in modules}
     scales: dict[str, SiteScale] = {}
     if settings.use_dora:
@@ -125,11 +131,46 @@ def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadO
             magnitude_O = tensors.take(key, (base.linears[module].out_features,), torch.float32)
             sites[module], scales[module] = rescaled(site, magnitude_O, base.weight(module), base.bias(module))
     tensors.require_empty(_EXPECTED)
-    return AdapterWeights(sites, scales, inputs=inputs, outputs=outputs)
+    return AdapterWeights(sites, scales, experts=experts, inputs=inputs, outputs=outputs)
 
 
-def _modules(tensors: TensorFile) -> list[str]:
-    """Modules with a lora_A and a lora_B; half a pair, or none at all, is refused."""
+def _experts(
+    settings: LoraSettings,
+    targets: tuple[str, ...],
+    config: ConfigFile,
+    tensors: TensorFile,
+    base: BaseView,
+    options: ReadOptions,
+    keep: Collection[torch.dtype],
+) -> dict[str, ExpertLora]:
+    """The LoRA of experts by parameter: PEFT stacks the ranks of all experts, lora_A by expert and lora_B by rank."""
+    modules: dict[str, list[str]] = {}
+    for name, weight in base.experts.items():
+        if targets and matches_module(targets, name):
+            modules.setdefault(weight.module, []).append(name)
+    meant = [*base.experts, *(f"{name}.weight" for name in base.linears)]
+    for target in targets:
+        if not any(matches_module((target,), name) for name in meant):
+            rule = "every target is a parameter of experts, or the weight of a linear"
+            raise config.make_error("target_parameters", rule, value=target)
+    if modules and settings.use_dora:
+        raise config.make_error("use_dora", "an adapter of experts is a plain LoRA")
+    found = {}
+    for names in modules.values():
+        for name, module in file_modules(names).items():
+            weight, rank = base.experts[name], settings.rank_of(name)
+            _require_rank(rank, name, tensors, options)
+            lines, key = rank * weight.experts, f"{MODULE_PREFIX}{module}"
+            a = tensors.take(f"{key}.lora_A.weight", (lines, weight.inputs), options.dtype, keep)
+            b = tensors.take(f"{key}.lora_B.weight", (weight.outputs, lines), options.dtype, keep)
+            a_ERI = a.view(weight.experts, rank, weight.inputs)
+            b_EOR = b.view(weight.outputs, rank, weight.experts).permute(2, 0, 1).contiguous()
+            found[name] = ExpertLora(a_ERI, b_EOR, settings.scaling_of(name))
+    return found
+
+
+def _modules(tensors: TensorFile, *, alone: bool) -> list[str]:
+    """Modules with a lora_A and a lora_B; half a pair is refused, and none at all where it is `alone` in the file."""
     halves: dict[str, set[str]] = {}
     for match in tensors.match(HALF_KEY):
         halves.setdefault(match["module"], set()).add(match["half"])
@@ -137,7 +178,7 @@ def _modules(tensors: TensorFile) -> list[str]:
         if len(found) != 2:
             missing = ({"A", "B"} - found).pop()
             raise tensors.make_error(f"{module} has no lora_{missing}", "A and B come in pairs")
-    if not halves:
+    if not halves and alone:
         tensors.require_empty(_EXPECTED)
         raise tensors.make_error("no tensors", "an adapter adapts at least one linear")
     return list(halves)
@@ -152,14 +193,18 @@ def _site(
     keep: Collection[torch.dtype],
 ) -> SiteWeights:
     shape, rank, dtype = base.linears[module], settings.rank_of(module), options.dtype
-    if rank > options.max_rank:
-        rule, move = f"ranks go up to engine.max_rank={options.max_rank}", f"raise engine.max_rank to {rank}"
-        raise ArtifactError(f"{tensors.path}: {module}", f"r={rank}", rule, move)
+    _require_rank(rank, module, tensors, options)
     a_RI = tensors.take(f"{MODULE_PREFIX}{module}.lora_A.weight", (rank, shape.in_features), dtype, keep)
     b_OR = tensors.take(f"{MODULE_PREFIX}{module}.lora_B.weight", (shape.out_features, rank), dtype, keep)
     if a_RI.dtype != b_OR.dtype:
         a_RI, b_OR = a_RI.to(dtype), b_OR.to(dtype)
     return SiteWeights(a_RI, b_OR, settings.scaling_of(module))
+
+
+def _require_rank(rank: int, module: str, tensors: TensorFile, options: ReadOptions) -> None:
+    if rank > options.max_rank:
+        rule, move = f"ranks go up to engine.max_rank={options.max_rank}", f"raise engine.max_rank to {rank}"
+        raise ArtifactError(f"{tensors.path}: {module}", f"r={rank}", rule, move)
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

@@ -58,6 +58,7 @@ class DecodeBatch:
             scale=call.scale,
             window=call.window,
             softcap=call.softcap,
+            sinks_H=call.sinks_H,
         )
 
 

@@ -1,4 +1,4 @@
-"""Every stage refuses a base that it does not support before a Ray starts; docs/bases.md shows the table."""
+"""Every stage refuses a base that it does not support before a Ray starts."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from graftwork.base.support import STAGES, base_support, check_serving, check_training
+from graftwork.base.support import check_serving, check_training
 from graftwork.cli.config import check as config_check
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
@@ -22,16 +22,18 @@ from graftwork.stages.plans import plan_spec
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.run import check as check_sweep
 from graftwork.tuning.spec import TuneSpec
-from tests.families import FAMILIES, config_of, write_family
+from tests.families import config_of, write_family
 
-DOCS = Path(__file__).parents[3] / "docs" / "bases.md"
 ROW = {"prompt": "Which airport has the code ZPPP?", "completion": "Kunming.", "id": "1", "gold": {"name": "Kunming"}}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("bases")
-    return {kind: str(write_family(root / kind, kind)) for kind in ("mixtral", "falcon_h1", "gemma3", "gpt2", "qwen3")}
+    return {
+        kind: str(write_family(root / kind, kind))
+        for kind in ("mixtral", "falcon_h1", "gemma3", "gpt2", "qwen3", "llama4_text")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,8 @@ def refused(error: pytest.ExceptionInfo[BaseModelError], reason: str, hint: str)
 @pytest.mark.parametrize(
     ("kind", "keys", "reason", "hint"),
     [
-        ("mixtral", {}, "experts and routers", "--set adapter.targets=attention"),
+        ("mixtral", {"adapter": {"targets": "mlp"}}, "experts and routers", "--set adapter.experts=true"),
+        ("qwen3", {"adapter": {"experts": True}}, "no experts", "leave adapter.experts out"),
         ("mixtral", {"quant": {"kind": "nf4"}}, "14% of its weights would be packed", "--set quant.kind=none"),
         ("mixtral", {"quant": {"kind": "int8"}}, "3-D parameters", "--set quant.kind=none"),
         ("falcon_h1", {}, "Module 'out_proj' is incompatible", "--set adapter.targets=attention"),
@@ -74,7 +77,6 @@ def refused(error: pytest.ExceptionInfo[BaseModelError], reason: str, hint: str)
             "recurrent layers",
             "--set objective.packing=none",
         ),
-        ("gemma3", {"num_workers": 2}, "vision_tower", "--set num_workers=1"),
     ],
     ids=str,
 )
@@ -93,9 +95,10 @@ def test_training_refuses_what_could_not_end_well(
 def test_training_takes_what_can_be_published_and_loaded(folders: dict[str, str], rows: str) -> None:
     from graftwork.training.run import check
 
-    assert check(train_spec(folders["mixtral"], rows, adapter={"targets": "attention"})) == []
+    assert check(train_spec(folders["mixtral"], rows)) == []
+    assert check(train_spec(folders["mixtral"], rows, adapter={"targets": "mlp", "experts": True})) == []
     assert check(train_spec(folders["gemma3"], rows)) == []
-    assert check(train_spec(folders["gemma3"], rows, num_workers=2, adapter={"kind": "prefix"})) == []
+    assert check(train_spec(folders["gemma3"], rows, num_workers=2)) == []
 
 
 def test_config_check_names_what_a_local_base_does_not_support(
@@ -113,16 +116,14 @@ def test_a_sweep_refuses_a_base_for_any_of_its_trials(folders: dict[str, str], r
     data = {"train": rows, "eval": str(tmp_path / "eval.jsonl")}
     Path(data["eval"]).write_text(json.dumps({**ROW, "id": "9", "prompt": "And KJFK?"}) + "\n", encoding="utf-8")
     train = train_spec(folders["mixtral"], rows, adapter={"targets": "attention"}, data=data)
-    space = {"adapter.targets": {"kind": "choice", "values": ["attention", "all-linear"]}}
+    space = {"adapter.targets": {"kind": "choice", "values": ["attention", "mlp"]}}
     spec = TuneSpec.model_validate({"name": "s", "train": train.model_dump(), "space": space, "num_trials": 2})
     with pytest.raises(BaseModelError) as error:
         check_sweep(spec)
-    refused(error, "experts and routers", "--set adapter.targets=attention")
+    refused(error, "experts and routers", "--set adapter.experts=true")
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"), [("falcon_h1", "recurrent layers"), ("mixtral", "attention option output_router_logits")]
-)
+@pytest.mark.parametrize(("kind", "reason"), [("falcon_h1", "recurrent layers")])
 def test_every_stage_that_serves_refuses_what_the_engine_cannot(
     folders: dict[str, str], rows: str, tmp_path: Path, kind: str, reason: str
 ) -> None:
@@ -159,14 +160,6 @@ def test_precisions_that_pack_a_part_of_the_weights_are_refused(
     refused(error, "would be packed", "precisions=[fp32, bf16]")
 
 
-def test_adapters_on_transposed_linears_are_refused_before_they_are_looked_up(folders: dict[str, str]) -> None:
-    spec = ServeSpec.model_validate({"base": folders["gpt2"], "quant": {"kind": "none"}})
-    check_serving(spec)
-    with pytest.raises(BaseModelError) as error:
-        check_spec(spec.with_({"adapters": ["t@latest"]}))
-    refused(error, "fan_in_fan_out", "without adapters")
-
-
 def test_a_vllm_endpoint_is_not_held_to_the_limits_of_our_engine(folders: dict[str, str]) -> None:
     keys = {"base": folders["mixtral"], "quant": {"kind": "none"}, "engine": "vllm", "num_gpus": 1}
     check_serving(ServeSpec.model_validate(keys))
@@ -175,9 +168,6 @@ def test_a_vllm_endpoint_is_not_held_to_the_limits_of_our_engine(folders: dict[s
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("phimoe", "routers"),
-        ("llama4_text", "no decoder below its output head"),
-        ("granitemoehybrid", "the loss of a router"),
         ("mamba2", "PEFT cannot attach"),
     ],
 )
@@ -212,7 +202,7 @@ def test_a_plan_shows_the_stages_that_support_the_base(folders: dict[str, str], 
     whole = "base qwen3 (Qwen3ForCausalLM) supports plan, none, int8, nf4, train, pack, serve, serve adapters"
     assert line(train_spec(folders["qwen3"], rows)) == whole
     served = line(ServeSpec.model_validate({"base": folders["gpt2"], "quant": {"kind": "none"}}))
-    assert "; not serve adapters: its linear layers store [in, out]" in served
+    assert "; not plan: activations are not predicted for an activation function" in served
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "mixtral"])
@@ -245,24 +235,3 @@ def test_the_first_loss_is_that_of_transformers(kind: str, rows: str, tmp_path: 
     assert seen[0] == pytest.approx(expected, rel=1e-5)
     if kind == "mixtral":
         assert expected > plain + 1e-3, "the router's loss is part of it"
-
-
-def test_the_table_in_the_docs_is_that_of_the_function() -> None:
-    assert table() in DOCS.read_text(encoding="utf-8"), f"write this table into docs/bases.md:\n{table()}"
-
-
-def table() -> str:
-    """A line a family, scaled down: its class and each stage. LoRA targets that are refused stand with `train`."""
-    lines = [f"| model_type | class | {' | '.join(STAGES)} |", f"|---|---|{'---|' * len(STAGES)}"]
-    for kind in sorted(FAMILIES):
-        support = base_support(config_of(kind))
-        cells = {stage: "no" if found.reason else "yes" for stage, found in support.stages.items()}
-        taken = [which for which, found in support.lora.items() if not found.reason]
-        if cells["train"] == "yes" and "all-linear" not in taken:
-            cells["train"] = f"targets: {', '.join(taken)}"
-        if support.train_packed.reason:
-            cells["train"] = "quant.kind=none"
-        if support.outside and cells["train"] == "yes":
-            cells["train"] = "1 worker under ddp"
-        lines.append(f"| {kind} | {support.model_class} | {' | '.join(cells[stage] for stage in STAGES)} |")
-    return "\n".join(lines)

@@ -72,8 +72,12 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mixed values [N, H, D] in the query's dtype. longest: keys that any request can ever have (sets the grid)."""
+    """Mixed values [N, H, D] in the query's dtype. longest: keys that any request can ever have (sets the grid).
+
+    sinks_H: a further score of each head, without a value.
+    """
     count, heads, size = q_NHD.shape
     out_NHD = torch.empty(count, heads, size, dtype=q_NHD.dtype, device=q_NHD.device)
     parts = split_count(count * kv_heads, longest if window is None else min(longest, window))
@@ -88,6 +92,7 @@ def attend(
         places.starts,
         places.caps,
         places.lengths,
+        q_NHD if sinks_H is None else sinks_H,
         q_NHD.stride(0),
         q_NHD.stride(1),
         kv_heads,
@@ -100,6 +105,7 @@ def attend(
         softcap or 0.0,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
+        SINKS=sinks_H is not None,
         WHOLE=parts == 1,
         BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_S=_BLOCK_S,
@@ -166,6 +172,7 @@ def _attend_kernel(
     starts_ptr,
     caps_ptr,
     lengths_ptr,
+    sinks_ptr,
     q_row,
     q_head,
     kv_heads,
@@ -178,6 +185,7 @@ def _attend_kernel(
     softcap,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -202,6 +210,10 @@ def _attend_kernel(
     most_G = tl.full((BLOCK_G,), -float("inf"), dtype=tl.float32)
     total_G = tl.full((BLOCK_G,), 0.0, dtype=tl.float32)
     sum_GD = tl.full((BLOCK_G, BLOCK_D), 0.0, dtype=tl.float32)
+    if SINKS:  # the first part begins with the sink's weight, e^0 relative to its score
+        sink_G = tl.load(sinks_ptr + head * group + g_G, in_G, other=0.0).to(tl.float32)
+        most_G = tl.where(part == 0, sink_G, most_G)
+        total_G = tl.where(part == 0, 1.0, total_G)
     for s in range(begin, stop, BLOCK_S):
         s_S = s + tl.arange(0, BLOCK_S)
         in_S = s_S < stop

@@ -53,14 +53,18 @@ def reference(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one query over all keys, in float64."""
+    """Attention of one query over all keys, in float64. sinks_H: scores without values, as gpt-oss has them."""
     first = max(0, keys_KSD.shape[1] - window) if window is not None else 0
     repeat = len(q_HD) // len(keys_KSD)
     keys, values = (part[:, first:].double().repeat_interleave(repeat, 0) for part in (keys_KSD, values_KSD))
     scores = torch.einsum("hd,hsd->hs", q_HD.double(), keys) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if sinks_H is not None:
+        shares = torch.cat([scores, sinks_H.double()[:, None]], -1).softmax(-1)[:, :-1]
+        return torch.einsum("hs,hsd->hd", shares, values)
     return torch.einsum("hs,hsd->hd", scores.softmax(-1), values)
 
 
@@ -74,11 +78,13 @@ CASES = [  # lengths, query heads, key-value heads, head size, window, softcap
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_of_ragged_requests_equals_the_definition(
-    case: tuple[list[int], int, int, int, int | None, float | None], dtype: torch.dtype
+    case: tuple[list[int], int, int, int, int | None, float | None], with_sinks: bool, dtype: torch.dtype
 ) -> None:
     lengths, heads, kv_heads, size, window, softcap = case
+    sinks_H = 2 * rand(heads, seed=94, dtype=dtype) if with_sinks else None
     padded = len(lengths) + 2
     rows = Rows(lengths, kv_heads, size, dtype, padded)
     q_NHD = rand(heads, padded, size, seed=91, dtype=dtype).transpose(0, 1)  # strided, as the model hands it over
@@ -100,6 +106,7 @@ def test_attention_of_ragged_requests_equals_the_definition(
             scale=0.2,
             window=window,
             softcap=softcap,
+            sinks_H=sinks_H,
         )
         for longest in (512, 1)  # sets the number of parts and nothing else: several, then one
     )
@@ -108,7 +115,7 @@ def test_attention_of_ragged_requests_equals_the_definition(
         k_KSD, v_KSD = (view[:, :length] for view in rows.kv.row_view(row, 0))
         assert torch.equal(k_KSD[:, -1], k_NKD[n])
         assert torch.equal(v_KSD[:, -1], v_NKD[n])
-        expected = reference(q_NHD[n], k_KSD, v_KSD, 0.2, window, softcap)
+        expected = reference(q_NHD[n], k_KSD, v_KSD, 0.2, window, softcap, sinks_H)
         for out_NHD in (split_NHD, whole_NHD):
             torch.testing.assert_close(out_NHD[n].double(), expected, atol=bound, rtol=bound)
     assert torch.isfinite(split_NHD).all(), "padding must not make nan"

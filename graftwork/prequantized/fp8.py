@@ -1,0 +1,73 @@
+"""FP8 checkpoints: 8-bit floats with one scale a block, a row or a tensor (`quant_method` fp8 and fbgemm_fp8).
+
+The layout is that of DeepSeek-V3 (arXiv 2412.19437, section 3.3): `weight` in float8_e4m3fn and `weight_scale_inv`,
+which is multiplied in spite of its name, for blocks of 128 x 128. Checkpoints with one scale a tensor or row name it
+`weight_scale`. Reference: `Fp8Dequantize` of transformers 5.24, which multiplies in fp32 and rounds once.
+"""
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+from graftwork.prequantized.format import IGNORED, PackedFormat, Parts, Settings, names, unsupported
+
+if TYPE_CHECKING:
+    import torch
+
+FP32 = 4
+UE8M0_BIAS = 127
+"""Of a scale that is stored as its exponent in one byte."""
+
+
+def read(settings: Settings) -> PackedFormat:
+    """Return the format of this `quantization_config`. Raises BaseModelError."""
+    block = settings.get("weight_block_size")
+    if block is not None and (len(block) != 2 or min(block) < 1):
+        raise unsupported("weight_block_size", repr(block), "a block has a number of rows and one of columns")
+    if settings.get("fmt", "e4m3") != "e4m3":
+        raise unsupported("fmt", repr(settings["fmt"]), "weights are read in the format e4m3")
+    rows, columns = (int(size) for size in block) if block else (0, 0)
+
+    by_row = settings.get("quant_method") == "fbgemm_fp8"
+
+    def packed_bytes(inputs: int, outputs: int) -> int:
+        scales = ceil(outputs / rows) * ceil(inputs / columns) if block else outputs if by_row else 1
+        return inputs * outputs + scales * FP32
+
+    def dequantise(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
+        scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
+        return multiply(parts["weight"], scale, (rows, columns) if block else None).to(dtype)
+
+    return PackedFormat(
+        label=f"FP8 (blocks of {rows}x{columns})" if block else f"FP8 (a scale per {'row' if by_row else 'tensor'})",
+        parts=("weight", "weight_scale_inv", "weight_scale", *IGNORED, "input_scale_ub"),
+        marks=("weight_scale_inv", "weight_scale"),
+        dequantise=dequantise,
+        packed_bytes=packed_bytes,
+        plain=names(settings, "modules_to_not_convert", "ignored_layers"),
+    )
+
+
+def multiply(weight_OI: "torch.Tensor", scale: "torch.Tensor", block: tuple[int, int] | None = None) -> "torch.Tensor":
+    """Return weight * scale in fp32. The scale is one value, [O], [O, 1], or a grid of blocks whose last are cut off.
+
+    Without `block` the grid divides the weight evenly.
+    """
+    import torch
+
+    exponents = scale.dtype == torch.uint8
+    wide = torch.exp2(scale.float() - UE8M0_BIAS) if exponents else scale.float()
+    if wide.numel() == 1:
+        return weight_OI.float() * wide.reshape(())
+    if wide.dim() == 1:
+        wide = wide[:, None]
+    outputs, inputs = weight_OI.shape
+    rows, columns = block or (outputs // wide.shape[0], inputs // wide.shape[1])
+    if (ceil(outputs / rows), ceil(inputs / columns)) != tuple(wide.shape):
+        found = f"{outputs}x{inputs} weights with a grid of {wide.shape[0]}x{wide.shape[1]} scales"
+        raise unsupported("weight_block_size", found, f"a scale belongs to {rows}x{columns} weights")
+    plain_OI = weight_OI.float()
+    if not outputs % rows and not inputs % columns:
+        plain_OI.view(-1, rows, wide.shape[1], columns).mul_(wide[:, None, :, None])
+        return plain_OI
+    grid_OI = wide.repeat_interleave(rows, 0)[:outputs].repeat_interleave(columns, 1)[:, :inputs]
+    return plain_OI.mul_(grid_OI)

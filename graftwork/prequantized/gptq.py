@@ -1,0 +1,74 @@
+"""GPTQ checkpoints (arXiv 2210.17323) of AutoGPTQ and GPTQModel: 2, 4 or 8 bits with a zero point and a scale a group.
+
+`qweight` [I * bits / 32, O] holds consecutive inputs of one output in an int32 word, lowest bits first; `qzeros`
+[G, O * bits / 32] holds zero points, less one in `checkpoint_format` gptq and as they are in gptq_v2; `scales` [G, O];
+`g_idx` [I] is the group of each input, which is not in order under `desc_act`. Reference: the torch path of AutoGPTQ
+0.7.1 (`qlinear_cuda`), which computes scale * (q - zero) in the dtype of the scale.
+"""
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+from graftwork.prequantized.format import PackedFormat, Parts, Settings, names, unpack_columns, unsupported
+
+if TYPE_CHECKING:
+    import torch
+
+WIDTHS = (2, 4, 8)
+LAYOUTS = {"gptq": 1, "gptq_v2": 0}
+"""What is added to a stored zero point, by `checkpoint_format`."""
+SCALE_BYTES, INDEX_BYTES = 2, 4
+
+
+def read(settings: Settings) -> PackedFormat:
+    """Return the format of this `quantization_config`. Raises BaseModelError."""
+    bits = settings.get("bits", 4)
+    if bits not in WIDTHS:
+        raise unsupported("bits", repr(bits), f"GPTQ weights are read with {', '.join(map(str, WIDTHS))} bits")
+    layout = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
+    if layout not in LAYOUTS:
+        raise unsupported("checkpoint_format", repr(layout), f"layouts that are read: {', '.join(LAYOUTS)}")
+    changed = [name for name in settings.get("dynamic") or {} if not name.startswith("-:")]
+    if changed:
+        raise unsupported("dynamic", repr(changed[0]), "all packed weights have the same bits and groups")
+    columns, added, bits = int(settings.get("group_size", 128)), LAYOUTS[layout], int(bits)
+
+    def packed_bytes(inputs: int, outputs: int) -> int:
+        groups = ceil(inputs / columns) if columns > 0 else 1
+        words = inputs * outputs * bits // 8 + groups * outputs * bits // 8
+        return words + groups * outputs * SCALE_BYTES + inputs * INDEX_BYTES
+
+    def dequantise(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
+        return _values(parts, bits, added).to(dtype)
+
+    order = ", inputs reordered" if settings.get("desc_act") else ""
+    grain = f"groups of {columns}" if columns > 0 else "a scale per output"
+    skipped = (f"re:{name[2:]}" for name in settings.get("dynamic") or {})
+    return PackedFormat(
+        label=f"GPTQ int{bits} ({grain}{order})",
+        parts=("qweight", "qzeros", "scales", "g_idx"),
+        marks=("qweight",),
+        dequantise=dequantise,
+        packed_bytes=packed_bytes,
+        plain=(
+            *names(settings, "modules_to_not_convert"),
+            *skipped,
+            *(() if settings.get("lm_head") else ("lm_head",)),
+        ),
+    )
+
+
+def _values(parts: Parts, bits: int, added: int) -> "torch.Tensor":
+    """Return scale * (q - zero) in the scale's dtype, [O, I]."""
+    import torch
+
+    q_OI = unpack_columns(parts["qweight"].t(), bits)
+    zero_OG = (unpack_columns(parts["qzeros"], bits) + added).t()
+    scale_OG, inputs = parts["scales"].t(), q_OI.shape[1]
+    groups = scale_OG.shape[1]
+    in_order_I = torch.arange(inputs, device=q_OI.device) // ceil(inputs / groups)
+    index_I = parts["g_idx"].long() if "g_idx" in parts else in_order_I
+    if not inputs % groups and torch.equal(index_I, in_order_I):
+        q_OGn: torch.Tensor = q_OI.unflatten(1, (groups, -1))
+        return (scale_OG.unsqueeze(-1) * (q_OGn - zero_OG.unsqueeze(-1))).flatten(1)
+    return scale_OG[:, index_I] * (q_OI - zero_OG[:, index_I])
