@@ -16,10 +16,10 @@ from graftwork.errors import BaseModelError
 from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
-from graftwork.prompts.template import DEFAULT_DATE, Template, replaced_template
+from graftwork.prompts.template import DEFAULT_DATE, Template, hermes_template
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
-from graftwork.storage.store import cache_root
+from graftwork.storage.store import cache_root, read_uri
 
 if TYPE_CHECKING:
     import torch
@@ -157,6 +157,15 @@ def config_file(base: BaseSpec) -> Path | None:
     return path / "config.json" if alone else None
 
 
+def config_beside(base: BaseSpec, folder: Path) -> Path | None:
+    """config.json in the folder of a spec file whose base is a Hugging Face id that is not in this machine's cache.
+
+    A plan from it downloads nothing. None: the base is here, or there is no such file.
+    """
+    file = folder / "config.json"
+    return file if file.is_file() and source.is_uncached_hub_id(base.uri) else None
+
+
 def read_config(base: BaseSpec) -> Mapping[str, Any]:
     """The config of a base, with its changes by the spec; of `config_file` too. Raises BaseModelError, StorageError."""
     file = config_file(base)
@@ -196,7 +205,7 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
     replaced = None
     if base.chat_template is not None:
-        replaced = replaced_template(folder, base.chat_template)
+        replaced = _replaced_template(folder, base.chat_template)
         digest += f".template-{hashlib.sha256(replaced.encode()).hexdigest()[:8]}"
     return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day, replaced)
 
@@ -261,6 +270,17 @@ def load(
     return LoadedBase(model, dtype, reason, stored, weight_bytes(model) if dequantise else stored)
 
 
+def _replaced_template(folder: Path, asked: str) -> str:
+    """Text of `base.chat_template`. Raises BaseModelError, StorageError."""
+    if asked == "hermes":
+        return hermes_template(folder)
+    try:
+        return read_uri(asked).decode("utf-8")
+    except UnicodeDecodeError as error:
+        rule = "chat_template is `hermes`, or the place of a Jinja file in UTF-8"
+        raise BaseModelError(f"base.chat_template={asked}", f"it is not UTF-8 ({error.reason})", rule) from error
+
+
 def template(resolved: ResolvedBase) -> Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
     return Template.load(
@@ -308,6 +328,10 @@ def check_form(resolved: ResolvedBase, quant: QuantSpec, shards: str = "none") -
 
 def _read_packed(resolved: ResolvedBase, packed: PackedFormat, device: str | None, dtype: "torch.dtype") -> Any:
     """The model whose packed linears stay packed."""
+    if packed.native:
+        model = _read(resolved.folder, resolved.overrides, None, device, dtype)
+        _keep_differentiable(model)
+        return model
     from graftwork.compat.packed_weights import PackedLoadConfig
 
     files = PackedFiles(resolved.folder, packed)
@@ -326,7 +350,9 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for part in (config, config.get_text_config()):
         if settings is not None and hasattr(part, "quantization_config"):
-            del part.quantization_config
+            del part.quantization_config  # of a packed checkpoint: `settings` are those of this load
+        elif "bnb_4bit_compute_dtype" in (getattr(part, "quantization_config", None) or {}):
+            part.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     for key, value in overrides.items():
         setattr(config, key, value)
     return auto_class(config).from_pretrained(

@@ -53,8 +53,8 @@ class BaseSpec(Spec):
     the manifest, where the base is one that a full run published; else 2024-07-26, and never the clock's day."""
 
     chat_template: str | None = None
-    """Another chat template than the base's, part of the base: a path to a Jinja file, or `hermes`, which writes
-    functions, calls and results as text into the turns of the base's own template."""
+    """Another chat template than the base's, part of the base: the path or URI of a Jinja file, or `hermes`, which
+    writes functions, calls and results as text into the turns of the base's own template."""
 
     @model_validator(mode="before")
     @classmethod
@@ -154,6 +154,16 @@ def from_hub(uri: str) -> Path | None:
     """Folder behind a Hugging Face id, `ORG/NAME[@REVISION]`; None: it is no such id. Raises BaseModelError."""
     hub = _HUB_ID.fullmatch(uri)
     return _from_hub(hub["id"], hub["revision"]) if hub else None
+
+
+def is_uncached_hub_id(uri: str) -> bool:
+    """True of a Hugging Face id of which the hub's cache on this machine has nothing. Loads no library of the hub."""
+    hub = _HUB_ID.fullmatch(uri)
+    if hub is None or Path(uri).expanduser().exists():
+        return False
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return not (cache / f"models--{hub['id'].replace('/', '--')}" / "snapshots").is_dir()
 
 
 def absolute(uri: str) -> str:
