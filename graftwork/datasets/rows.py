@@ -302,7 +302,7 @@ def render_question(
 
 
 @contextlib.contextmanager
-def naming(row: DatasetRow) -> Iterator[None]:
+def naming(row: DatasetRow | Example) -> Iterator[None]:
     """Name the row in the DataErrors of the block."""
     try:
         yield

@@ -109,6 +109,8 @@ class TurnReader:
         if not (calls and content is None):
             require_text(content, f"{place}.{form.content}", form.content, form.content in turn, may_be_empty=optional)
         name, call_id = (_optional_text(turn.get(key), f"{place}.{key}") for key in ("name", "tool_call_id"))
+        if name is not None and role != "tool":
+            self.keys.speaker()
         if call_id is not None and role != "tool":
             raise DataError(f"{place}.tool_call_id", f"found in a turn of role {role}", "it belongs to a turn of tool")
         return Message(

@@ -136,6 +136,34 @@ def test_calls_are_learned_and_results_and_turns_of_weight_0_are_not(folder: Pat
     assert text.index("Well.") < text.index("<tool_response>") < text.index("12:00") < text.index("Noon.")
 
 
+def test_a_name_that_the_template_does_not_write_is_reported(folder: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi", "name": "ann"}, {"role": "assistant", "content": "Hello."}]
+    spec = task(folder, num_workers=1, **{"data.train": write(tmp_path / "rows.jsonl", {"messages": turns})})
+    said = "data.train: name of turns (in 1 row) is left out: the chat template does not write it"
+    assert said in prepare(spec).warnings
+    assert said in report_on(spec).notes
+    template = "{% for m in messages %}<|im_start|>{{ m.name or m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    path = tmp_path / "named.jinja"
+    path.write_text(template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    named = report_on(spec.with_({"base.chat_template": str(path)}))
+    assert said not in named.notes
+    assert "ann" in "".join(token.text for token in named.rows[0].tokens)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "u", "chosen": [{"role": "assistant", "content": "b", "reasoning": "r"}], "rejected": "c"},
+        {"prompt": "u", "completion": [{"role": "assistant", "content": "b", "reasoning": "r"}], "label": True},
+        {"prompt": "u", "completion": [{"role": "assistant", "content": "b", "reasoning": "r"}]},
+    ],
+)
+def test_what_a_template_cannot_write_is_an_error_of_the_row(folder: Path, tmp_path: Path, record: Any) -> None:
+    uri = write(tmp_path / "rows.jsonl", record | {"id": "this"})
+    with pytest.raises(DataError, match=r"row this: messages\.reasoning_content"):
+        report_on(spec_of_file(uri, str(folder / "base")))
+
+
 TRL_FAMILIES = [
     "llama3",
     "qwen2_5",
