@@ -157,6 +157,15 @@ def config_file(base: BaseSpec) -> Path | None:
     return path / "config.json" if alone else None
 
 
+def config_beside(base: BaseSpec, folder: Path) -> Path | None:
+    """config.json in the folder of a spec file whose base is a Hugging Face id that is not in this machine's cache.
+
+    A plan from it downloads nothing. None: the base is here, or there is no such file.
+    """
+    file = folder / "config.json"
+    return file if file.is_file() and source.is_uncached_hub_id(base.uri) else None
+
+
 def read_config(base: BaseSpec) -> Mapping[str, Any]:
     """The config of a base, with its changes by the spec; of `config_file` too. Raises BaseModelError, StorageError."""
     file = config_file(base)
@@ -308,6 +317,10 @@ def check_form(resolved: ResolvedBase, quant: QuantSpec, shards: str = "none") -
 
 def _read_packed(resolved: ResolvedBase, packed: PackedFormat, device: str | None, dtype: "torch.dtype") -> Any:
     """The model whose packed linears stay packed."""
+    if packed.native:
+        model = _read(resolved.folder, resolved.overrides, None, device, dtype)
+        _keep_differentiable(model)
+        return model
     from graftwork.compat.packed_weights import PackedLoadConfig
 
     files = PackedFiles(resolved.folder, packed)
@@ -326,7 +339,9 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for part in (config, config.get_text_config()):
         if settings is not None and hasattr(part, "quantization_config"):
-            del part.quantization_config
+            del part.quantization_config  # of a packed checkpoint: `settings` are those of this load
+        elif "bnb_4bit_compute_dtype" in (getattr(part, "quantization_config", None) or {}):
+            part.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     for key, value in overrides.items():
         setattr(config, key, value)
     return auto_class(config).from_pretrained(

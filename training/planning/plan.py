@@ -40,6 +40,8 @@ TRAIN_EFFICIENCY = 0.70
 """Of the probe's rate, in a training step: smaller products, element-wise work, autograd."""
 UNPACK_PER_S = 1.0e9
 """nf4 weights that one core unpacks a second (bitsandbytes 0.50, AVX2)."""
+KEPT_UNPACK_PER_S = 40e6
+"""Weights of a kept checkpoint that one core dequantises a second: 19 to 80 by format, int8 by rows 150."""
 DROPPED_PER_S = 38e6
 """Values that pass the adapters' dropout in one core's second: PyTorch draws them one by one on a CPU."""
 PASS_BLOCK_S = 2e-3
@@ -80,16 +82,19 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     # attention: 4 forward; backward 10, as it computes the scores again
     attention = model.layers * (14 + 4 * again) * (rows.mean + spec.adapter.virtual_tokens) * model.q_size
     weights = (6 if full else 4) + 2 * again
-    added = 0 if full else 6 * trained
+    added = 0 if full else 6 * spec.adapter.token_params(model)
     head = (6 if full else 4) * model.head_params
-    flops = tokens * (weights * model.linear_params + added + attention) + per_worker * rows.mean_trained * head
+    flops = tokens * (weights * model.active_linear_params + added + attention) + per_worker * rows.mean_trained * head
     flops += passes * (1 + again) * spec.adapter.weight_flops(model)
     if machine.gpu is not None:
         return _gpu_seconds(spec, model, machine, flops, passes) + _exchange_seconds(spec, model, machine, tokens)
     if full:
         machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
-    packed = spec.quant.is_4bit and spec.quant.resident != "dequantised"
-    unpack_s = (2 + again) * passes * model.linear_params / UNPACK_PER_S if packed else 0.0
+    unpacked = model.linear_params if spec.quant.is_4bit and spec.quant.resident != "dequantised" else 0.0
+    rate = UNPACK_PER_S
+    if spec.quant.method.keeps_checkpoint:
+        unpacked, rate = model.packed_params, KEPT_UNPACK_PER_S
+    unpack_s = (2 + again) * passes * unpacked / rate
     dropout_s = tokens * spec.adapter.dropped_inputs(model) / DROPPED_PER_S
     calls_s = passes * model.layers * PASS_BLOCK_S
     shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
@@ -134,7 +139,8 @@ def _exchange_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, toke
 
 def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
     """The held-out loss over `rows`, shared among a run's workers: forward passes alone."""
-    flops = rows.count * (rows.mean * PADDING * 2 * model.linear_params + rows.mean_trained * 2 * model.head_params)
+    each = rows.mean * PADDING * 2 * model.active_linear_params + rows.mean_trained * 2 * model.head_params
+    flops = rows.count * each
     if machine.gpu is not None:
         return flops / spec.num_workers / (machine.gpu.tflops * 1e12 * GPU_LORA)
     return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
@@ -142,8 +148,8 @@ def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machi
 
 def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: TokenWork, machine: Machine, processes: int) -> float:
     """Measuring `work` once, shared among a run's workers: continuations weighed, answers written to their most."""
-    weighed = (work.read + work.prompts) * 2 * model.linear_params + work.weighed * 2 * model.head_params
-    written = work.written * 2 * (model.linear_params + model.head_params)
+    weighed = (work.read + work.prompts) * 2 * model.active_linear_params + work.weighed * 2 * model.head_params
+    written = work.written * 2 * (model.active_linear_params + model.head_params)
     steps = work.decoding_steps * model.layers
     if machine.gpu is not None:
         read_s = (
