@@ -1,4 +1,4 @@
-"""Preferences, labelled answers, reward models and distillation on two ranks, under each strategy, equal one process."""
+"""Preferences, labelled answers, reward models and distillation on two ranks, by each strategy, equal one process."""
 
 from pathlib import Path
 from typing import Any
