@@ -25,6 +25,7 @@ from graftwork.training.objectives.rows import TokenRows, prepare
 from graftwork.training.objectives.trainer import TrainerContext, arguments, build
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob
+from tests.families import write_family
 from tests.training import labelled_task, pair_task, write_labelled
 
 WHOLE = {"quant.kind": "none", "optim.lr": 5e-3, "optim.micro_batch": 8, "num_workers": 1}
@@ -191,6 +192,26 @@ def test_kto_losses_and_weights_are_trls(folder: Path, tmp_path: Path, objective
     ours = trained(build(given).trainer)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     assert difference(ours[1], theirs[1]) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.parametrize(
+    "objective", [{"kind": "cpo"}, {"kind": "orpo"}, {"kind": "kto"}], ids=lambda one: str(one["kind"])
+)
+def test_the_loss_of_a_router_is_added_as_in_trl(tmp_path: Path, objective: dict[str, Any]) -> None:
+    """A tiny Mixtral: its load-balancing loss is part of every step."""
+    write_family(tmp_path / "base", "mixtral")
+    made = labelled_task if objective["kind"] == "kto" else pair_task
+    setting = setting_of(made(tmp_path, objective=objective, **WHOLE), tmp_path)
+    setting.model.float()  # grouped products have no fp64
+    setting.model.config.output_router_logits = True
+    theirs = (trl_kto_trainer if objective["kind"] == "kto" else trl_pair_trainer)(setting, objective)
+    assert theirs.aux_loss_enabled
+    given = replace(setting.job, spec=setting.job.spec.model_copy(update={"init_from": "colours@latest"}))
+    ours = build(replace(setting, job=given)).trainer
+    expected, found = trained(theirs), trained(ours)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    assert difference(found[1], expected[1]) < 1e-4
 
 
 RUNS: list[dict[str, Any]] = [
