@@ -18,7 +18,7 @@ from graftwork.base.support import base_support, check_local
 from graftwork.compat.packed_weights import PackedLinear
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.planning.memory import weight_bytes
-from graftwork.quantization import QuantSpec, default_dtype
+from graftwork.quantization import Precision, QuantSpec, default_dtype
 from graftwork.serving.quantize.measure import Material, measure
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
@@ -321,7 +321,7 @@ def test_two_ranks_train_on_kept_weights_as_one_process_does(tmp_path: Path) -> 
 def test_quantize_measures_the_checkpoint_itself(plain: Path, tmp_path: Path) -> None:
     """Kept weights answer as dequantised ones of the same dtype do, in the bytes of the checkpoint."""
     folder = write_packed(plain, tmp_path / "packed", PACKINGS["gptq"])
-    own = "bf16" if default_dtype("cpu")[0] is torch.bfloat16 else "fp32"
+    own: Precision = "bf16" if default_dtype("cpu")[0] is torch.bfloat16 else "fp32"
     spec = QuantizeSpec.model_validate(
         {
             "name": "tiny",
