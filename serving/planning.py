@@ -45,8 +45,7 @@ def predict_serving(
     """
     slots = sum(model.adapter_params(rank) for rank in adapters) * value_bytes
     step_tokens = engine.prefill_tokens + engine.max_batch
-    mlp = (3 if model.gated else 1) * model.intermediate
-    per_token = 2 * model.hidden + 2 * model.q_size + 2 * model.kv_size + mlp
+    per_token = 2 * model.hidden + 2 * model.q_size + 2 * model.kv_size + model.mlp_values
     resident = {
         "CUDA" if cuda else "process": CUDA_BYTES if cuda else SERVING_PROCESS_BYTES,
         "base weights": weight_bytes(model, quant, value_bytes, dequantised=dequantised),
@@ -54,7 +53,7 @@ def predict_serving(
     full = {
         "key-value memory": kv_bytes(model, engine.kv_tokens, kv_value_bytes or value_bytes),
         "adapters": (1 if cuda else 2) * slots,  # once in host memory, once in its slot (not with `engine.cpu`)
-        "step": step_tokens * per_token * value_bytes,
+        "step": round(step_tokens * per_token * value_bytes),
         "logits": engine.max_batch * model.vocab * FP32,
     }
     if quant.method.keeps_checkpoint:
@@ -184,22 +183,28 @@ def answers_seconds(
     if machine.gpu is not None:
         return _gpu_seconds(answers, model, engine, machine, machine.gpu)
     pace = machine.pace(1, min(engine.num_threads or num_cpus, machine.cores))
-    prompt_flops = 2 * model.linear_params * answers.count * answers.prompt_tokens
+    prompt_flops = 2 * model.active_linear_params * answers.count * answers.prompt_tokens
     batch = min(engine.max_batch, answers.count)
     steps = answers.count * answers.new_tokens / batch
-    token_flops = 2 * (model.linear_params + model.head_params)
-    weights_s = (model.linear_params + model.head_params) * machine.value_bytes / (machine.speed.gbytes_per_s * 1e9)
+    token_flops = 2 * (model.active_linear_params + model.head_params)
+    weights_s = _read_params(model, batch) * machine.value_bytes / (machine.speed.gbytes_per_s * 1e9)
     rows_s = machine.core_s(batch * token_flops, DECODE_EFFICIENCY) / pace
     step_s = model.layers * LAYER_S + weights_s + rows_s
     return machine.core_s(prompt_flops, PROMPT_EFFICIENCY) / pace + steps * step_s
 
 
+def _read_params(model: ModelShape, batch: float) -> float:
+    """Weights that one decoding step of so many rows reads: of the experts those that some row passes, by chance."""
+    passed = 1 - (1 - model.active_experts) ** batch
+    return model.linear_params + model.expert_params * passed + model.head_params
+
+
 def _gpu_seconds(answers: RequestLoad, model: ModelShape, engine: EngineSpec, machine: Machine, gpu: Gpu) -> float:
     """A decoding step reads all weights once, whatever the number of its rows, until their products take longer."""
     rate = (gpu.tflops if machine.value_bytes == BF16 else gpu.fp32_tflops) * 1e12
-    prompts_s = 2 * model.linear_params * answers.count * answers.prompt_tokens / (rate * GPU_PROMPTS)
+    prompts_s = 2 * model.active_linear_params * answers.count * answers.prompt_tokens / (rate * GPU_PROMPTS)
     batch = min(engine.max_batch, answers.count)
-    weights = model.linear_params + model.head_params
-    reads_s = weights * machine.value_bytes / (gpu.gbytes_per_s * 1e9 * GPU_READS)
+    weights = model.active_linear_params + model.head_params
+    reads_s = _read_params(model, batch) * machine.value_bytes / (gpu.gbytes_per_s * 1e9 * GPU_READS)
     step_s = max(reads_s, batch * 2 * weights / (rate * GPU_PROMPTS)) + model.layers * GPU_LAYER_S
     return prompts_s + answers.count * answers.new_tokens / batch * step_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from graftwork.base.load import resolve
 from graftwork.base.load import template as base_template
 from graftwork.datasets.examples import iter_examples, purpose_keys
-from graftwork.datasets.formats import Purpose, detect
+from graftwork.datasets.formats import LABELS, Purpose, detect
 from graftwork.datasets.sources import RowSource
 from graftwork.errors import DataError
 from graftwork.training.objectives.protocol import Part
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 LONGEST = 1 << 20
 """Row length that no spec limits."""
-_OBJECTIVE_OF: tuple[tuple[Purpose, str], ...] = (("pairs", "dpo"), ("conversations", "sft"), ("documents", "cpt"))
+_OBJECTIVE_OF: dict[Purpose, str] = {"pairs": "dpo", "unpaired": "kto", "conversations": "sft", "documents": "cpt"}
 """Objective of a file without a spec, by the first purpose that has a format for its first row."""
 
 
@@ -89,33 +90,32 @@ class DatasetReport:
 
 def spec_of_file(path: str, base: str) -> TrainSpec:
     """A spec with the defaults of the objective that the file's first row is for, and no limit of length."""
-    kind = objective_of(path)
+    kind = _OBJECTIVE_OF[purpose_of(path)]
     tree = {"name": "data", "base": base, "data": {"train": path}, "objective": {"kind": kind}, "max_length": LONGEST}
     return TrainSpec.model_validate(tree if kind != "cpt" else {**tree, "max_length": 2048})
 
 
-def objective_of(path: str) -> str:
-    """Objective that learns from the rows of a file, by its first row. Raises DataError for an unknown format."""
+def purpose_of(path: str) -> Purpose:
+    """Purpose of the rows of a file, by its first row. Raises DataError for an unknown format."""
     for _, record, where in RowSource.of(path).records(RowSource.of(path).parts[0]):
-        for purpose, kind in _OBJECTIVE_OF:
-            try:
-                detect(record, purpose, where)
-            except DataError:
+        for purpose in _OBJECTIVE_OF:
+            if purpose == "unpaired" and not any(isinstance(record.get(key), bool) for key in LABELS):
                 continue
-            return kind
+            with contextlib.suppress(DataError):
+                detect(record, purpose, where)
+                return purpose
         detect(record, "conversations", where)
-    return "sft"  # without rows, which reading reports
+    return "conversations"  # without rows, which reading reports
 
 
 def report_without_base(path: str) -> DatasetReport:
     """Report on a file's format, keys and duplicates alone."""
-    kind = objective_of(path)
-    purpose = next(purpose for purpose, name in _OBJECTIVE_OF if name == kind)
+    purpose = purpose_of(path)
     keys = purpose_keys(purpose)
     contents = [example.content_hash() for example in iter_examples(path, purpose, keys=keys)]
     read = ReadPart(TokenRows.from_pairs([]), 0, "", keys=keys)
     note = "no base is given, so no tokens are shown"
-    return _report(path, kind, read, len(contents), _duplicates(contents), None, None, (note,), ())
+    return _report(path, _OBJECTIVE_OF[purpose], read, len(contents), _duplicates(contents), None, None, (note,), ())
 
 
 def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetReport:

@@ -16,8 +16,8 @@ _NAMES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
 
 @dataclass(frozen=True)
-class Scheduler:
-    """Arguments of transformers' `get_scheduler`."""
+class SchedulerArguments:
+    """Scheduler of a run, as transformers' `get_scheduler` takes it."""
 
     name: str
     """`lr_scheduler_type`."""
@@ -26,18 +26,18 @@ class Scheduler:
     """`lr_scheduler_kwargs`."""
 
 
-def scheduler_of(optim: "OptimSpec", steps: int) -> Scheduler:
+def scheduler_of(optim: "OptimSpec", steps: int) -> SchedulerArguments:
     """Return the scheduler of a run of `steps`. Warm-up and decay are rounded up to whole steps."""
     name, warmup = _NAMES.get(optim.schedule, optim.schedule), math.ceil(optim.warmup_ratio * steps)
     given = optim.min_lr_ratio
     least = MIN_LR_RATIO.get(optim.schedule, 0.0) if given is None else given
     if optim.schedule == "cosine_with_min_lr":
-        return Scheduler(name, warmup, {"min_lr_rate": least})
+        return SchedulerArguments(name, warmup, {"min_lr_rate": least})
     if optim.schedule == "wsd":
         share = DECAY_RATIO if optim.decay_ratio is None else optim.decay_ratio
         decay = min(math.ceil(share * steps), steps - warmup)
-        return Scheduler(name, warmup, {"num_decay_steps": decay, "min_lr_ratio": least})
-    return Scheduler(name, warmup)
+        return SchedulerArguments(name, warmup, {"num_decay_steps": decay, "min_lr_ratio": least})
+    return SchedulerArguments(name, warmup)
 
 
 def check(optim: "OptimSpec") -> None:

@@ -130,9 +130,17 @@ class AdapterKind(Spec):
         """Return the number of trained values, each with a gradient and the optimizer's state."""
         raise NotImplementedError
 
+    def token_params(self, model: "ModelShape") -> float:
+        """Return the trained values that one token is multiplied with: 6 operations each in a step."""
+        return self.trained_params(model)
+
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return the bytes that one token leaves in one block for the backward pass, next to the frozen block's."""
         raise NotImplementedError
+
+    def saved_weights(self, model: "ModelShape") -> float:
+        """Return the changed weights of all blocks that a forward pass keeps, whatever its tokens."""
+        return 0.0
 
     def dropped_inputs(self, model: "ModelShape") -> int:
         """Return the values of one token that pass the dropout of training, in all blocks."""

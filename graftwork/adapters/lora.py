@@ -154,6 +154,7 @@ class LoraSpec(AdapterKind):
             ensure_weight_tying=tied,
             use_rslora=self.rslora,
             use_dora=self.dora,
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
             task_type="CAUSAL_LM",
         )
 
@@ -165,7 +166,7 @@ class LoraSpec(AdapterKind):
         words = {"attention": ATTENTION_WORDS, "mlp": MLP_WORDS, "all-linear": ("",)}[self.targets]
         experts = expert_targets("adapter.experts=true", model) if self.experts else []
         allowed = adaptable_linears(model)
-        if not expert_weights(model) and len(allowed) == len(linears(model)):
+        if not expert_weights(model) and (self.targets != "all-linear" or len(allowed) == len(linears(model))):
             return ("all-linear" if self.targets == "all-linear" else within(asked, words, model)), []
         found = [name for name in allowed if any(word in name.lower() for word in words)]
         if not found and not experts:
@@ -201,7 +202,13 @@ class LoraSpec(AdapterKind):
         """Return the values of A, B and DoRA's magnitudes, and of the modules that are saved whole."""
         magnitudes = sum(linear.count * linear.outputs for linear in model.adapted_linears(self.which))
         whole = len(self.modules_to_save) if not model.tied else bool(self.modules_to_save)
-        return model.adapter_params(self.rank, self.which) + magnitudes * self.dora + whole * model.head_params
+        added = model.adapter_params(self.rank, self.which, experts=self.experts)
+        return added + magnitudes * self.dora + whole * model.head_params
+
+    def token_params(self, model: "ModelShape") -> float:
+        """Return A's and B's values, and for adapted experts a third of their weights, whose gradient PEFT computes."""
+        gradients = model.expert_params * model.active_experts / 3 if self.experts else 0.0
+        return model.adapter_params(self.rank, self.which) + gradients
 
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return the bytes of the targets' inputs, of A's results, of dropout's masks and of DoRA's results."""
@@ -214,10 +221,16 @@ class LoraSpec(AdapterKind):
             saved += model.read(self.which) * FP32
         if self.dropout > 0:
             saved += inputs * size.dropout_mask
+        if self.experts:  # of their weights with the update, which have gradients
+            saved += model.expert_inputs * size.base
         if self.dora:  # the base's output and the update's, to train the magnitude by
             outputs = sum(linear.count * linear.outputs for linear in targets) / model.layers
             saved += outputs * (size.base + size.computed)
         return saved
+
+    def saved_weights(self, model: "ModelShape") -> float:
+        """Return the experts' weights with the update added, as PEFT multiplies them."""
+        return float(model.expert_params) if self.experts else 0.0
 
     def dropped_inputs(self, model: "ModelShape") -> int:
         """Return the targets' inputs."""
@@ -226,7 +239,12 @@ class LoraSpec(AdapterKind):
         return sum(linear.count * linear.inputs for linear in model.adapted_linears(self.which))
 
     def weight_flops(self, model: "ModelShape") -> float:
-        """Return the operations of DoRA's norm of the updated weights (PEFT multiplies A and B by the identity)."""
+        """Return the operations of DoRA's norm of the updated weights (PEFT multiplies A and B by the identity).
+
+        Of experts those of the update, which PEFT multiplies out for all of them, and twice as many backwards.
+        """
+        if self.experts:
+            return 3.0 * 2 * self.rank * model.expert_params
         if not self.dora:
             return 0.0
         targets = model.adapted_linears(self.which)

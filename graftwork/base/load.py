@@ -157,6 +157,15 @@ def config_file(base: BaseSpec) -> Path | None:
     return path / "config.json" if alone else None
 
 
+def config_beside(base: BaseSpec, folder: Path) -> Path | None:
+    """config.json in the folder of a spec file whose base is a Hugging Face id that is not in this machine's cache.
+
+    A plan from it downloads nothing. None: the base is here, or there is no such file.
+    """
+    file = folder / "config.json"
+    return file if file.is_file() and source.is_uncached_hub_id(base.uri) else None
+
+
 def read_config(base: BaseSpec) -> Mapping[str, Any]:
     """The config of a base, with its changes by the spec; of `config_file` too. Raises BaseModelError, StorageError."""
     file = config_file(base)

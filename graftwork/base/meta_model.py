@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from graftwork.adapters.experts import adaptable_linears, expert_weights, experts_problem
-from graftwork.adapters.kind import ATTENTION_WORDS, MLP_ENDS, MLP_WORDS, linears, text_linears
+from graftwork.adapters.kind import ATTENTION_WORDS, MLP_WORDS, linears, text_linears
 from graftwork.adapters.lora import LoraSpec
 from graftwork.base.load import attention_of, auto_class, complete_for_trl
-from graftwork.base.model_shape import BaseFacts, Linear, ModelShape, Targets
+from graftwork.base.model_shape import MLP_OUTPUTS, BaseFacts, Linear, ModelShape, Targets
 from graftwork.errors import BaseModelError, GraftworkError
 from graftwork.prequantized.detect import find_format
 from graftwork.quantization import import_bitsandbytes
@@ -121,7 +121,7 @@ def _shape(
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     # of a config whose layers differ in it the attribute raises an error of transformers' own (Gemma-4)
     head_dim = int(text.to_dict().get("head_dim") or hidden // heads)
-    inner = [x.inputs for x in linears if x.part == "mlp" and x.name.endswith(tuple(f".{end}" for end in MLP_ENDS))]
+    inner = [x.inputs for x in linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS)]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     found = expert_weights(model)
     experts = _group_linears((one.name, one.inputs, one.outputs) for one in found for _ in range(one.experts))
@@ -140,7 +140,10 @@ def _shape(
         kv_values=2 * layers * kv_heads * head_dim,
         file_bytes=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
         experts=experts,
-        active_experts=_top_k(model, found[0].module) / found[0].experts if found else 1.0,
+        qk_norm=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
+        num_experts=found[0].experts if found else 1,
+        experts_per_token=_top_k(model, found[0].module) if found else 1,
+        router_loss=hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0,
     )
 
 
@@ -267,12 +270,14 @@ def is_recurrent(config: Any) -> bool:
 def _unplanned_reason(model: Any, shape: ModelShape) -> str:
     """Reason why the closed forms of `graftwork.planning.memory` do not predict a training step's activations."""
     found = ""
-    if expert_weights(model) or any(".experts." in name for name in linears(model)):
-        found = "experts"
+    if any(".experts." in name for name in linears(model)):
+        found = "experts that are linear layers"
     elif is_recurrent(model.config):
         found = "recurrent layers"
     elif attention_of(model.config) == "eager":
         found = "attention without sdpa, which keeps a matrix of scores"
+    elif shape.experts and _unadapted_experts(model):
+        found = _unadapted_experts(model)
     elif any(type(module).__name__ == "NewGELUActivation" for module in model.modules()):
         found = "an activation function of several operations (gelu_new), each of which keeps its input"
     elif not _is_uniform(shape):
@@ -281,8 +286,14 @@ def _unplanned_reason(model: Any, shape: ModelShape) -> str:
 
 
 def _is_uniform(shape: ModelShape) -> bool:
-    """Return whether every block is q, k, v, o and a plain or gated MLP, fused or not, of the sizes in the config."""
+    """Return whether every block is q, k, v, o and a plain or gated MLP, fused or not, of the sizes in the config.
+
+    Of a base with experts: attention of equal sizes, and gated MLPs next to the experts or in their place.
+    """
     attention = shape.hidden * (2 * shape.q_size + 2 * shape.kv_size)
+    if shape.experts:
+        inner = sum(x.count * x.inputs for x in shape.linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS))
+        return shape.linear_params == shape.layers * attention + 3 * shape.hidden * inner
     mlp = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
     text = [x for x in shape.linears if x.part != "outside"]
     every = all(x.part != "other" and x.count == shape.layers for x in text)

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter
 
+from graftwork.adapters.kind import MLP_ENDS
 from graftwork.adapters.target_modules import TargetModules, choose_linears
 from graftwork.config import canonical_json
 from graftwork.errors import BaseModelError
@@ -71,8 +72,14 @@ class ModelShape:
     """Bytes of those in the checkpoint, scales included."""
     experts: tuple[Linear, ...] = ()
     """Matrices of experts in parameters of three dimensions, one layer an expert; no part of `linears`."""
-    active_experts: float = 1.0
-    """Share of them that one token passes: experts per token over experts."""
+    qk_norm: bool = False
+    """Queries and keys are normalised, each norm with an input of its own."""
+    num_experts: int = 1
+    """Experts of one block."""
+    experts_per_token: int = 1
+    """Experts that one token passes in a block (`num_experts_per_tok`)."""
+    router_loss: bool = False
+    """TRL 1.16 adds the load-balancing loss of a router to the objective's (`aux_loss_enabled` of its trainers)."""
     unplanned: str = ""
     """The reason for which no formula predicts the activations of a training step; empty where one does."""
 
@@ -136,6 +143,40 @@ class ModelShape:
         return sum(x.count * x.params for x in self.experts)
 
     @property
+    def active_experts(self) -> float:
+        """Share of the experts that one token passes."""
+        return self.experts_per_token / self.num_experts
+
+    @property
+    def expert_blocks(self) -> int:
+        """Blocks with experts."""
+        return self.experts[0].count // self.num_experts if self.experts else 0
+
+    @property
+    def expert_inputs(self) -> float:
+        """Inputs of the experts that one token passes, on average over the blocks."""
+        return sum(x.inputs * x.count for x in self.experts) * self.active_experts / self.layers
+
+    @property
+    def mlp_values(self) -> float:
+        """Values that one token leaves in the MLP of one frozen block, on average over the blocks.
+
+        gate, silu(gate) and up, or an activation's input; of experts their results too, which the router weighs.
+        """
+        if not self.experts:
+            return (3 if self.gated else 1) * self.intermediate
+        plain = sum(3 * x.inputs * x.count for x in self.linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS))
+        passed = sum((1.0 if x.name.endswith(MLP_OUTPUTS) else 1.5) * x.outputs * x.count for x in self.experts)
+        return (plain + passed * self.active_experts) / self.layers
+
+    @property
+    def mlp_gradients(self) -> int:
+        """Values of one token that the backward pass of one MLP has at once: of inner activations and two streams."""
+        plain = 3 * self.intermediate + 2 * self.hidden
+        inner = max((x.outputs for x in self.experts if not x.name.endswith(MLP_OUTPUTS)), default=0)
+        return max(plain, self.experts_per_token * max(inner + self.hidden, 3 * self.hidden) if self.experts else 0)
+
+    @property
     def active_linear_params(self) -> int:
         """Weights that one token is multiplied with, the head left out: the N of the FLOP count."""
         return self.linear_params + round(self.expert_params * self.active_experts)
@@ -144,6 +185,13 @@ class ModelShape:
     def active_params(self) -> int:
         """Parameters of the model without the experts that one token does not pass."""
         return self.params - round(self.expert_params * (1 - self.active_experts))
+
+    def describe_experts(self) -> str:
+        """Return the parameters as text, in total and of one token; empty for a dense base."""
+        if not self.experts:
+            return ""
+        share = f"{self.experts_per_token} of {self.num_experts} experts"
+        return f"{self.params / 1e9:.3g}B parameters, {self.active_params / 1e9:.3g}B active per token ({share})"
 
     @property
     def head_params(self) -> int:
@@ -160,6 +208,8 @@ class ModelShape:
         return sum(x.count * rank * (x.inputs + x.outputs) for x in targets)
 
 
+MLP_OUTPUTS = tuple(f".{end}" for end in MLP_ENDS)
+"""Ends of the names of the MLP's last linear."""
 HOW_UNPLANNED = (
     "set optim.micro_batch and optim.gradient_checkpointing to values; the run's report shows the peak that they take"
 )

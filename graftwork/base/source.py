@@ -156,6 +156,16 @@ def from_hub(uri: str) -> Path | None:
     return _from_hub(hub["id"], hub["revision"]) if hub else None
 
 
+def is_uncached_hub_id(uri: str) -> bool:
+    """True of a Hugging Face id of which the hub's cache on this machine has nothing. Loads no library of the hub."""
+    hub = _HUB_ID.fullmatch(uri)
+    if hub is None or Path(uri).expanduser().exists():
+        return False
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return not (cache / f"models--{hub['id'].replace('/', '--')}" / "snapshots").is_dir()
+
+
 def absolute(uri: str) -> str:
     """`uri` with a local path made absolute, so that it means the same in a process that runs elsewhere."""
     path = Path(uri.removeprefix("file://")).expanduser()

@@ -189,11 +189,17 @@ def check_serving(spec: Any) -> None:
         support.require("serve adapters", f"serving of adapters on {spec.base.uri}")
 
 
-def check_local(spec: Spec) -> None:
-    """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
-    from graftwork.base.load import config_file, read_config
+def check_local(spec: Spec, folder: Path | None = None) -> None:
+    """Check the base of a spec where this machine has its config, so that nothing is fetched. Raises UserError.
+
+    `folder`: of the spec's file, in which a config.json stands for a base that is not here.
+    """
+    from graftwork.base.load import config_beside, config_file, read_config
 
     kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
+    if base is not None and folder and (file := config_beside(base, folder)):
+        spec = spec.with_({"base.uri": str(file)})
+        base = getattr(spec, "base", None)
     if base is None or not (Path(base.uri).is_dir() or config_file(base)):
         return
     if kind == "train":

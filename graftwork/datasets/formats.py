@@ -134,7 +134,7 @@ def _text(row: _FormatRow) -> dict[str, Any]:
 
 _CHAT = ("tools", "functions", "parallel_tool_calls", "chat_template_kwargs", "system")
 _CONVERSATION: tuple[Purpose, ...] = ("conversations", "prompts", "unpaired")
-_LABEL = ("label", "kto_tag")
+LABELS = ("label", "kto_tag")
 """TRL's and LLaMA-Factory's name of the verdict on an answer."""
 
 FORMATS = (
@@ -164,7 +164,7 @@ FORMATS = (
 
 _OBJECTIVES: dict[Purpose, str] = {
     "conversations": "sft",
-    "pairs": "dpo or reward",
+    "pairs": "dpo, orpo, cpo or reward",
     "unpaired": "kto",
     "documents": "cpt",
     "prompts": "grpo",
@@ -188,7 +188,7 @@ def normalise(form: Format, record: Mapping[str, Any], where: str, purpose: Purp
     Raises DataError that names the row and the key.
     """
     known = {"id", *form.keys, *(key for group in form.detect for key in group)}
-    known |= set(_LABEL) if purpose == "unpaired" else set()
+    known |= set(LABELS) if purpose == "unpaired" else set()
     keys.begin(record, where, frozenset(known))
     row = _FormatRow(record, where, keys, purpose)
     if form.name == "trl" and not row.has("completion") and purpose != "prompts" and row.has("chosen"):
@@ -208,6 +208,9 @@ def _conversation(row: _FormatRow, messages: tuple[Message, ...], label: str) ->
             "a row to learn from ends with the assistant's turn",
             "add the answer as the last turn",
         )
+    if row.purpose == "unpaired" and not messages[-1].trained:
+        at, rule = f"{row.where}: {label}", "the last turn is the answer that has the label"
+        raise DataError(at, "the last turn has weight 0", rule, "remove the weight")
     if row.purpose == "conversations" and not any(one.trained for one in messages if one.role == "assistant"):
         raise DataError(
             f"{row.where}: {label}",
@@ -374,7 +377,7 @@ def _template_kwargs(row: _FormatRow, messages: tuple[Message, ...]) -> Mapping[
 
 
 def _label(row: _FormatRow) -> bool:
-    given = [key for key in _LABEL if row.has(key)]
+    given = [key for key in LABELS if row.has(key)]
     if not given:
         raise DataError(
             f"{row.where}: label",

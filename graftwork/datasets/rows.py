@@ -109,13 +109,13 @@ class DataSpec(Spec):
         return self
 
     def source(self, part: Literal["train", "eval"], seed: int) -> RowSource:
-        """The rows of one dataset. seed: draws the rows of a weighted mixture."""
+        """The rows of one dataset. seed: draws the training rows of a weighted mixture; held-out rows have one draw."""
         held_out = self.eval if part == "eval" else None
         if isinstance(held_out, str):
             return RowSource((MixturePart(path=held_out),), self.columns, self.template)
         parts = (MixturePart(path=self.train),) if isinstance(self.train, str) else self.train
         share = self.eval if isinstance(self.eval, float) else None
-        return RowSource(parts, self.columns, self.template, share, part, seed)
+        return RowSource(parts, self.columns, self.template, share, part, seed if part == "train" else 0)
 
 
 def is_same_place(a: str, b: str) -> bool:

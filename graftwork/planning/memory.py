@@ -122,6 +122,9 @@ class TokenWork:
         return f"{self.read} tokens weighed, up to {self.written} written"
 
 
+INT64 = 8
+ROUTER_COPIES, PLACES = 3, 4
+"""Of the weights of a token's experts; of their numbers and of the order by which transformers groups them."""
 # Bytes that a token leaves for the backward pass, counted from the autograd graphs of transformers and PEFT.
 
 
@@ -152,10 +155,16 @@ def frozen_bytes(model: ModelShape, padded_to: int | None, virtual_tokens: int, 
     if virtual_tokens and padded_to:  # they always bring a mask; keys and values are longer by them
         row = padded_to + virtual_tokens
         stretch = row / padded_to
-    mlp = (3 if model.gated else 1) * model.intermediate  # gate, silu(gate), up; or the activation's input
-    computed = 2 * model.q_size + 2 * kv * stretch + row + mlp  # q, k, v, the attention's output, the mask
+    computed = 2 * model.q_size + 2 * kv * stretch + row + model.mlp_values  # q, k, v, attention's output, the mask
     norms = 2 * (model.hidden + 1)  # the input of each RMSNorm and its 1/rms, in fp32
-    return computed * value_bytes + (norms + model.heads) * FP32
+    norms += (model.q_size + model.kv_size) * model.qk_norm
+    return computed * value_bytes + (norms + model.heads) * FP32 + _router_bytes(model)
+
+
+def _router_bytes(model: ModelShape) -> float:
+    """Probabilities of all experts, weights and places of the chosen ones; on average over the blocks."""
+    chosen = model.experts_per_token * (ROUTER_COPIES * FP32 + PLACES * INT64)
+    return (model.num_experts * FP32 + chosen) * model.expert_blocks / model.layers
 
 
 def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *, dequantised: bool = False) -> int:

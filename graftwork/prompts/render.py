@@ -201,7 +201,8 @@ def render(
     _check_last(conversation, len(messages), generate)
     if not generate:
         reasoning = (conversation[last].reasoning or "").strip()
-        text = answer_behind(prompts[last], text, turns, reasoning, template, write) + template.closing
+        text = answer_behind(prompts[last], text, turns, reasoning, template, write)
+        text += template.closing(calls=bool(conversation[last].tool_calls))
     tokens = TokenisedText(template, spans=any(one.thinking == "mask" for one in conversation))
     starts = {at: tokens.extend_to(asked) for at, asked in prompts.items() if text.startswith(asked)}
     tokens.extend_to(text)

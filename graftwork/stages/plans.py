@@ -47,9 +47,17 @@ def plan_spec(spec: Spec, folder: Path, gpu: Gpu | None = None, gpus: int | None
     machine = Machine.detect() if gpu is None else Machine.with_gpus(gpu)
     spec = spec if gpu is None else _on_gpus(spec, gpus)
     missing = tuple(_missing_adapters(spec))
+    given = getattr(spec, "base", None)
+    if given is not None and (file := base_model.config_beside(given, folder)):
+        missing += (f"{given.uri} is not on this machine: its sizes are those of {file}",)
+        spec = spec.with_({"base.uri": str(file)})
     lines = plan_on(spec, folder, machine)
     base = spec.train.base if isinstance(spec, TuneSpec) else getattr(spec, "base", None)
-    support = () if base is None else (base_support(base_model.read_config(base)).format_line(),)
+    support: tuple[str, ...] = ()
+    if base is not None:
+        config = base_model.read_config(base)
+        experts = ModelShape.from_config(config).describe_experts()
+        support = (base_support(config).format_line(), *((experts,) if experts else ()))
     return [
         replace(line, assumptions=(*line.assumptions, *support), warnings=(*line.warnings, *missing)) for line in lines
     ]

@@ -50,6 +50,16 @@ class OrpoSpec(Spec):
         import torch
 
         means_N2 = logps_N2 / lengths_N2
-        log_odds_N2 = means_N2 - torch.log(-torch.expm1(means_N2))  # log p - log(1 - p), precise where p is near 1
-        ratio_N = log_odds_N2[:, 0] - log_odds_N2[:, 1]
-        return -self.beta * torch.nn.functional.logsigmoid(ratio_N), self.beta * means_N2
+        chosen_N, rejected_N = log_odds(means_N2).unbind(1)
+        return -self.beta * torch.nn.functional.logsigmoid(chosen_N - rejected_N), self.beta * means_N2
+
+
+def log_odds(logps: torch.Tensor) -> torch.Tensor:
+    """Return log(p / (1 - p)) of probabilities p, given as log p.
+
+    One form for all p: of two under a `where`, as in TRL 1.16, the one that is not taken has an infinite gradient where
+    p rounds to 1, and the weights become NaN.
+    """
+    import torch
+
+    return logps - torch.log(-torch.expm1(logps))

@@ -15,7 +15,6 @@ from graftwork.training.objectives.reward import RewardSpec
 from graftwork.training.objectives.rl import RlSpec
 from graftwork.training.objectives.sft import SftSpec
 
-ObjectiveSpec = Annotated[
-    SftSpec | CptSpec | FimSpec | DpoSpec | CpoSpec | OrpoSpec | KtoSpec | RewardSpec | RlSpec | DistillSpec,
-    Field(discriminator="kind"),
-]
+OnAnswers = DpoSpec | CpoSpec | OrpoSpec | KtoSpec | RewardSpec
+"""Objectives on answers that are compared or labelled."""
+ObjectiveSpec = Annotated[SftSpec | CptSpec | FimSpec | OnAnswers | RlSpec | DistillSpec, Field(discriminator="kind")]

@@ -120,6 +120,15 @@ def logit_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: in
     return taken.scored * model.vocab * copies
 
 
+def router_loss_bytes(model: ModelShape, taken: Pass) -> int:
+    """Bytes of the load-balancing loss: a number for each expert of each place of each token, of all blocks at once.
+
+    transformers 5.24 makes it as int64 and again in fp32, with padding twice (`load_balancing_loss_func`).
+    """
+    values = taken.tokens * model.expert_blocks * model.experts_per_token * model.num_experts
+    return values * (8 + FP32) * (2 if taken.masked else 1) * model.router_loss
+
+
 def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
     """Bytes next to the trained model, by name: a teacher; the keys and values of answers being sampled."""
     traits = spec.objective.traits
@@ -253,7 +262,7 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     if full:
         value_bytes = FP32  # the trained weights are in fp32, and there is no autocast on a CPU
     activations = sum(_activations(spec, model, taken, value_bytes))
-    logits = logit_bytes(spec, model, taken, value_bytes)
+    logits = max(logit_bytes(spec, model, taken, value_bytes), router_loss_bytes(model, taken))
     part = shared(spec, model, value_bytes)
     passes = spec.optim.rows_per_step // spec.replicas // taken.rows
     # gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained: a
@@ -291,9 +300,8 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     kept, again = _activations(spec, model, taken, value_bytes, autocast=autocast, mask_bytes=1)
     part = shared(spec, model, value_bytes)
     copies = spec.adapter.trained_params(model) * BF16 if autocast and kind in ("ddp", "fsdp2") else 0
-    # gradients alive at once in one block: of the MLP's inner activations and of two streams
-    backward = round(taken.tokens * (3 * model.intermediate + 2 * model.hidden) * value_bytes)
-    logits = max(logit_bytes(spec, model, taken, value_bytes), backward)
+    backward = taken.tokens * model.mlp_gradients * value_bytes
+    logits = max(logit_bytes(spec, model, taken, value_bytes), backward, router_loss_bytes(model, taken))
     # In the backward pass gradients take the place of activations, where one worker computes one pass a step: gradients
     # of accumulated passes are there while the next keeps its activations, and a strategy's shares are in buffers of
     # their own. On a CPU both count: glibc keeps what it is given back in pieces that the optimizer's first step fills
@@ -334,10 +342,12 @@ def _activations(
     row = taken.row if taken.masked or spec.adapter.virtual_tokens else None  # where a mask is saved
     block = saved_bytes(model, spec.adapter, row, value_bytes=value_bytes, autocast=autocast, mask_bytes=mask_bytes)
     ends = 2 * model.hidden * value_bytes
+    weights = spec.adapter.saved_weights(model) * value_bytes
+    one = weights / max(1, model.expert_blocks)  # and the gradient of its smaller parameter, a third of it
     if not spec.optim.gradient_checkpointing:
-        return round(taken.tokens * (block * model.layers + ends)), 0
+        return round(taken.tokens * (block * model.layers + ends) + weights), round(one / 3)
     inputs = model.layers * model.hidden * value_bytes
-    return round(taken.tokens * (inputs + ends)), round(taken.tokens * block)
+    return round(taken.tokens * (inputs + ends)), round(taken.tokens * block + one * 4 / 3)
 
 
 def _unpacked_bytes(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:

@@ -82,9 +82,9 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     # attention: 4 forward; backward 10, as it computes the scores again
     attention = model.layers * (14 + 4 * again) * (rows.mean + spec.adapter.virtual_tokens) * model.q_size
     weights = (6 if full else 4) + 2 * again
-    added = 0 if full else 6 * trained
+    added = 0 if full else 6 * spec.adapter.token_params(model)
     head = (6 if full else 4) * model.head_params
-    flops = tokens * (weights * model.linear_params + added + attention) + per_worker * rows.mean_trained * head
+    flops = tokens * (weights * model.active_linear_params + added + attention) + per_worker * rows.mean_trained * head
     flops += passes * (1 + again) * spec.adapter.weight_flops(model)
     if machine.gpu is not None:
         return _gpu_seconds(spec, model, machine, flops, passes) + _exchange_seconds(spec, model, machine, tokens)
@@ -139,7 +139,8 @@ def _exchange_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, toke
 
 def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
     """The held-out loss over `rows`, shared among a run's workers: forward passes alone."""
-    flops = rows.count * (rows.mean * PADDING * 2 * model.linear_params + rows.mean_trained * 2 * model.head_params)
+    each = rows.mean * PADDING * 2 * model.active_linear_params + rows.mean_trained * 2 * model.head_params
+    flops = rows.count * each
     if machine.gpu is not None:
         return flops / spec.num_workers / (machine.gpu.tflops * 1e12 * GPU_LORA)
     return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
@@ -147,8 +148,8 @@ def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machi
 
 def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: TokenWork, machine: Machine, processes: int) -> float:
     """Measuring `work` once, shared among a run's workers: continuations weighed, answers written to their most."""
-    weighed = (work.read + work.prompts) * 2 * model.linear_params + work.weighed * 2 * model.head_params
-    written = work.written * 2 * (model.linear_params + model.head_params)
+    weighed = (work.read + work.prompts) * 2 * model.active_linear_params + work.weighed * 2 * model.head_params
+    written = work.written * 2 * (model.active_linear_params + model.head_params)
     steps = work.decoding_steps * model.layers
     if machine.gpu is not None:
         read_s = (

@@ -116,6 +116,24 @@ def test_calls_and_their_results_are_read_in_every_form(tmp_path: Path, record: 
     assert all(turn.trained for turn in found.messages)
 
 
+@pytest.mark.parametrize("save", ["parquet", "folder"])
+def test_arguments_of_calls_in_arrow_have_no_keys_of_other_functions(tmp_path: Path, save: str) -> None:
+    """Arrow fills objects of a list up to the same keys with null; a template would write them."""
+    import datasets
+
+    def row(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+
+    rows = datasets.Dataset.from_list([row("now", {"zone": "CET"}), row("add", {"a": 1, "b": 2})])
+    uri = str(tmp_path / ("rows.parquet" if save == "parquet" else "rows"))
+    rows.to_parquet(uri) if save == "parquet" else rows.save_to_disk(uri)
+    filled = rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert filled == {"zone": "CET", "a": None, "b": None}, "the case that is tested"
+    found = list(iter_examples(uri, "conversations"))
+    assert [one.messages[1].tool_calls[0].arguments for one in found] == [{"zone": "CET"}, {"a": 1, "b": 2}]
+
+
 def test_two_calls_of_a_turn_are_one_turn_in_sharegpt(tmp_path: Path) -> None:
     call = json.dumps({"name": "now", "arguments": {}})
     turns = sharegpt(("human", "u"), ("function_call", call), ("function_call", call), ("observation", "1"))
@@ -202,6 +220,11 @@ def test_an_answer_with_a_label_is_read(tmp_path: Path, key: str, label: object,
     for record in ({"prompt": "u", "completion": "a"}, {"messages": [USER, ANSWER]}):
         found = read(tmp_path, {**record, key: label}, "unpaired")
         assert (found.messages, found.label) == (TURNS, value)
+
+
+def test_a_labelled_answer_cannot_be_left_out_of_the_loss(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 1: messages: the last turn has weight 0"):
+        read(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0}], "label": True}, "unpaired")
 
 
 def turns(*added: Any) -> dict[str, Any]:
@@ -463,6 +486,33 @@ def test_no_key_of_a_turn_that_a_peer_reads_is_lost(tmp_path: Path, at: int, key
     assert outcome(tmp_path, "conversations", base, {"messages": changed}, f"messages[].{key}") != "lost"
 
 
+@pytest.mark.parametrize(("at", "key", "value"), TURN_KEYS)
+def test_no_key_of_a_sharegpt_turn_is_lost(tmp_path: Path, at: int, key: str, value: Any) -> None:
+    base = {"conversations": sharegpt(("human", "u"), ("gpt", "a"), ("human", "u"), ("gpt", "a"))}
+    changed = copy.deepcopy(base)
+    changed["conversations"][at][key] = value
+    assert outcome(tmp_path, "conversations", base, changed, f"conversations[].{key}") != "lost"
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for at, key, value in TURN_KEYS if at == 1])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_no_key_of_an_answer_of_a_pair_is_lost(tmp_path: Path, side: str, key: str, value: Any) -> None:
+    base = {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "c"}]}
+    changed = copy.deepcopy(base)
+    changed[side][0][key] = value
+    assert outcome(tmp_path, "pairs", base, changed, f"{side}[].{key}") != "lost"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("tools", [TOOL]), ("parallel_tool_calls", True), ("temperature", 1), ("model", "m")]
+)
+def test_no_key_of_the_input_of_a_preference_is_lost(tmp_path: Path, key: str, value: Any) -> None:
+    base = PAIRS[-1][1] | {"input": {"messages": [USER]}}
+    changed = {**base, "input": {"messages": [USER], key: value}}
+    name = key if key == "parallel_tool_calls" else f"input.{key}"
+    assert outcome(tmp_path, "pairs", base, changed, name) == ("used" if key == "tools" else "ignored")
+
+
 def test_the_outcomes_are_of_all_three_kinds(tmp_path: Path) -> None:
     """The check above tells them apart: a key that is read, one that is refused, one that is reported."""
     found = {
@@ -477,7 +527,7 @@ def test_the_outcomes_are_of_all_three_kinds(tmp_path: Path) -> None:
 
 def test_the_examples_of_the_guide_are_read(tmp_path: Path) -> None:
     guide = Path(__file__, "../../../../docs/data.md").resolve().read_text(encoding="utf-8")
-    seen = set()
+    seen: set[str] = set()
     for block in re.findall(r"```json\n(.*?)```", guide, re.DOTALL):
         records = [json.loads(line) for line in block.splitlines()]
         for purpose in ("pairs", "unpaired", "conversations", "documents"):

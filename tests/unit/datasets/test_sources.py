@@ -229,6 +229,12 @@ def test_weights_are_shares_without_a_row_twice(
     assert asked(found) == asked(iter_examples(source, "conversations"))
 
 
+def test_the_seed_does_not_draw_held_out_rows() -> None:
+    data = DataSpec.model_validate({"train": [{"path": "a", "weight": 1}, {"path": "b", "weight": 1}], "eval": 0.1})
+    assert data.source("eval", 1) == data.source("eval", 2)
+    assert data.source("train", 1) != data.source("train", 2)
+
+
 def test_the_seed_draws_the_rows_of_a_mixture(tmp_path: Path) -> None:
     drawn = [
         {text for text in asked(iter_examples(mixture(tmp_path, {"a": 90, "b": 9}, {"a": 1, "b": 1}, seed), "prompts"))}

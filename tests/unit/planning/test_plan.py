@@ -327,3 +327,28 @@ def test_plan_output_and_report_show_one_prediction(tmp_path: Path, monkeypatch:
     assert missing == ()
     shown = json.loads(Path(page.json_uri).read_text(encoding="utf-8"))["plan"]
     assert [(row["predicted_bytes"], row["actual_bytes"]) for row in shown] == [(predicted, predicted + 2**28)]
+
+
+def test_a_base_with_experts_counts_all_weights_and_computes_with_the_active_ones() -> None:
+    """Qwen3-30B-A3B by its config: 30.5B parameters, 3.3B of them active, as its model card says."""
+    config = {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "tie_word_embeddings": False,
+    }
+    shape = ModelShape.from_config(config)
+    assert shape.params / 1e9 == pytest.approx(30.5, abs=0.05)
+    assert shape.active_params / 1e9 == pytest.approx(3.3, abs=0.06)
+    assert shape.describe_experts() == "30.5B parameters, 3.35B active per token (8 of 128 experts)"
+    dense = ModelShape.from_config({**config, "model_type": "qwen3"})
+    assert dense.active_params == dense.params
+    assert dense.describe_experts() == ""

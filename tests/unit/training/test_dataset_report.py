@@ -87,6 +87,52 @@ def test_both_answers_of_a_pair_are_shown(folder: Path) -> None:
     assert learned == ["red<|im_end|>", "green<|im_end|>"]
 
 
+FORMS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+    {"prompt": "Hi", "completion": "Hello."},
+    {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello."}]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    {"instruction": "Hi", "output": "Hello."},
+    {"q": "Hi", "a": "Hello."},
+]
+
+
+def test_every_format_trains_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+    digests = set()
+    for number, record in enumerate(FORMS):
+        spec = task(folder, num_workers=1, **{"data.train": write(tmp_path / f"{number}.jsonl", record)})
+        columns = {"prompt": "q", "completion": "a"} if "q" in record else {}
+        read = spec.objective.read(
+            spec.model_copy(update={"data": spec.data.model_copy(update={"columns": columns})}),
+            base_template(resolve(spec.base)),
+            "train",
+        )
+        digests.add(read.rows.digest())
+    assert len(digests) == 1
+
+
+def test_calls_are_learned_and_results_and_turns_of_weight_0_are_not(folder: Path, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "now", "arguments": '{"zone": "CET"}'}}
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Well.", "weight": 0},
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    tool = {"type": "function", "function": {"name": "now", "description": "d", "parameters": {}}}
+    uri = write(tmp_path / "rows.jsonl", {"messages": turns, "tools": [tool]})
+    spec = task(folder, num_workers=1, **{"data.train": uri, "base.chat_template": "hermes"})
+    [row] = report_on(spec).rows
+    runs = "".join(token.text if token.trained else "\0" for token in row.tokens)
+    first, second = (run for run in runs.split("\0") if run)
+    assert "".join(first.split()) == '<tool_call>{"name":"now","arguments":{"zone":"CET"}}</tool_call><|im_end|>'
+    assert second == "Noon.<|im_end|>"
+    text = "".join(token.text for token in row.tokens)
+    assert text.index("Well.") < text.index("<tool_response>") < text.index("12:00") < text.index("Noon.")
+
+
 def test_packed_rows_are_shown_one_by_one(folder: Path) -> None:
     plain, packed = (
         report_on(task(folder, num_workers=1, objective={"kind": "sft", "packing": packing}))
@@ -110,6 +156,12 @@ def test_overlap_with_held_out_rows_is_counted(folder: Path) -> None:
         ({"instruction": "u", "output": "a"}, "sft", "alpaca"),
         ({"prompt": "u", "chosen": "a", "rejected": "b"}, "dpo", "trl_preference"),
         ({"text": "words"}, "cpt", "text"),
+        ({"prompt": "u", "completion": "a", "label": False}, "kto", "trl"),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "label": 3},
+            "sft",
+            "openai",
+        ),
     ],
 )
 def test_a_file_alone_is_read_by_the_objective_of_its_format(

@@ -20,6 +20,7 @@ from graftwork.training.adapters.attach import attach
 from graftwork.training.loop import plan_of, run_steps
 from graftwork.training.objectives.dpo import PairRows
 from graftwork.training.objectives.kto import LabelledRows, MixedRows, mismatched
+from graftwork.training.objectives.orpo import log_odds
 from graftwork.training.objectives.rows import TokenRows, prepare
 from graftwork.training.objectives.trainer import TrainerContext, arguments, build
 from graftwork.training.spec import TrainSpec
@@ -306,6 +307,21 @@ def test_every_form_of_a_row_gives_the_same_tokens(folder: Path, tmp_path: Path)
     files = [write_labelled(tmp_path / f"{form}.jsonl", 6, form=form) for form in range(3)]
     rows = [prepare(labelled_task(folder, **{"data.train": str(file)})).train for file in files]
     assert {one.digest() for one in rows} == {rows[0].digest()}
+
+
+def test_log_odds_have_a_gradient_where_a_probability_rounds_to_one() -> None:
+    """Against fp64, from p = 1e-9 to 1 - 1e-7."""
+    p = torch.tensor([1e-9, 0.01, 0.5, 0.99, 1 - 1e-7], dtype=torch.float64)
+    logps = p.log().float().requires_grad_()
+    found = log_odds(logps)
+    found.sum().backward()
+    torch.testing.assert_close(found.detach().double(), (p / (1 - p)).log(), rtol=1e-2, atol=1e-6)
+    assert logps.grad is not None
+    torch.testing.assert_close(logps.grad.double(), 1 / (1 - p), rtol=0.3, atol=0)
+    tiny = torch.tensor([-1e-9], requires_grad=True)
+    log_odds(tiny).sum().backward()
+    assert tiny.grad is not None
+    assert bool(tiny.grad.isfinite().all())
 
 
 def test_mismatched_answers_follow_their_prompts_and_are_cut(folder: Path) -> None:

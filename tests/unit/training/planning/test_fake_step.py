@@ -146,3 +146,59 @@ def test_the_key_of_a_storage_is_shared_by_its_views_alone() -> None:
         keys = {storage_key(one.untyped_storage()) for one in (tensor, tensor.t(), tensor[1:], tensor.detach())}
         assert len(keys) == 1
         assert storage_key(other.untyped_storage()) not in keys
+
+
+QWEN_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+    "mlp_only_layers": [],
+}
+MIXTRAL = {**SMALLER, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+GLM_MOE = {
+    **QWEN_MOE,
+    "model_type": "glm4_moe",
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+@pytest.mark.parametrize("adapter", [{"kind": "lora"}, {"kind": "lora", "experts": True}], ids=["lora", "experts"])
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        QWEN_MOE,
+        pytest.param(MIXTRAL, marks=pytest.mark.long),
+        pytest.param(GLM_MOE, marks=pytest.mark.long),
+    ],
+    ids=lambda config: str(config["model_type"]),
+)
+def test_the_closed_form_of_experts_is_what_the_real_step_takes(
+    config: dict[str, Any], adapter: dict[str, Any], again: bool
+) -> None:
+    """4 blocks of Qwen3-30B-A3B, Mixtral-8x7B, GLM-4.5-Air, 2 rows of 1,024; the peak less the frozen weights too."""
+    asked, rows = spec(2, again=again, quant=PLAIN, adapter=adapter), RowSizes.from_lengths([1024] * 2, [1023] * 2)
+    found, shape = replay(asked, config, rows, value_bytes=2), ModelShape.from_config(config)
+    assert allocated(asked, config, rows) == pytest.approx(found.peak_bytes, rel=0.02)
+    added = allocated(asked, config, rows) - weight_bytes(shape, asked.quant, 2)
+    assert added == pytest.approx(found.peak_bytes - found.weights, rel=0.05)
+    assert found.trained == 4 * asked.adapter.trained_params(shape)
+    assert found.weights == pytest.approx(2 * shape.params, rel=0.001)
