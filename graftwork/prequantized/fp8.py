@@ -39,7 +39,7 @@ def read(settings: Settings) -> PackedFormat:
 
     return PackedFormat(
         label=f"FP8 (blocks of {rows}x{columns})" if block else f"FP8 (a scale per {'row' if by_row else 'tensor'})",
-        parts=("weight", "weight_scale_inv", "weight_scale", *IGNORED, "input_scale_ub"),
+        parts=("weight", "weight_scale_inv", "weight_scale", *IGNORED),
         marks=("weight_scale_inv", "weight_scale"),
         dequantise=dequantise,
         packed_bytes=packed_bytes,
