@@ -125,6 +125,8 @@ def _values(parts: Parts, bits: int, block: list[int]) -> "torch.Tensor":
             zero = unpack_columns(zero.t(), bits)[:, :outputs].t() - 2 ** (bits - 1)
     else:
         q_OI = parts["weight"]
+        if q_OI.element_size() != 1:
+            raise ValueError(f"weight is stored as {q_OI.dtype}: quantization_status is not compressed")
         outputs, inputs = q_OI.shape
     index = parts.get("weight_g_idx")
 

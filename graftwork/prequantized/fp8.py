@@ -34,6 +34,8 @@ def read(settings: Settings) -> PackedFormat:
         return inputs * outputs + scales * FP32
 
     def dequantise(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
+        if parts["weight"].element_size() != 1:
+            raise ValueError(f"weight is stored as {parts['weight'].dtype}")
         scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
         return multiply(parts["weight"], scale, (rows, columns) if block else None).to(dtype)
 

@@ -202,3 +202,10 @@ def test_awq_may_have_one_scale_an_output() -> None:
     assert packed is not None
     found = packed.dequantise(awq(96)(sample_weight()), torch.float32)
     assert (found - sample_weight()).abs().amax() < 0.02
+
+
+@pytest.mark.parametrize("name", ["ct int8 rows", "fp8 blocks"])
+def test_weights_that_were_not_rounded_to_bytes_are_an_error(name: str) -> None:
+    parts = {**PACKINGS[name].pack(sample_weight()), "weight": sample_weight().bfloat16()}
+    with pytest.raises(ValueError, match="weight is stored as torch.bfloat16"):
+        exact(name, parts)
