@@ -17,6 +17,7 @@ from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
 from graftwork.prompts.template import DEFAULT_DATE, Template
+from graftwork.base.packed_experts import pack_experts, unpack_experts
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
 from graftwork.storage.store import cache_root
@@ -222,7 +223,13 @@ def load(
     check_form(resolved, quant, shards)
     try:
         settings = load_config(quant, dtype, storage=dtype if shards == "fsdp2" else None)
-        model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
+        # plain experts are in the machine's memory until they are packed, and not on the GPU
+        first = "cpu" if quant.is_4bit and cuda and shards == "none" and has_experts(resolved.config) else device
+        model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else first, dtype)
+        if quant.is_4bit:
+            pack_experts(model, quant, device)
+        if first != device:
+            model.to(device)
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
@@ -244,6 +251,7 @@ def load(
     stored = weight_bytes(model)
     if dequantise:
         dequantise_linears(model)
+        unpack_experts(model)
     elif quant.is_4bit and purpose == "train":
         _keep_differentiable(model)
     if purpose == "train":
@@ -253,6 +261,12 @@ def load(
     packed = f"; checkpoint={resolved.packed.label}" if resolved.packed else ""
     reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}{packed}"
     return LoadedBase(model, dtype, reason, stored, weight_bytes(model) if dequantise else stored)
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json names experts (`num_experts`, `num_local_experts`, `n_routed_experts`)."""
+    parts = (config, config.get("text_config") or {})
+    return any(isinstance(size, int) and size > 1 and "experts" in key for part in parts for key, size in part.items())
 
 
 def template(resolved: ResolvedBase) -> Template:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, cast
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
+from graftwork.planning.hardware import GIB
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
@@ -57,6 +58,7 @@ class Support:
 
 
 UNPACKED = "--set quant.kind=none"
+SHARDED_WEIGHTS = ("zero3", "fsdp2")
 ADAPT_EXPERTS = "--set adapter.experts=true"
 
 
@@ -75,6 +77,8 @@ class BaseSupport:
     """Format of a quantised checkpoint; empty where its weights are plain."""
     experts: Support = Support()
     """Training a LoRA on experts (`adapter.experts`)."""
+    packed_experts: bool = False
+    """4-bit methods pack experts next to linear layers."""
     train_full: Support = Support()
     """Training of all weights."""
 
@@ -107,9 +111,9 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
     if experts := facts.shape.expert_params:
         share = facts.shape.linear_params / (facts.shape.linear_params + experts)
         quantised = Support(
-            f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
-            f"3-D parameters ({experts / 1e9:.3g} billion weights)",
-            UNPACKED,
+            f"{share:.0%} of its weights would be packed: 8 bits are for linear layers alone, and the experts are 3-D "
+            f"parameters ({experts / 1e9:.3g} billion weights, {2 * experts / GIB:.3g} GiB in 16 bits)",
+            "--set quant.kind=nf4",
         )
     packed_form = find_format(config)
     kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
@@ -126,7 +130,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         facts.model_class,
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
-            **{kind: quantised if method.bits else Support() for kind, method in METHODS.items()},
+            **{kind: quantised if method.bits == 8 else Support() for kind, method in METHODS.items()},
             "checkpoint": kept,
             "train": train,
             "pack": pack,
@@ -137,6 +141,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         packed,
         packed_form.label if packed_form else "",
         _experts_support(facts),
+        bool(facts.shape.experts),
         full,
     )
 
@@ -153,6 +158,11 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
         support.require(support.experts, "adapter.experts=true")
     if targets is not None and not (experts and support.lora[targets].hint == ADAPT_EXPERTS):
         support.require(support.lora[targets], f"adapter.targets={targets}")
+    if spec.quant.is_4bit and support.packed_experts and spec.strategy.kind in SHARDED_WEIGHTS:
+        unsharded = Support(
+            "packed experts are not sharded: each worker holds all of them", "--set strategy.kind=zero2"
+        )
+        support.require(unsharded, f"quant.kind={spec.quant.kind} with strategy.kind={spec.strategy.kind}")
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
     return support
