@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftwork.base import source
+from graftwork.base.packed_experts import pack_experts, unpack_experts
 from graftwork.base.source import BaseSpec
 from graftwork.compat.hf import has_sdpa
 from graftwork.config import canonical_json
@@ -17,7 +18,6 @@ from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
 from graftwork.prompts.template import DEFAULT_DATE, Template
-from graftwork.base.packed_experts import pack_experts, unpack_experts
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
 from graftwork.storage.store import cache_root

@@ -29,6 +29,13 @@ STAGES: tuple[Stage, ...] = (
 one more, `checkpoint`."""
 
 
+class StrategyKeys(Protocol):
+    """Key of `strategy` that a base can rule out."""
+
+    @property
+    def kind(self) -> str: ...
+
+
 class AdapterKeys(Protocol):
     """Properties of `adapter` that a base can rule out."""
 
@@ -47,6 +54,9 @@ class TrainingRun(Protocol):
 
     @property
     def objective(self) -> object: ...
+
+    @property
+    def strategy(self) -> StrategyKeys: ...
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def test_a_lora_is_trained_and_served_on_them(experts: bool, tmp_path: Path) -> 
     base = write_family(tmp_path / "base", "qwen3_moe")
     write_rows(tmp_path / "train.jsonl", 16)
     write_rows(tmp_path / "eval.jsonl", 4, first=1000)
-    adapter = {"rank": 4, "experts": experts}
+    adapter: dict[str, Any] = {"rank": 4, "experts": experts}
     keys = {"quant.kind": "nf4", "optim.rows_per_step": 8, "optim.micro_batch": 4, "optim.gradient_checkpointing": True}
     spec = task(tmp_path, **{**keys, "quant.resident": "packed", "adapter": adapter})
     losses: list[float] = []
