@@ -4,16 +4,27 @@ A model name is the base, `BASE:task[@ref]` or `arm/NAME`; each means one arm re
 live traffic build their prompts here.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import PurePosixPath
+from typing import Any, get_args
 
 from graftwork.datasets.rows import resolve_prompt
 from graftwork.errors import DataError
-from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, fit_passages, render
+from graftwork.prompts.render import (
+    Message,
+    Passage,
+    Prompt,
+    PromptSpec,
+    Role,
+    ToolCall,
+    fit_passages,
+    render,
+)
 from graftwork.prompts.template import Template
 from graftwork.retrieval import Retriever, RetrieverSpec, open_retriever
 from graftwork.serving.api.errors import AnswerTooLong, ApiError, PromptTooLong, unknown_model
@@ -112,14 +123,27 @@ class ArmPrompt:
     """The passages are numbered."""
 
 
-def messages_of(turns: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
-    """Return messages from mappings with `role` and `content`, as JSON has them. Raises DataError on another role."""
-    for turn in turns:
-        if turn.get("role") not in ("system", "user", "assistant") or not isinstance(turn.get("content"), str):
-            raise DataError(
-                f"message {dict(turn)!r}", "", "a message has a role (system, user, assistant) and text content"
-            )
-    return tuple(Message(turn["role"], turn["content"]) for turn in turns)  # type: ignore[arg-type]  # checked above
+def messages_of(turns: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """Return messages from mappings of `message_fields`. Raises DataError on another role or content."""
+    return tuple(map(_message_of, turns))
+
+
+def _message_of(turn: Mapping[str, Any]) -> Message:
+    if turn.get("role") not in get_args(Role) or not isinstance(turn.get("content"), str):
+        roles = ", ".join(get_args(Role))
+        raise DataError(f"message {dict(turn)!r}", "", f"a message has a role ({roles}) and text content")
+    calls = tuple(
+        ToolCall(call["function"]["name"], json.loads(call["function"]["arguments"]), call.get("id"))
+        for call in turn.get("tool_calls", ())
+    )
+    return Message(
+        turn["role"],
+        turn["content"],
+        calls,
+        tool_call_id=turn.get("tool_call_id"),
+        name=turn.get("name"),
+        reasoning=turn.get("reasoning_content"),
+    )
 
 
 def build_prompt(
@@ -146,7 +170,11 @@ def build_prompt(
         prompt, longest = _resolve_prompt(_NO_PROMPT), max_new_tokens
         ids, stop_ids = tuple(template.encode(question)), template.stop_ids
     else:
-        if arm.prompt and arm.prompt.system is not None and any(turn.role == "system" for turn in question):
+        if (
+            arm.prompt
+            and arm.prompt.system is not None
+            and any(turn.role in ("system", "developer") for turn in question)
+        ):
             raise DataError(
                 f"arm {arm.name!r}: a system message",
                 "the arm has its own system prompt",
@@ -157,7 +185,15 @@ def build_prompt(
         if arm.retriever:
             found = find(arm, question) if passages is None else passages
             context, left_out = fit_passages(found, template, prompt, arm.retriever.context_tokens)
-        rendered = render(question, template, prompt=prompt, context=context, generate=True)
+        rendered = render(
+            question,
+            template,
+            prompt=prompt,
+            context=context,
+            tools=tuple(map(json.loads, arm.tools)),
+            template_kwargs=arm.chat_template_kwargs,
+            generate=True,
+        )
         ids, stop_ids = rendered.ids, rendered.stop_ids
     longest = longest or max_seq_len - len(ids)
     most = max_seq_len if max_prompt_tokens is None else max_prompt_tokens

@@ -13,6 +13,7 @@ from graftwork.planning.memory import (
     StagePlan,
     kv_bytes,
     loading_bytes,
+    unpacked_layer_bytes,
     verdict_of,
     weight_bytes,
 )
@@ -55,6 +56,8 @@ def predict_serving(
         "step": round(step_tokens * per_token * value_bytes),
         "logits": engine.max_batch * model.vocab * FP32,
     }
+    if quant.method.keeps_checkpoint:
+        full["unpacked layer"] = unpacked_layer_bytes(model, quant, value_bytes)
     if cuda:
         full["fragments"] = round(FRAGMENTS * (sum(full.values()) + resident["base weights"]))
     # unpacked values take the place of the file's pages; a GPU has none of them

@@ -4,6 +4,7 @@ Passages are those that lexical search finds: other retrievers bring as many of 
 answers (probes of failures, a judge's pairs) is counted as if every answer failed and differed.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,15 @@ class Sizes:
             lengths = []
             for row in self._sample():
                 context, _ = fit_passages(self._find_passages(arm, row.question), self.template, prompt, room)
-                whole = render(row.question, self.template, prompt=prompt, context=context, generate=True)
+                whole = render(
+                    row.question,
+                    self.template,
+                    prompt=prompt,
+                    context=context,
+                    tools=row.tools or tuple(map(json.loads, arm.tools)),
+                    template_kwargs={**arm.chat_template_kwargs, **row.template_kwargs},
+                    generate=True,
+                )
                 lengths.append(len(whole.ids))
             self._prompt_means[key] = mean(lengths)
         return self._prompt_means[key]

@@ -3,12 +3,19 @@
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from graftwork.base.source import BaseSpec
 from graftwork.config import Spec
 from graftwork.planning.hardware import AUTO, Gpus, resolved_count
-from graftwork.prompts.render import PromptSpec
+from graftwork.prompts.render import FunctionText, PromptSpec, without_unset
 from graftwork.quantization import QuantSpec
 from graftwork.retrieval import RetrieverSpec
 from graftwork.retrieval.embedder import EmbedderSpec
@@ -103,11 +110,19 @@ class ArmSpec(Spec):
     """`task@alias` or `task@version`; null is the base model."""
     prompt: PromptSpec | None = None
     """System prompt and worked examples; null takes those that the adapter was trained with, and none for the base."""
+    tools: tuple[FunctionText, ...] = ()
+    """Functions that the assistant may call, in OpenAI's form, in place of the prompt's; a row's own come first."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template, over those of the prompt; a row's own come first."""
     retriever: RetrieverSpec | None = None
     max_new_tokens: int | None = Field(default=96, ge=1)
     """Longest answer in tokens; null allows what is left of the sequence."""
     grammar: GrammarSpec | None = None
     """What its answers must look like; null lets the model say anything."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(handler(self))
 
 
 class AutoscalingSpec(Spec):

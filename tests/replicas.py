@@ -14,14 +14,14 @@ from graftwork.serving.spec import ArmSpec, ServeSpec
 
 
 @asynccontextmanager
-async def replica_of(base: Path, root: Path) -> AsyncIterator[EngineReplica]:
+async def replica_of(base: Path, root: Path, max_seq_len: int = 128) -> AsyncIterator[EngineReplica]:
     """As Ray Serve makes one."""
     spec = ServeSpec.model_validate(
         {
             "base": str(base),
             "root": str(root),
             "quant": {"kind": "none", "dtype": "float32"},
-            "engine": {"max_seq_len": 128},
+            "engine": {"max_seq_len": max_seq_len},
         }
     )
     replica = EngineReplica.__new__(EngineReplica)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from graftwork.base.load import resolve
 from graftwork.base.load import template as base_template
 from graftwork.datasets.examples import iter_examples, purpose_keys
-from graftwork.datasets.formats import Purpose, detect
+from graftwork.datasets.formats import LABELS, Purpose, detect
 from graftwork.datasets.sources import RowSource
 from graftwork.errors import DataError
 from graftwork.training.objectives.protocol import Part
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 LONGEST = 1 << 20
 """Row length that no spec limits."""
-_OBJECTIVE_OF: tuple[tuple[Purpose, str], ...] = (("pairs", "dpo"), ("conversations", "sft"), ("documents", "cpt"))
+_OBJECTIVE_OF: dict[Purpose, str] = {"pairs": "dpo", "unpaired": "kto", "conversations": "sft", "documents": "cpt"}
 """Objective of a file without a spec, by the first purpose that has a format for its first row."""
 
 
@@ -48,7 +49,7 @@ class ShownRow:
 
 
 @dataclass(frozen=True)
-class TokenCounts:
+class SequenceLengths:
     """Tokens of the sequences of a dataset, those longer than `max_length` included."""
 
     sequences: int
@@ -81,7 +82,7 @@ class DatasetReport:
     """Rows whose content came before."""
     eval: dict[str, int] | None
     """Of the held-out rows: `rows`, and `overlap`, those whose content is among the training rows."""
-    tokens: TokenCounts | None
+    tokens: SequenceLengths | None
     """Null without a base."""
     notes: tuple[str, ...]
     rows: tuple[ShownRow, ...]
@@ -89,33 +90,32 @@ class DatasetReport:
 
 def spec_of_file(path: str, base: str) -> TrainSpec:
     """A spec with the defaults of the objective that the file's first row is for, and no limit of length."""
-    kind = objective_of(path)
+    kind = _OBJECTIVE_OF[purpose_of(path)]
     tree = {"name": "data", "base": base, "data": {"train": path}, "objective": {"kind": kind}, "max_length": LONGEST}
     return TrainSpec.model_validate(tree if kind != "cpt" else {**tree, "max_length": 2048})
 
 
-def objective_of(path: str) -> str:
-    """Objective that learns from the rows of a file, by its first row. Raises DataError for an unknown format."""
+def purpose_of(path: str) -> Purpose:
+    """Purpose of the rows of a file, by its first row. Raises DataError for an unknown format."""
     for _, record, where in RowSource.of(path).records(RowSource.of(path).parts[0]):
-        for purpose, kind in _OBJECTIVE_OF:
-            try:
-                detect(record, purpose, where)
-            except DataError:
+        for purpose in _OBJECTIVE_OF:
+            if purpose == "unpaired" and not any(isinstance(record.get(key), bool) for key in LABELS):
                 continue
-            return kind
+            with contextlib.suppress(DataError):
+                detect(record, purpose, where)
+                return purpose
         detect(record, "conversations", where)
-    return "sft"  # without rows, which reading reports
+    return "conversations"  # without rows, which reading reports
 
 
 def report_without_base(path: str) -> DatasetReport:
     """Report on a file's format, keys and duplicates alone."""
-    kind = objective_of(path)
-    purpose = next(purpose for purpose, name in _OBJECTIVE_OF if name == kind)
+    purpose = purpose_of(path)
     keys = purpose_keys(purpose)
     contents = [example.content_hash() for example in iter_examples(path, purpose, keys=keys)]
     read = ReadPart(TokenRows.from_pairs([]), 0, "", keys=keys)
     note = "no base is given, so no tokens are shown"
-    return _report(path, kind, read, len(contents), _duplicates(contents), None, None, (note,), ())
+    return _report(path, _OBJECTIVE_OF[purpose], read, len(contents), _duplicates(contents), None, None, (note,), ())
 
 
 def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetReport:
@@ -136,7 +136,7 @@ def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetRe
         whole = spec.objective.read(longest, template, part)
     counts = _count(read, whole, spec.max_length)
     shown = tuple(_shown(read, template, rows))
-    notes = (*read.notes, *read.warnings)
+    notes = (*read.notes, *(read.keys.mixture_note(f"data.{part}") if read.keys else ()), *read.warnings)
     source = str(data_of(spec, part)[0])
     count, duplicates = len(read.contents), _duplicates(read.contents)
     return _report(source, spec.objective.kind, read, count, duplicates, held_out, counts, notes, shown)
@@ -149,7 +149,7 @@ def _report(
     count: int,
     duplicates: int,
     held_out: dict[str, int] | None,
-    tokens: TokenCounts | None,
+    tokens: SequenceLengths | None,
     notes: tuple[str, ...],
     rows: tuple[ShownRow, ...],
 ) -> DatasetReport:
@@ -218,7 +218,7 @@ def _shown(read: ReadPart, template: Template, rows: int) -> Iterator[ShownRow]:
             yield ShownRow(ids[number - 1] if number <= len(ids) else str(number), name, shown)
 
 
-def _count(read: ReadPart, whole: ReadPart, max_length: int) -> TokenCounts:
+def _count(read: ReadPart, whole: ReadPart, max_length: int) -> SequenceLengths:
     lengths = np.concatenate([side.lengths_N for _, side in _sides(whole.rows)])
     trained = sum(int(side.trained_T.sum()) for _, side in _sides(read.rows))
     limit = max_length if max_length < LONGEST else None
@@ -226,7 +226,7 @@ def _count(read: ReadPart, whole: ReadPart, max_length: int) -> TokenCounts:
     ends = 1 << np.arange(4, max(int(lengths.max()) - 1, 16).bit_length() + 1)
     counts, _ = np.histogram(lengths, bins=[0, *(ends + 0.5)])
     histogram = {str(end): int(count) for end, count in zip(ends, counts, strict=True)}
-    return TokenCounts(len(lengths), int(lengths.sum()), trained, read.dropped, limit, quantiles, histogram)
+    return SequenceLengths(len(lengths), int(lengths.sum()), trained, read.dropped, limit, quantiles, histogram)
 
 
 def _duplicates(contents: Sequence[int]) -> int:

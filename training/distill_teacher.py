@@ -10,7 +10,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -26,9 +26,17 @@ from graftwork.base.load import resolve as resolve_base
 from graftwork.base.load import template as base_template
 from graftwork.base.source import BaseSpec
 from graftwork.config import canonical_json
-from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows, resolve_prompt
+from graftwork.datasets.rows import (
+    DatasetRow,
+    fingerprint,
+    key_check,
+    prompt_content,
+    read_rows,
+    render_question,
+    resolve_prompt,
+)
 from graftwork.errors import ArtifactError, BaseModelError, ConfigError, DataError
-from graftwork.prompts.render import Message, render
+from graftwork.prompts.render import Message, PromptSpec, message_fields
 from graftwork.prompts.template import Template
 from graftwork.quantization import QuantSpec
 from graftwork.storage.store import Store
@@ -51,19 +59,21 @@ TRIES = 4
 """Of a request that the endpoint has no room for (429, 503); 1, 2 and 4 s lie between."""
 
 
-def ask(
-    generate: GenerateSpec, questions: Sequence[Sequence[Message]], system: str | None, seed: int
-) -> list[list[TeacherAnswer]]:
+def ask(generate: GenerateSpec, rows: Sequence[DatasetRow], prompt: PromptSpec, seed: int) -> list[list[TeacherAnswer]]:
     """`generate.samples` answers to each question. Raises DataError naming what the endpoint said, ConfigError."""
     assert generate.url is not None, "asked where there is an endpoint"
     bodies = []
-    for question in questions:
-        own = [] if system is None or question[0].role == "system" else [Message("system", system)]
+    for row in rows:
+        own = []
+        if prompt.system is not None and row.question[0].role not in ("system", "developer"):
+            own = [Message("system", prompt.system)]
+        variables = {**prompt.chat_template_kwargs, **row.template_kwargs}
         body = {
             "model": generate.model,
-            "messages": [{"role": turn.role, "content": turn.content} for turn in (*own, *question)],
+            "messages": [message_fields(turn) for turn in (*own, *row.question)],
             "temperature": generate.temperature,
             "max_tokens": generate.max_new_tokens,
+            **({"chat_template_kwargs": variables} if variables else {}),
         }
         bodies += [{**body, "seed": seed + n} for n in range(generate.samples)]
     with (
@@ -188,12 +198,12 @@ def load_teacher(teacher: Teacher, root: str, device: torch.device) -> Any:
 
 @torch.no_grad()
 def write(
-    spec: TrainSpec, generate: GenerateSpec, teacher: Teacher, questions: Sequence[Sequence[Message]]
+    spec: TrainSpec, generate: GenerateSpec, teacher: Teacher, rows: Sequence[DatasetRow]
 ) -> list[list[TeacherAnswer]]:
     """`generate.samples` answers to each question, by the teacher's own template and tokenizer."""
     template = base_template(resolve_base(teacher.base))
     prompt = resolve_prompt(spec.prompt)
-    asked = [render(q, template, prompt=prompt, generate=True).ids for q in questions]
+    asked = [render_question(row, template, prompt, (), "keep").ids for row in rows]
     device = torch.device("cuda:0" if spec.gpus and torch.cuda.is_available() else "cpu")
     model = load_teacher(teacher, spec.root, device)
     torch.manual_seed(spec.seed)
@@ -246,13 +256,13 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
     rewards = [reward for reward in loaded if isinstance(reward, Reward)]
     store, key = Store(spec.root), _key(spec, generate, rows, rewards)
     if not store.exists(FOLDER, key, ABOUT):
-        questions = [row.question for row in rows]
+        _require_text(spec, rows)
         if generate.url is not None:
-            answers = ask(generate, questions, spec.prompt.system, spec.seed)
+            answers = ask(generate, rows, spec.prompt, spec.seed)
         else:
             assert isinstance(spec.objective, DistillSpec)
             assert spec.objective.teacher is not None, "one of the two is given"
-            answers = write(spec, generate, pinned(spec, spec.objective.teacher), questions)
+            answers = write(spec, generate, pinned(spec, spec.objective.teacher), rows)
         kept = [
             (row, best) for row, own in zip(rows, answers, strict=True) if (best := _best(generate, rewards, row, own))
         ]
@@ -265,8 +275,10 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
             raise _nothing_kept(spec, generate, about, answers)
         lines = []
         for row, text in kept:
-            turns = [{"role": turn.role, "content": turn.content} for turn in row.question]
+            turns = [message_fields(turn) for turn in row.question]
             record: dict[str, Any] = {"id": row.id, "messages": [*turns, {"role": "assistant", "content": text}]}
+            if row.template_kwargs:
+                record["chat_template_kwargs"] = dict(row.template_kwargs)
             if row.gold is not None:
                 record |= {"gold": row.gold, "given_fields": list(row.given_fields)}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -277,6 +289,18 @@ def load_or_generate(spec: TrainSpec, generate: GenerateSpec) -> GeneratedAnswer
     note = f"{about['kept']} of {about['asked']} answers of the teacher kept ({rule}; {about['unended']} had not ended)"
     contents = array("q", [row.content_hash() for row in rows])
     return GeneratedAnswers(store.path(FOLDER, key, ANSWERS), (note,), keys.note("train"), contents)
+
+
+def _require_text(spec: TrainSpec, rows: Sequence[DatasetRow]) -> None:
+    """Raise DataError for functions: a teacher's answers are read as text."""
+    for row in rows:
+        if spec.prompt.tools or row.tools or any(turn.role == "tool" for turn in row.messages):
+            raise DataError(
+                f"objective.generate: row {row.id}: tools",
+                "the conversation has functions",
+                "a teacher's answers are text, and calls would not be read from it",
+                "take rows without tools, or train on written answers with objective.kind=sft",
+            )
 
 
 def _best(
@@ -296,7 +320,7 @@ def _key(spec: TrainSpec, generate: GenerateSpec, rows: Sequence[DatasetRow], re
     teacher = spec.objective.teacher
     decides = {
         "rows": fingerprint(rows),
-        "prompt": asdict(resolve_prompt(spec.prompt)),
+        "prompt": prompt_content(resolve_prompt(spec.prompt)),
         "seed": spec.seed,
         "generate": generate.model_dump(mode="json", exclude={"concurrency", "api_key_env"}),
         "keep": [reward.content for reward in rewards],

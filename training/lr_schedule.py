@@ -2,16 +2,61 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from graftwork.training.spec import OptimSpec
 
+Schedule = Literal["constant", "linear", "cosine", "cosine_with_min_lr", "wsd"]
+MIN_LR_RATIO = {"cosine_with_min_lr": 0.1, "wsd": 0.0}
+"""Schedules with a least rate, and the ratio where the spec gives none."""
+DECAY_RATIO = 0.1
+_NAMES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
-def scheduler_arguments(optim: "OptimSpec", steps: int) -> tuple[str, int]:
-    """Return transformers' name of the scheduler (`lr_scheduler_type`) and its warm-up steps for a run of `steps`."""
-    name = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
-    return name, math.ceil(optim.warmup_ratio * steps)
+
+@dataclass(frozen=True)
+class SchedulerArguments:
+    """Scheduler of a run, as transformers' `get_scheduler` takes it."""
+
+    name: str
+    """`lr_scheduler_type`."""
+    warmup_steps: int
+    kwargs: dict[str, float] = field(default_factory=dict)
+    """`lr_scheduler_kwargs`."""
+
+
+def scheduler_of(optim: "OptimSpec", steps: int) -> SchedulerArguments:
+    """Return the scheduler of a run of `steps`. Warm-up and decay are rounded up to whole steps."""
+    name, warmup = _NAMES.get(optim.schedule, optim.schedule), math.ceil(optim.warmup_ratio * steps)
+    given = optim.min_lr_ratio
+    least = MIN_LR_RATIO.get(optim.schedule, 0.0) if given is None else given
+    if optim.schedule == "cosine_with_min_lr":
+        return SchedulerArguments(name, warmup, {"min_lr_rate": least})
+    if optim.schedule == "wsd":
+        share = DECAY_RATIO if optim.decay_ratio is None else optim.decay_ratio
+        decay = min(math.ceil(share * steps), steps - warmup)
+        return SchedulerArguments(name, warmup, {"num_decay_steps": decay, "min_lr_ratio": least})
+    return SchedulerArguments(name, warmup)
+
+
+def check(optim: "OptimSpec") -> None:
+    """Raise ValueError for keys that the schedule does not have, or that leave it no steps."""
+    if optim.min_lr_ratio is not None and optim.schedule not in MIN_LR_RATIO:
+        raise ValueError(
+            f"optim.min_lr_ratio={optim.min_lr_ratio:g} can't take effect with optim.schedule={optim.schedule}: set "
+            f"optim.schedule={' or '.join(MIN_LR_RATIO)}"
+        )
+    if optim.decay_ratio is not None and optim.schedule != "wsd":
+        raise ValueError(
+            f"optim.decay_ratio={optim.decay_ratio:g} can't take effect with optim.schedule={optim.schedule}: set "
+            "optim.schedule=wsd"
+        )
+    if optim.schedule == "wsd" and optim.warmup_ratio + (optim.decay_ratio or DECAY_RATIO) > 1:
+        raise ValueError(
+            f"optim.warmup_ratio={optim.warmup_ratio:g} and optim.decay_ratio={optim.decay_ratio or DECAY_RATIO:g} are "
+            "more than the whole run: warm-up, stable phase and decay follow each other"
+        )
 
 
 Factors = tuple[tuple[float, float], ...]

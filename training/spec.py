@@ -13,10 +13,12 @@ from graftwork.planning.hardware import AUTO, Gpus, resolved_count
 from graftwork.prompts.render import PromptSpec
 from graftwork.quantization import QuantSpec
 from graftwork.storage.store import ALIAS_PATTERN, DEFAULT_ROOT, NAME_PATTERN
+from graftwork.training import lr_schedule, optimizers
 from graftwork.training.evaluation.spec import OutcomesSpec
-from graftwork.training.lr_schedule import Factors
+from graftwork.training.lr_schedule import Factors, Schedule
 from graftwork.training.objectives.sft import SftSpec
 from graftwork.training.objectives.spec import ObjectiveSpec
+from graftwork.training.optimizers import OptimizerKind
 from graftwork.training.strategies import StrategySpec
 
 
@@ -67,12 +69,24 @@ def world_sizes(spec: "TrainSpec") -> list[int]:
 
 
 class OptimSpec(Spec):
-    """AdamW on the adapter's parameters."""
+    """Optimizer of the trained weights, its learning rate and the rows of its steps."""
 
+    kind: OptimizerKind = "adamw"
+    """adamw_8bit, paged_adamw_8bit: bitsandbytes' AdamW with 8-bit states, paged ones on GPUs alone. adafactor: arXiv
+    1804.04235 at a given rate. muon: torch's Muon on matrices, AdamW on all other weights."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = optimizers.BETAS
+    """Decays of AdamW's moments."""
+    eps: float = Field(default=optimizers.EPS, gt=0)
+    """Added to the root of AdamW's second moment."""
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate, reached after the warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Decay from the peak to 0 over the run, after the warm-up."""
+    schedule: Schedule = "linear"
+    """Decay from the peak over the run, after the warm-up: to 0, or to `min_lr_ratio`. wsd: the peak holds until the
+    decay (warmup-stable-decay, arXiv 2404.06395)."""
+    min_lr_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Least learning rate as a share of `lr`, of cosine_with_min_lr (null: 0.1) and wsd (null: 0)."""
+    decay_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Share of the steps that the decay of wsd takes (null: 0.1), along a cosine."""
     factors: Factors = ()
     """Further factors of the learning rate, e.g. [[0.5, 0.8]]: after half of the steps it is 0.8 of the schedule's.
     What population based training finds (`kind: tune`, `search: {kind: pbt}`)."""
@@ -98,10 +112,12 @@ class OptimSpec(Spec):
             raise ValueError(f"optim.factors: shares must rise, from 0 to less than 1, found {shares}")
         if bad := [factor for _, factor in self.factors if factor <= 0]:
             raise ValueError(f"optim.factors: a factor must be greater than 0, found {bad[0]:g}")
+        lr_schedule.check(self)
         return self
 
     def check(self, run: "TrainSpec") -> None:
-        """Raise ValueError for gradient checkpointing with an adapter that it cannot be combined with."""
+        """Raise ValueError for keys of the run that the optimizer or gradient checkpointing cannot be combined with."""
+        optimizers.check(self, run)
         if run.adapter.virtual_tokens and self.gradient_checkpointing:
             raise ValueError(
                 f"optim.gradient_checkpointing={self.gradient_checkpointing} can't go with adapter.kind="
@@ -178,10 +194,14 @@ class TrainSpec(Spec):
         kept = {"name", "quant", "prompt", "objective", "adapter", "optim", "eval_every", "seed"}
         fields = self.model_dump(mode="json", include=kept)
         del fields["optim"]["micro_batch"], fields["optim"]["gradient_checkpointing"], fields["quant"]["resident"]
-        if not self.optim.factors:
-            del fields["optim"]["factors"]
-        if not fields["adapter"].get("experts", True):
-            del fields["adapter"]["experts"]
+        for key in ("factors", "kind", "betas", "eps", "min_lr_ratio", "decay_ratio"):  # at their default: as before
+            if getattr(self.optim, key) == OptimSpec.model_fields[key].default:
+                del fields["optim"][key]
+        if self.objective.kind == "dpo":
+            fields["objective"]["loss"] = fields["objective"].pop("loss_type")  # its name in identities of older runs
+        for key in ("experts", "target_modules", "modules_to_save"):
+            if not fields["adapter"].get(key, True):
+                del fields["adapter"][key]
         fields["objective"].pop("teacher", None)  # pinned with the rows, by content
         return {**fields, "device": "cuda" if self.gpus else "cpu"}
 
@@ -204,6 +224,7 @@ class TrainSpec(Spec):
         self.objective.check(self)
         self.adapter.check_run(self)
         self._check_base_adapter()
+        self._check_saved_modules()
         self.optim.check(self)
         self.checkpoints.check(self)
         if self.recovery.min_workers is not None and self.recovery.min_workers > self.num_workers:
@@ -212,6 +233,23 @@ class TrainSpec(Spec):
             )
         self.strategy.check(self)
         return self
+
+    def _check_saved_modules(self) -> None:
+        """Raise ValueError for modules that are trained whole where a loss or a strategy does not reach them."""
+        saved, traits = list(getattr(self.adapter, "modules_to_save", ())), self.objective.traits
+        if not saved:
+            return
+        if traits.head != "logits" or traits.samples_answers or not traits.adds_up:
+            raise ValueError(
+                f"adapter.modules_to_save={saved} can't go with objective.kind={self.objective.kind}: its loss "
+                "multiplies by the weights of the base's own head, or trains rows of the embedding. Set "
+                "objective.kind=sft or cpt"
+            )
+        if self.strategy.kind != "ddp":
+            raise ValueError(
+                f"adapter.modules_to_save={saved} can't go with strategy.kind={self.strategy.kind}: whole modules are "
+                "trained next to sharded ones there. Set strategy.kind=ddp"
+            )
 
     def _check_base_adapter(self) -> None:
         """Raise ValueError for an alias that nothing is published under, and for what cannot be added to an adapter."""

@@ -126,7 +126,6 @@ NOT_TUNABLE = {
     "data.eval": "trials are compared on the same held-out rows",
     "data.eval_rows": "eval_rows of the sweep takes its place",
     "objective.kind": "losses of different kinds can't be compared",
-    "objective.loss": "losses of different kinds can't be compared",
     "objective.loss_type": "losses of different kinds can't be compared",
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
@@ -255,6 +254,11 @@ class TuneSpec(Spec):
         for other, reason in NOT_TUNABLE.items():
             if key == other or key.startswith(f"{other}."):
                 raise ValueError(f"space.{key} cannot take effect: {reason}")
+        if key == "data.train" and isinstance(self.train.data.eval, float):
+            raise ValueError(
+                f"space.data.train cannot take effect with train.data.eval={self.train.data.eval:g}, a share of it: "
+                f"{NOT_TUNABLE['data.eval']}. Name held-out rows in train.data.eval"
+            )
         for other in self.space:
             if key.startswith(f"{other}."):
                 raise ValueError(f"space.{key} and space.{other} overlap: keep one of them")

@@ -23,7 +23,19 @@ from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trials import Winner
 
 WINNER = "winner.json"
-SCORED_BY = ("base", "quant", "data.eval", "data.eval_rows", "data.context", "prompt", "max_length", "objective")
+SCORED_BY = (
+    "base",
+    "quant",
+    "data.eval",
+    "data.eval_rows",
+    "data.columns",
+    "data.template",
+    "data.thinking",
+    "data.context",
+    "prompt",
+    "max_length",
+    "objective",
+)
 """Keys of a training spec that decide which held-out rows are scored, and how."""
 
 
@@ -138,4 +150,6 @@ def _scored_alike(store: Store, a: AdapterManifest, b: AdapterManifest) -> bool:
             tree = tree.get(key) if isinstance(tree, dict) else None
         return tree
 
-    return all(value_at(specs[0], key) == value_at(specs[1], key) for key in SCORED_BY)
+    by_share = isinstance(value_at(specs[0], "data.eval"), float)  # of the training rows
+    keys = (*SCORED_BY, "data.train") if by_share else SCORED_BY
+    return all(value_at(specs[0], key) == value_at(specs[1], key) for key in keys)

@@ -18,6 +18,7 @@ class Ia3Spec(AdapterKind):
     """Learned scales of keys, values and the MLP's inner activations (IA3, arXiv 2205.05638)."""
 
     peft_type: ClassVar[str] = "IA3"
+    trains_matrices: ClassVar[bool] = False
     learning_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
     """3e-3 in its paper. Measured on SmolLM2-135M, short runs (docs/guide-training.md): 2e-2."""
     trains_score_head: ClassVar[bool] = True

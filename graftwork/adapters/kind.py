@@ -78,6 +78,8 @@ class AdapterKind(Spec):
     """Embedding rows of single tokens can be trained with it."""
     trains_score_head: ClassVar[bool] = False
     """A reward model's head can be trained and saved with it."""
+    trains_matrices: ClassVar[bool] = True
+    """Some trained weight is a matrix that multiplies activations."""
     has_rank: ClassVar[bool] = False
     """Its size is the key `rank`."""
 

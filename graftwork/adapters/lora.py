@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from graftwork.adapters.experts import adaptable_linears, expert_targets, expert_weights, is_stacked, split_targets
 from graftwork.adapters.kind import ATTENTION_WORDS, FP32, MLP_WORDS, AdapterKind, Shape, ValueBytes, linears, within
+from graftwork.adapters.target_modules import TargetModules, check_target_modules, choose, matches, saved_modules
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class LoraSpec(AdapterKind):
     """Dropout on the adapter's input while training."""
     targets: Targets = "all-linear"
     """Linear layers that get an adapter; the head and a router of experts never do."""
+    target_modules: TargetModules | None = None
+    """Instead of `targets`: ends of names, `[q_proj, v_proj]`, or a regular expression of whole names, as in PEFT."""
+    modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
+    """Modules that are trained and published whole, with the adapter: the embedding, the output head. Both follow each
+    other where the base ties them."""
     experts: bool = False
     """Adapt the fused experts of a mixture-of-experts base too, each expert by an adapter of its own."""
     rslora: bool = False
@@ -60,6 +66,23 @@ class LoraSpec(AdapterKind):
             raise ValueError(f"{'dora' if self.dora else 'dropout'} cannot take effect with experts=true: leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _one_choice_of_targets(self) -> Self:
+        if self.target_modules is not None:
+            if self.targets != "all-linear":
+                raise ValueError(
+                    f"targets={self.targets} cannot take effect with target_modules: leave one of them out"
+                )
+            check_target_modules(self.target_modules)
+        if len(set(self.modules_to_save)) < len(self.modules_to_save):
+            raise ValueError(f"modules_to_save={list(self.modules_to_save)}: each name once")
+        return self
+
+    @property
+    def which(self) -> Targets | TargetModules:
+        """The targets: `target_modules`, else `targets`."""
+        return self.targets if self.target_modules in (None, "all-linear") else self.target_modules
+
     @property
     def input_dropout(self) -> float:
         return self.dropout
@@ -70,7 +93,7 @@ class LoraSpec(AdapterKind):
 
     @property
     def adds_up(self) -> bool:
-        return not (self.dora or self.experts)
+        return not (self.dora or self.experts or self.modules_to_save)
 
     def describe(self) -> str:
         """Return the adapter in a few words."""
@@ -120,19 +143,32 @@ class LoraSpec(AdapterKind):
         from peft import LoraConfig
 
         modules, parameters = self._targets_of(model)
+        if parameters and self.dora:
+            raise ConfigError(
+                "adapter.dora=true",
+                f"PEFT reads an adapter of {parameters[0].removesuffix('.weight')} as one of a parameter, without DoRA",
+                "DoRA adapts linear layers that PEFT targets by name",
+                "set adapter.targets=attention, or adapter.dora=false",
+            )
+        saved, tied = saved_modules(self.modules_to_save, model)
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=modules,
             target_parameters=parameters or None,
+            modules_to_save=saved or None,
+            ensure_weight_tying=tied,
             use_rslora=self.rslora,
             use_dora=self.dora,
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
             task_type="CAUSAL_LM",
         )
 
     def _targets_of(self, model: Any) -> tuple[list[str] | str, list[str]]:
         """PEFT's `target_modules` and `target_parameters`. Raises ConfigError."""
+        if self.which != self.targets:
+            return self._named_targets(model)
         asked = f"adapter.targets={self.targets}"
         words = {"attention": ATTENTION_WORDS, "mlp": MLP_WORDS, "all-linear": ("",)}[self.targets]
         experts = expert_targets("adapter.experts=true", model) if self.experts else []
@@ -148,34 +184,43 @@ class LoraSpec(AdapterKind):
                 "set adapter.experts=true, or adapter.targets=attention",
             )
         modules, parameters = split_targets(model, found)
-        if parameters and self.dora:
-            raise ConfigError(
-                "adapter.dora=true",
-                f"PEFT reads an adapter of {parameters[0].removesuffix('.weight')} as one of a parameter, without DoRA",
-                "DoRA adapts linear layers that PEFT targets by name",
-                "set adapter.targets=attention, or adapter.dora=false",
-            )
+        return modules, experts + parameters
+
+    def _named_targets(self, model: Any) -> tuple[list[str] | str, list[str]]:
+        """As `_targets_of`, of `target_modules`. A regular expression becomes the names that it matches."""
+        assert self.target_modules is not None, "the caller looked"
+        allowed, every = adaptable_linears(model), [name for name, _ in model.named_modules()]
+        found = choose(self.target_modules, allowed, type(model).__name__, every)
+        listed = not isinstance(self.target_modules, str) and not expert_weights(model)
+        if listed and {name for name in every if matches(self.target_modules, name)} == set(found):
+            return list(self.target_modules), []
+        experts = expert_targets("adapter.experts=true", model) if self.experts else []
+        modules, parameters = split_targets(model, found)
         return modules, experts + parameters
 
     def trained_params(self, model: "ModelShape") -> int:
-        """Return the values of A, B and DoRA's magnitudes."""
-        magnitudes = sum(linear.count * linear.outputs for linear in model.adapted[self.targets])
-        return model.adapter_params(self.rank, self.targets, experts=self.experts) + magnitudes * self.dora
+        """Return the values of A, B and DoRA's magnitudes, and of the modules that are saved whole."""
+        magnitudes = sum(linear.count * linear.outputs for linear in model.adapted_linears(self.which))
+        whole = len(self.modules_to_save) if not model.tied else bool(self.modules_to_save)
+        added = model.adapter_params(self.rank, self.which, experts=self.experts)
+        return added + magnitudes * self.dora + whole * model.head_params
 
     def token_params(self, model: "ModelShape") -> float:
-        """Return A's and B's values, and for adapted experts a third of their weights, whose gradient PEFT computes."""
-        gradients = model.expert_params * model.active_experts / 3 if self.experts else 0.0
-        return model.adapter_params(self.rank, self.targets) + gradients
+        """Return the trained values; of adapted experts a third of their weights, whose gradient PEFT computes."""
+        if not self.experts:
+            return self.trained_params(model)
+        update = model.adapter_params(self.rank, self.which, experts=True) - model.adapter_params(self.rank, self.which)
+        return self.trained_params(model) - update + model.expert_params * model.active_experts / 3
 
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return the bytes of the targets' inputs, of A's results, of dropout's masks and of DoRA's results."""
-        targets = model.adapted[self.targets]
+        targets = model.adapted_linears(self.which)
         inputs = sum(linear.count * linear.inputs for linear in targets) / model.layers
         saved = sum(linear.count for linear in targets) / model.layers * self.rank * size.computed
         if self.dropout > 0 or size.base != FP32:  # each target saves its own input
             saved += inputs * size.computed
         else:  # inputs of A: q, k and v share one, gate and up share one; o's is counted with the frozen block
-            saved += model.read(self.targets) * FP32
+            saved += model.read(self.which) * FP32
         if self.dropout > 0:
             saved += inputs * size.dropout_mask
         if self.experts:  # of their weights with the update, which have gradients
@@ -193,7 +238,7 @@ class LoraSpec(AdapterKind):
         """Return the targets' inputs."""
         if not self.dropout:
             return 0
-        return sum(linear.count * linear.inputs for linear in model.adapted[self.targets])
+        return sum(linear.count * linear.inputs for linear in model.adapted_linears(self.which))
 
     def weight_flops(self, model: "ModelShape") -> float:
         """Return the operations of DoRA's norm of the updated weights (PEFT multiplies A and B by the identity).
@@ -204,13 +249,13 @@ class LoraSpec(AdapterKind):
             return 3.0 * 2 * self.rank * model.expert_params
         if not self.dora:
             return 0.0
-        targets = model.adapted[self.targets]
+        targets = model.adapted_linears(self.which)
         return sum(x.count * 2 * self.rank * x.inputs * (x.inputs + x.outputs) for x in targets)
 
     def weight_scratch_bytes(self, model: "ModelShape", *, autocast: bool) -> int:
         """Return the bytes of DoRA's identity of the inputs, or of four forms of the largest weight."""
         if not self.dora:
             return 0
-        targets = model.adapted[self.targets]
+        targets = model.adapted_linears(self.which)
         identity = max(linear.inputs for linear in targets) ** 2 * (FP32 + BF16 * autocast)
         return max(identity, 4 * FP32 * max(linear.params for linear in targets))

@@ -19,6 +19,7 @@ class PrefixSpec(AdapterKind):
     """Trained keys and values before every sequence (prefix tuning, arXiv 2101.00190)."""
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    trains_matrices: ClassVar[bool] = False
     learning_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
     """Measured on SmolLM2-135M, short runs (docs/guide-training.md): 1e-2."""
 

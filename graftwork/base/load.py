@@ -17,7 +17,7 @@ from graftwork.errors import BaseModelError
 from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
-from graftwork.prompts.template import DEFAULT_DATE, Template
+from graftwork.prompts.template import DEFAULT_DATE, Template, replaced_template
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
 from graftwork.storage.store import cache_root
@@ -124,6 +124,8 @@ class ResolvedBase:
     """Rows of the embedding behind those of the file; `config` counts them."""
     template_date: date = DEFAULT_DATE
     """The day that the chat template writes as today's, where it writes one."""
+    chat_template: str | None = None
+    """Text of the chat template in place of the folder's."""
 
     @property
     def packed(self) -> PackedFormat | None:
@@ -154,6 +156,15 @@ def config_file(base: BaseSpec) -> Path | None:
         return path
     alone = (path / "config.json").is_file() and not any(path.glob("*.safetensors"))
     return path / "config.json" if alone else None
+
+
+def config_beside(base: BaseSpec, folder: Path) -> Path | None:
+    """config.json in the folder of a spec file whose base is a Hugging Face id that is not in this machine's cache.
+
+    A plan from it downloads nothing. None: the base is here, or there is no such file.
+    """
+    file = folder / "config.json"
+    return file if file.is_file() and source.is_uncached_hub_id(base.uri) else None
 
 
 def read_config(base: BaseSpec) -> Mapping[str, Any]:
@@ -193,7 +204,11 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     config = {**config, **_overrides(base, config)}
     digest = source.mark_digest(digest, config, base.rope_scaling, base.extra_tokens)
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
-    return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day)
+    replaced = None
+    if base.chat_template is not None:
+        replaced = replaced_template(folder, base.chat_template)
+        digest += f".template-{hashlib.sha256(replaced.encode()).hexdigest()[:8]}"
+    return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day, replaced)
 
 
 def load(
@@ -271,7 +286,9 @@ def has_experts(config: Mapping[str, Any]) -> bool:
 
 def template(resolved: ResolvedBase) -> Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
-    return Template.load(resolved.folder, resolved.template_date)
+    return Template.load(
+        resolved.folder, resolved.template_date, chat_template=resolved.chat_template, base=resolved.uri
+    )
 
 
 def weight_bytes(model: "torch.nn.Module") -> int:
@@ -314,6 +331,10 @@ def check_form(resolved: ResolvedBase, quant: QuantSpec, shards: str = "none") -
 
 def _read_packed(resolved: ResolvedBase, packed: PackedFormat, device: str | None, dtype: "torch.dtype") -> Any:
     """The model whose packed linears stay packed."""
+    if packed.native:
+        model = _read(resolved.folder, resolved.overrides, None, device, dtype)
+        _keep_differentiable(model)
+        return model
     from graftwork.compat.packed_weights import PackedLoadConfig
 
     files = PackedFiles(resolved.folder, packed)
@@ -332,7 +353,9 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for part in (config, config.get_text_config()):
         if settings is not None and hasattr(part, "quantization_config"):
-            del part.quantization_config
+            del part.quantization_config  # of a packed checkpoint: `settings` are those of this load
+        elif "bnb_4bit_compute_dtype" in (getattr(part, "quantization_config", None) or {}):
+            part.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     for key, value in overrides.items():
         setattr(config, key, value)
     return auto_class(config).from_pretrained(

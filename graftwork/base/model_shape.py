@@ -8,11 +8,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter
 
 from graftwork.adapters.kind import MLP_ENDS
+from graftwork.adapters.target_modules import TargetModules, choose_linears
 from graftwork.config import canonical_json
 from graftwork.errors import BaseModelError
 from graftwork.storage.store import Store, cache_root
@@ -118,9 +119,15 @@ class ModelShape:
         """The linear layers whose path ends in one of the names, as PEFT matches them."""
         return tuple(x for x in self.linears if x.part != "outside" and any(x.name.endswith(f".{end}") for end in ends))
 
-    def read(self, which: Targets) -> int:
+    def adapted_linears(self, which: Targets | TargetModules) -> tuple[Linear, ...]:
+        """The linear layers of `adapter.targets` or `adapter.target_modules`. Raises ConfigError for a name of none."""
+        if which in self.adapted:
+            return self.adapted[cast(Targets, which)]
+        return choose_linears(which, self.adapted["all-linear"], "the base")
+
+    def read(self, which: Targets | TargetModules) -> int:
         """Values of one token and block that the targets read, each once; the attention's own output is left out."""
-        targets = self.adapted[which]
+        targets = self.adapted_linears(which)
         parts = {x.part for x in targets if x.inputs == self.hidden and not x.name.endswith(ATTENTION_OUTPUTS)}
         inner = any(x.part == "mlp" and x.inputs == self.intermediate for x in targets)
         return self.hidden * len(parts) + self.intermediate * inner
@@ -195,9 +202,9 @@ class ModelShape:
         """Embedding, head, norms, biases, experts: no linear layers."""
         return self.params - self.linear_params
 
-    def adapter_params(self, rank: int, which: Targets = "all-linear", *, experts: bool = False) -> int:
+    def adapter_params(self, rank: int, which: Targets | TargetModules = "all-linear", *, experts: bool = False) -> int:
         """A (r x in) and B (out x r) of each target, and of each expert where they are adapted."""
-        targets = (*self.adapted[which], *(self.experts if experts else ()))
+        targets = (*self.adapted_linears(which), *(self.experts if experts else ()))
         return sum(x.count * rank * (x.inputs + x.outputs) for x in targets)
 
 

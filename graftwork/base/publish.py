@@ -73,6 +73,8 @@ def publish(
     `require_current`, which raises where the caller has been replaced.
     Raises ArtifactError (no weights there), StorageError.
     """
+    if parent.chat_template is not None:
+        (weights / "chat_template.jinja").write_text(parent.chat_template, encoding="utf-8")
     files = dict(_files(weights, parent.folder))
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise ArtifactError(
@@ -141,7 +143,7 @@ def _files(weights: Path, parent: Path) -> Iterator[tuple[str, Path]]:
         if path.suffix in (".json", ".jinja") and not path.name.endswith(WEIGHT_FILES) and path.name != MANIFEST_FILE:
             yield path.name, path
     for path in sorted(weights.iterdir()):
-        if path.suffix == ".json" or path.name.endswith(WEIGHT_FILES):
+        if path.suffix in (".json", ".jinja") or path.name.endswith(WEIGHT_FILES):
             yield path.name, path
 
 

@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from graftwork.base.package_source import PackageFile, fetch
 from graftwork.config import Spec, canonical_json
@@ -52,10 +52,19 @@ class BaseSpec(Spec):
     """The day that a chat template with `strftime_now` (Llama 3, gpt-oss, Granite) writes as today's. null: the day of
     the manifest, where the base is one that a full run published; else 2024-07-26, and never the clock's day."""
 
+    chat_template: str | None = None
+    """Another chat template than the base's, part of the base: a path to a Jinja file, or `hermes`, which writes
+    functions, calls and results as text into the turns of the base's own template."""
+
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"uri": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "chat_template" or value is not None}
 
 
 def stretch(uri: str, config: Mapping[str, Any], rope: RopeSpec) -> dict[str, Any]:
@@ -96,7 +105,7 @@ def mark_digest(digest: str, config: Mapping[str, Any], rope: RopeSpec | None, e
 
 def parse_digest(digest: str) -> tuple[str, str, int]:
     """(digest of the weights, how they are stretched, added rows) of the digest that `mark_digest` made."""
-    weights, _, rows = digest.partition(".rows-")
+    weights, _, rows = digest.partition(".template-")[0].partition(".rows-")
     weights, _, stretch = weights.partition(".")
     return weights, stretch or "none", int(rows or 0)
 
@@ -145,6 +154,16 @@ def from_hub(uri: str) -> Path | None:
     """Folder behind a Hugging Face id, `ORG/NAME[@REVISION]`; None: it is no such id. Raises BaseModelError."""
     hub = _HUB_ID.fullmatch(uri)
     return _from_hub(hub["id"], hub["revision"]) if hub else None
+
+
+def is_uncached_hub_id(uri: str) -> bool:
+    """True of a Hugging Face id of which the hub's cache on this machine has nothing. Loads no library of the hub."""
+    hub = _HUB_ID.fullmatch(uri)
+    if hub is None or Path(uri).expanduser().exists():
+        return False
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return not (cache / f"models--{hub['id'].replace('/', '--')}" / "snapshots").is_dir()
 
 
 def absolute(uri: str) -> str:

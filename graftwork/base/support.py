@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from graftwork.adapters.target_modules import choose_linears
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
@@ -157,7 +158,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
 
 
 def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
-    """Check a training spec against its base with this config.json. Raises BaseModelError."""
+    """Check a training spec against its base with this config.json. Raises BaseModelError, ConfigError."""
     support = base_support(config)
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
     if spec.quant.is_packed:
@@ -173,6 +174,10 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
             "packed experts are not sharded: each worker holds all of them", "--set strategy.kind=zero2"
         )
         support.require(unsharded, f"quant.kind={spec.quant.kind} with strategy.kind={spec.strategy.kind}")
+    names = getattr(spec.adapter, "target_modules", None)
+    if names not in (None, "all-linear"):
+        facts = facts_of(config)
+        choose_linears(names, facts.shape.adapted["all-linear"], facts.model_class)
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
     return support
@@ -204,11 +209,17 @@ def check_serving(spec: Any) -> None:
         support.require("serve adapters", f"serving of adapters on {spec.base.uri}")
 
 
-def check_local(spec: Spec) -> None:
-    """Check the base of a spec where it is a folder of this machine, so that nothing is fetched. Raises UserError."""
-    from graftwork.base.load import config_file, read_config
+def check_local(spec: Spec, folder: Path | None = None) -> None:
+    """Check the base of a spec where this machine has its config, so that nothing is fetched. Raises UserError.
+
+    `folder`: of the spec's file, in which a config.json stands for a base that is not here.
+    """
+    from graftwork.base.load import config_beside, config_file, read_config
 
     kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
+    if base is not None and folder and (file := config_beside(base, folder)):
+        spec = spec.with_({"base.uri": str(file)})
+        base = getattr(spec, "base", None)
     if base is None or not (Path(base.uri).is_dir() or config_file(base)):
         return
     if kind == "train":

@@ -34,7 +34,7 @@ def check(file: SpecFile, sets: Sets = [], as_json: JsonFlag = False) -> None:  
     Where the base is a folder of this machine, also check that it supports the stage.
     """
     spec = config.load(file, sets)
-    check_local(spec)
+    check_local(spec, file.parent)
     kind = spec.model_dump()["kind"]
     if as_json:
         print_json({"file": str(file), "kind": kind, "digest": spec.digest(), "ok": True})

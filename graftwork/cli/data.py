@@ -14,7 +14,7 @@ from graftwork.cli.render import console, echo, print_json, print_table
 from graftwork.errors import ConfigError
 
 if TYPE_CHECKING:
-    from graftwork.training.dataset_report import DatasetReport, ShownRow, TokenCounts
+    from graftwork.training.dataset_report import DatasetReport, SequenceLengths, ShownRow
     from graftwork.training.spec import TrainSpec
 
 app = typer.Typer(help="Inspect datasets.", no_args_is_help=True)
@@ -106,7 +106,7 @@ def _print(report: "DatasetReport") -> None:
         _print_row(row)
 
 
-def _print_lengths(tokens: "TokenCounts") -> None:
+def _print_lengths(tokens: "SequenceLengths") -> None:
     share = tokens.trained / tokens.total if tokens.total else 0.0
     echo(f"{tokens.sequences} sequences of {tokens.total} tokens, {tokens.trained} ({share:.1%}) of them learned")
     quantiles = ", ".join(f"{name} {value}" for name, value in tokens.quantiles.items())

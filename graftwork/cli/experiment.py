@@ -1,4 +1,4 @@
-"""`graftwork experiment start|status|ramp|stop|kill|resume|report`: a live split or a shadow on a running endpoint.
+"""`graftwork experiment start|status|ramp|stop|kill|resume|report|feedback`: a live split or a shadow on an endpoint.
 
 A FILE names the endpoint, the experiment and the variable with the admin token; with a URL they are given as options.
 """
@@ -134,6 +134,48 @@ def report(
     page = ReportInput(title=f"Experiment {spec.name}", created_at=now, experiment=found)
     show_online(found)
     echo(f"  page: {build(page, Store(out or f'{spec.name}-report')).html_uri}")
+
+
+@app.command()
+def feedback(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Experiment spec that it was started with.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="ROWS", help="JSONL to write: a path or s3://.")],
+    log: Annotated[
+        str | None,
+        typer.Option("--log", metavar="URI", help="Folder of the experiment log. Default: read from the endpoint."),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="Score by feedback. Default: the primary metric.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", metavar="ARM", help="Only answers of this arm.")] = None,
+    version: Annotated[
+        list[str] | None,
+        typer.Option("--version", metavar="DIGITS", help="Only answers of this adapter version (its first digits)."),
+    ] = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: JsonFlag = False,
+) -> None:
+    """Write rated answers of the log as rows with a label, which `objective.kind: kto` trains on."""
+    import json
+
+    from graftwork.serving.ab_test.feedback import FeedbackFilter, FeedbackRows
+    from graftwork.serving.ab_test.log_reader import read_log
+    from graftwork.storage.store import Store, open_uri
+
+    spec = _spec(file, sets)
+    found = FeedbackRows(FeedbackFilter.of_spec(spec, metric, arm or (), version or ()))
+    store = Store(log or _log_of(spec))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows(lambda: read_log(store, ()))]
+    place, key = open_uri(out)
+    place.write_bytes("".join(lines).encode(), key)
+    if as_json:
+        left_out = dict(found.left_out)
+        print_json({"rows": len(lines), "good": found.good, "bad": found.bad, "left_out": left_out, "out": out})
+        return
+    echo(f"{out}: {len(lines)} rows, label true in {found.good}, false in {found.bad}")
+    if found.left_out:
+        echo(f"  left out: {found.describe_left_out()}")
+    echo("  train on them: objective: {kind: kto}, data: {train: " + out + "}")
 
 
 def _log_of(spec: "ExperimentSpec") -> str:

@@ -43,8 +43,10 @@ class Example:
         The ids of the row and of its calls, and the turns' weights, are left out.
         """
         answers = [None if one is None else turn_content(one) for one in (self.chosen, self.rejected)]
-        content = [answers, self.label, self.text]
-        return content_hash(self.messages, self.tools, self.template_kwargs, content)
+        more = (
+            [answers, self.label, self.text] if (answers, self.label, self.text) != ([None, None], None, None) else None
+        )
+        return content_hash(self.messages, self.tools, self.template_kwargs, more)
 
 
 def content_hash(

@@ -21,7 +21,7 @@ Purpose = Literal["conversations", "prompts", "pairs", "unpaired", "documents"]
 
 
 @dataclass(frozen=True)
-class _Row:
+class _FormatRow:
     """A row on its way to an example."""
 
     record: Mapping[str, Any]
@@ -46,7 +46,7 @@ class _Row:
         return require_text(self.record.get(key), at, key, key in self.record, may_be_empty=may_be_empty)
 
 
-Parse = Callable[[_Row], dict[str, Any]]
+Parse = Callable[[_FormatRow], dict[str, Any]]
 """Returns the fields of an `Example` that hold the row's content."""
 
 
@@ -66,31 +66,31 @@ class Format:
         return all(any(record.get(key) is not None for key in group) for group in self.detect)
 
 
-def _openai(row: _Row) -> dict[str, Any]:
+def _openai(row: _FormatRow) -> dict[str, Any]:
     messages = row.reader.turns(row.record["messages"], "messages")
     return _conversation(row, messages, "messages")
 
 
-def _sharegpt(row: _Row) -> dict[str, Any]:
+def _sharegpt(row: _FormatRow) -> dict[str, Any]:
     messages = row.reader.turns(row.record["conversations"], "conversations", sharegpt=True)
     return _conversation(row, messages, "conversations")
 
 
-def _alpaca(row: _Row) -> dict[str, Any]:
+def _alpaca(row: _FormatRow) -> dict[str, Any]:
     turns = _alpaca_prompt(row)
     if row.has("output") or row.purpose != "prompts":
         turns = (*turns, Message("assistant", row.text("output")))
     return _conversation(row, turns, "instruction")
 
 
-def _trl(row: _Row) -> dict[str, Any]:
+def _trl(row: _FormatRow) -> dict[str, Any]:
     turns = _prompt(row)
     if row.has("completion") or row.purpose != "prompts":
         turns = (*_unlearned(turns), *_completion(row, "completion"))
     return _conversation(row, turns, "prompt")
 
 
-def _trl_pair(row: _Row) -> dict[str, Any]:
+def _trl_pair(row: _FormatRow) -> dict[str, Any]:
     conversations = [row.record.get(key) for key in ("chosen", "rejected")]
     turns: tuple[Message, ...]
     if all(isinstance(one, list) and len(one) > 1 for one in conversations) and not isinstance(
@@ -106,18 +106,18 @@ def _trl_pair(row: _Row) -> dict[str, Any]:
     return _pair(row, turns, _answer(row, "chosen"), _answer(row, "rejected"))
 
 
-def _sharegpt_pair(row: _Row) -> dict[str, Any]:
+def _sharegpt_pair(row: _FormatRow) -> dict[str, Any]:
     turns = row.context_reader.turns(row.record["conversations"], "conversations", sharegpt=True)
     answers = (_answer(row, key, sharegpt=True) for key in ("chosen", "rejected"))
     return _pair(row, turns, *answers, label="conversations")
 
 
-def _alpaca_pair(row: _Row) -> dict[str, Any]:
+def _alpaca_pair(row: _FormatRow) -> dict[str, Any]:
     answers = (_answer(row, key) for key in ("chosen", "rejected"))
     return _pair(row, _alpaca_prompt(row), *answers, label="instruction")
 
 
-def _openai_pair(row: _Row) -> dict[str, Any]:
+def _openai_pair(row: _FormatRow) -> dict[str, Any]:
     given = row.record["input"]
     if not isinstance(given, dict):
         raise DataError(f"{row.where}: input", f"found {kind_of(given)}", "input is an object with messages")
@@ -128,13 +128,13 @@ def _openai_pair(row: _Row) -> dict[str, Any]:
     return _pair(inner, turns, *answers, label="input.messages")
 
 
-def _text(row: _Row) -> dict[str, Any]:
+def _text(row: _FormatRow) -> dict[str, Any]:
     return {"text": row.text("text")}
 
 
 _CHAT = ("tools", "functions", "parallel_tool_calls", "chat_template_kwargs", "system")
 _CONVERSATION: tuple[Purpose, ...] = ("conversations", "prompts", "unpaired")
-_LABEL = ("label", "kto_tag")
+LABELS = ("label", "kto_tag")
 """TRL's and LLaMA-Factory's name of the verdict on an answer."""
 
 FORMATS = (
@@ -164,7 +164,7 @@ FORMATS = (
 
 _OBJECTIVES: dict[Purpose, str] = {
     "conversations": "sft",
-    "pairs": "dpo or reward",
+    "pairs": "dpo, orpo, cpo or reward",
     "unpaired": "kto",
     "documents": "cpt",
     "prompts": "grpo",
@@ -188,18 +188,18 @@ def normalise(form: Format, record: Mapping[str, Any], where: str, purpose: Purp
     Raises DataError that names the row and the key.
     """
     known = {"id", *form.keys, *(key for group in form.detect for key in group)}
-    known |= set(_LABEL) if purpose == "unpaired" else set()
+    known |= set(LABELS) if purpose == "unpaired" else set()
     keys.begin(record, where, frozenset(known))
-    row = _Row(record, where, keys, purpose)
+    row = _FormatRow(record, where, keys, purpose)
     if form.name == "trl" and not row.has("completion") and purpose != "prompts" and row.has("chosen"):
         raise _unknown(record, purpose, where)
     fields = form.parse(row)
     return {**fields, "label": _label(row)} if purpose == "unpaired" else fields
 
 
-def _conversation(row: _Row, messages: tuple[Message, ...], label: str) -> dict[str, Any]:
-    messages, tools = _with_system(row, messages), _tools(row)
+def _conversation(row: _FormatRow, messages: tuple[Message, ...], label: str) -> dict[str, Any]:
     check_turns(messages, row.where, label)
+    messages, tools = _with_system(row, messages), _tools(row)
     last = messages[-1].role
     if row.purpose in ("conversations", "unpaired") and last != "assistant":
         raise DataError(
@@ -208,6 +208,9 @@ def _conversation(row: _Row, messages: tuple[Message, ...], label: str) -> dict[
             "a row to learn from ends with the assistant's turn",
             "add the answer as the last turn",
         )
+    if row.purpose == "unpaired" and not messages[-1].trained:
+        at, rule = f"{row.where}: {label}", "the last turn is the answer that has the label"
+        raise DataError(at, "the last turn has weight 0", rule, "remove the weight")
     if row.purpose == "conversations" and not any(one.trained for one in messages if one.role == "assistant"):
         raise DataError(
             f"{row.where}: {label}",
@@ -219,11 +222,11 @@ def _conversation(row: _Row, messages: tuple[Message, ...], label: str) -> dict[
 
 
 def _pair(
-    row: _Row, turns: tuple[Message, ...], chosen: Message, rejected: Message, *, label: str = ""
+    row: _FormatRow, turns: tuple[Message, ...], chosen: Message, rejected: Message, *, label: str = ""
 ) -> dict[str, Any]:
     label = label or ("messages" if row.has("messages") else "prompt")
+    check_turns(turns, row.where, label)
     messages, tools = _with_system(row, turns), _tools(row)
-    check_turns(messages, row.where, label)
     if messages[-1].role not in ("user", "tool"):
         raise DataError(
             f"{row.where}: {label}",
@@ -244,7 +247,7 @@ def _pair(
     return {**fields, "template_kwargs": _template_kwargs(row, messages)}
 
 
-def _prompt(row: _Row) -> tuple[Message, ...]:
+def _prompt(row: _FormatRow) -> tuple[Message, ...]:
     value = row.record.get("prompt")
     if isinstance(value, list):
         return row.context_reader.turns(value, "prompt")
@@ -258,7 +261,7 @@ def _prompt(row: _Row) -> tuple[Message, ...]:
     return (Message("user", row.text("prompt")),)
 
 
-def _completion(row: _Row, key: str) -> tuple[Message, ...]:
+def _completion(row: _FormatRow, key: str) -> tuple[Message, ...]:
     """Turns of the answer: text, or turns of the assistant and results of its calls."""
     value = row.record.get(key)
     if not isinstance(value, list | dict):
@@ -275,7 +278,7 @@ def _completion(row: _Row, key: str) -> tuple[Message, ...]:
     return turns
 
 
-def _answer(row: _Row, key: str, *, sharegpt: bool = False) -> Message:
+def _answer(row: _FormatRow, key: str, *, sharegpt: bool = False) -> Message:
     """An answer of a pair: text, the assistant's turn, or a list of that one turn."""
     value = row.record.get(key)
     turns = value if isinstance(value, list) else [value]
@@ -297,7 +300,7 @@ def _answer(row: _Row, key: str, *, sharegpt: bool = False) -> Message:
     return turn
 
 
-def _common_turns(row: _Row) -> tuple[tuple[Message, ...], Message, Message]:
+def _common_turns(row: _FormatRow) -> tuple[tuple[Message, ...], Message, Message]:
     """The turns that both whole conversations begin with, and the last turn of each."""
     sides = [row.reader.turns(row.record[key], key) for key in ("chosen", "rejected")]
     shared = sides[0][:-1]
@@ -316,7 +319,7 @@ def _common_turns(row: _Row) -> tuple[tuple[Message, ...], Message, Message]:
     return shared, sides[0][-1], sides[1][-1]
 
 
-def _alpaca_prompt(row: _Row) -> tuple[Message, ...]:
+def _alpaca_prompt(row: _FormatRow) -> tuple[Message, ...]:
     """Earlier turns of `history`, and the instruction with its input on a line below."""
     turns: list[Message] = []
     history = row.record.get("history") or []
@@ -334,7 +337,7 @@ def _alpaca_prompt(row: _Row) -> tuple[Message, ...]:
     return (*turns, Message("user", question))
 
 
-def _with_system(row: _Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+def _with_system(row: _FormatRow, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The turns with the system turn of the key `system`, where the row has one."""
     if is_empty(row.record.get("system")):
         return messages
@@ -346,7 +349,7 @@ def _with_system(row: _Row, messages: tuple[Message, ...]) -> tuple[Message, ...
     return (system, *messages)
 
 
-def _tools(row: _Row) -> tuple[Tool, ...]:
+def _tools(row: _FormatRow) -> tuple[Tool, ...]:
     tools = read_tools(row.record.get("tools"), row.where, "tools")
     functions = read_tools(row.record.get("functions"), row.where, "functions")
     if tools and functions:
@@ -354,7 +357,7 @@ def _tools(row: _Row) -> tuple[Tool, ...]:
     return tools or functions
 
 
-def _template_kwargs(row: _Row, messages: tuple[Message, ...]) -> Mapping[str, Any]:
+def _template_kwargs(row: _FormatRow, messages: tuple[Message, ...]) -> Mapping[str, Any]:
     """The row's variables of the chat template. `parallel_tool_calls: false` is checked against the calls."""
     if row.has("parallel_tool_calls"):
         if row.record["parallel_tool_calls"] is False and any(len(one.tool_calls) > 1 for one in messages):
@@ -373,8 +376,8 @@ def _template_kwargs(row: _Row, messages: tuple[Message, ...]) -> Mapping[str, A
     return {key: one for key, one in value.items() if one is not None}  # Parquet fills absent keys with null
 
 
-def _label(row: _Row) -> bool:
-    given = [key for key in _LABEL if row.has(key)]
+def _label(row: _FormatRow) -> bool:
+    given = [key for key in LABELS if row.has(key)]
     if not given:
         raise DataError(
             f"{row.where}: label",

@@ -32,7 +32,6 @@ _PROMPT = _MEDIA | frozenset(
         "enable_thinking",
         "reasoning_content",
         "thinking",
-        "rejected_messages",
     }
 )
 _PROMPT_OF_TURN = _MEDIA | frozenset(
@@ -150,6 +149,11 @@ class KeyCheck:
         named = ", ".join(f"{key} (in {count} row{'s' * (count != 1)})" for key, count in found[:_SHOWN])
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         return (f"{dataset}: ignored keys: {named}{more}",)
+
+    def mixture_note(self, dataset: str) -> tuple[str, ...]:
+        """`data.train: 12 of 48 rows of a.jsonl, 4 of 4 rows of b.jsonl`; nothing where every row is taken."""
+        shares = (f"{taken} of {there} rows of {path}" for path, (taken, there) in self.taken.items())
+        return (f"{dataset}: {', '.join(shares)}, by their weights",) if self.taken else ()
 
     def _check_label(self, key: str, value: object, chat: bool, at: str) -> None:
         """Refuse a false label of KTO; next to `messages` a number is the label of something else."""

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -190,7 +190,7 @@ def _parquet(uri: str, path: Path) -> Iterator[Record]:
             for batch in pq.ParquetFile(handle).iter_batches(PARQUET_BATCH):
                 for record in batch.to_pylist():
                     number += 1
-                    yield number, record
+                    yield number, _without_fillers(record)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(uri, f"it is not Parquet ({error})"[:400], "", "write the file again") from error
 
@@ -220,7 +220,7 @@ def _hub(uri: str) -> Iterator[Record]:
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(where, config, split=split, revision=revision, streaming=True)
-        yield from enumerate((dict(row) for row in rows), start=1)
+        yield from enumerate(map(_without_fillers, rows), start=1)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, RuntimeError) as error:
         raise DataError(
             uri,
@@ -249,7 +249,21 @@ def _saved(uri: str, folder: Path, split: str | None) -> Iterator[Record]:
                 f"name one as hf://{folder.absolute()}/{next(iter(found))}",
             )
         found = found[split]
-    yield from enumerate((dict(row) for row in found), start=1)
+    yield from enumerate(map(_without_fillers, found), start=1)
+
+
+def _without_fillers(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of Arrow without the nulls that fill the objects in its lists up to the same keys, as TRL advises.
+
+    The arguments of a call would have the names of all functions, and turns the keys of all turns.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(inner) for key, inner in value.items() if inner is not None}
+        return [kept(inner) for inner in value] if isinstance(value, list) else value
+
+    return {key: kept(value) if isinstance(value, list) else value for key, value in record.items()}
 
 
 def _hub_parts(uri: str) -> tuple[str, str | None, str, str | None]:

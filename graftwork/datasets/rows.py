@@ -1,11 +1,13 @@
 """Datasets: rows of conversations and passages of a corpus, checked row by row."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -15,10 +17,21 @@ from graftwork.datasets.examples import Example, content_hash, identity_of, iter
 from graftwork.datasets.formats import Purpose
 from graftwork.datasets.keys import DOCUMENT, KeyCheck
 from graftwork.datasets.readers import kind_of, local_path, no_rows, read_records, require_new
-from graftwork.datasets.sources import MixturePart, RowShape, RowSource
+from graftwork.datasets.sources import MixturePart, RowShape, RowSource, TrainSources
 from graftwork.datasets.turns import require_text
 from graftwork.errors import DataError
-from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, Thinking, Tool
+from graftwork.prompts.render import (
+    Message,
+    Passage,
+    Prompt,
+    PromptSpec,
+    Rendered,
+    Thinking,
+    Tool,
+    render,
+    training_rows,
+)
+from graftwork.prompts.template import Template
 from graftwork.storage.store import read_uri
 
 Need = Literal["train", "eval", "prompt"]
@@ -46,7 +59,7 @@ class ContextSpec(Spec):
 class DataSpec(Spec):
     """Rows to learn from, and held-out rows."""
 
-    train: str | tuple[MixturePart, ...]
+    train: TrainSources
     """Rows: a file or folder (`graftwork.datasets.readers`: JSONL, JSON, CSV, Parquet), local or `s3://`, `recipe://`
     or `hf://`; or several of them, each `{path: ..., weight: ...}`."""
     eval: Annotated[float, Field(gt=0, lt=1)] | str | None = None
@@ -96,13 +109,13 @@ class DataSpec(Spec):
         return self
 
     def source(self, part: Literal["train", "eval"], seed: int) -> RowSource:
-        """The rows of one dataset. seed: draws the rows of a weighted mixture."""
+        """The rows of one dataset. seed: draws the training rows of a weighted mixture; held-out rows have one draw."""
         held_out = self.eval if part == "eval" else None
         if isinstance(held_out, str):
             return RowSource((MixturePart(path=held_out),), self.columns, self.template)
         parts = (MixturePart(path=self.train),) if isinstance(self.train, str) else self.train
         share = self.eval if isinstance(self.eval, float) else None
-        return RowSource(parts, self.columns, self.template, share, part, seed)
+        return RowSource(parts, self.columns, self.template, share, part, seed if part == "train" else 0)
 
 
 def is_same_place(a: str, b: str) -> bool:
@@ -256,6 +269,60 @@ def _identifying_turn(message: Message) -> dict[str, Any]:
 
 
 _TURN_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Message)}
+
+
+def render_row(
+    row: DatasetRow, template: Template, prompt: Prompt, passages: Sequence[Passage], thinking: Thinking
+) -> list[Rendered]:
+    """Return the training rows of a conversation: one, or one a learned turn. Raises DataError that names the row."""
+    as_row = partial(render, prompt=prompt, tools=row.tools, template_kwargs=row.template_kwargs)
+    as_row = partial(as_row, context=passages, thinking=thinking, generate=False)
+    with naming(row):
+        parts = training_rows(
+            row.messages, template, prompt=prompt, tools=row.tools, template_kwargs=row.template_kwargs
+        )
+        return [as_row(messages, template) for messages in parts]
+
+
+def render_question(
+    row: DatasetRow, template: Template, prompt: Prompt, passages: Sequence[Passage], thinking: Thinking
+) -> Rendered:
+    """Return the prompt that asks for the last answer of a row. Raises DataError that names the row."""
+    with naming(row):
+        return render(
+            row.question,
+            template,
+            prompt=prompt,
+            context=passages,
+            tools=row.tools,
+            template_kwargs=row.template_kwargs,
+            thinking=thinking,
+            generate=True,
+        )
+
+
+@contextlib.contextmanager
+def naming(row: DatasetRow) -> Iterator[None]:
+    """Name the row in the DataErrors of the block."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"row {row.id}: {error.subject}", error.problem, error.rule, error.hint) from error
+
+
+def prompt_content(prompt: Prompt) -> dict[str, Any]:
+    """Return all that a prompt puts into the text, for a digest: older prompts keep theirs."""
+    content: dict[str, Any] = {
+        "system": prompt.system,
+        "shots": [[_identifying_turn(message) for message in shot] for shot in prompt.shots],
+        "context_header": prompt.context_header,
+        "citations": prompt.citations,
+    }
+    if prompt.tools:
+        content["tools"] = [json.dumps(tool) for tool in prompt.tools]
+    if prompt.template_kwargs:
+        content["chat_template_kwargs"] = dict(prompt.template_kwargs)
+    return content
 
 
 def resolve_prompt(spec: PromptSpec, keys: KeyCheck | None = None) -> Prompt:

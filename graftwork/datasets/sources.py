@@ -4,9 +4,9 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from graftwork.config import Spec
 from graftwork.datasets.readers import read_records
@@ -44,6 +44,13 @@ class MixturePart(Spec):
     """Share of the rows, relative to the other weights: given for all sources or for none. With weights, the rows are
     as many as the shares allow without a row twice; each source gives its share of them, drawn by `seed`, and the rest
     of its rows is left out and reported. Without weights every row of every source is taken once."""
+
+
+TrainSources = Annotated[
+    Annotated[str, Tag("path")] | Annotated[tuple[MixturePart, ...], Tag("sources")],
+    Discriminator(lambda given: "sources" if isinstance(given, list | tuple) else "path"),
+]
+"""One path, or several sources."""
 
 
 @dataclass(frozen=True, slots=True)

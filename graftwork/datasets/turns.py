@@ -14,6 +14,7 @@ from graftwork.datasets.keys import KeyCheck, is_empty, rejection
 from graftwork.datasets.readers import kind_of, reject_lone_surrogates
 from graftwork.errors import DataError
 from graftwork.prompts.render import Message, Role, Thinking, Tool, ToolCall
+from graftwork.prompts.turns import check_calls
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn that hold its reasoning: one of them, or all with the same text."""
@@ -178,23 +179,15 @@ def check_turns(messages: Sequence[Message], where: str, field: str) -> None:
     """Raise DataError for turns out of order: system turns, calls without results, results without calls."""
     if not any(message.role == "user" for message in messages):
         raise DataError(f"{where}: {field}", "it has no user turn", "a conversation has at least one user turn")
-    waiting: list[ToolCall] = []
-    caller = 0
     for index, message in enumerate(messages):
-        at = f"{where}: {field}[{index}]"
         if message.role in ("system", "developer") and index:
-            raise DataError(f"{at}.role", f"found {message.role!r}", f"a {message.role} turn comes first, once")
-        if message.role == "tool":
-            _take_result(message, waiting, at)
-            continue
-        if waiting:
-            raise DataError(
-                f"{where}: {field}[{caller}].tool_calls",
-                f"the call of {waiting[0].name} has no result, and turn {index} is the {message.role}'s",
-                "each call is followed by a turn of role tool with its result",
-                "add the result, or end the row with the call",
-            )
-        waiting, caller = list(message.tool_calls), index
+            at = f"{where}: {field}[{index}].role"
+            raise DataError(at, f"found {message.role!r}", f"a {message.role} turn comes first, once")
+    try:
+        check_calls(messages)
+    except DataError as error:
+        subject, problem = (text.replace("messages[", f"{field}[") for text in (error.subject, error.problem))
+        raise DataError(f"{where}: {subject}", problem, error.rule, error.hint) from None
 
 
 def turn_content(message: Message) -> list[Any]:
@@ -222,22 +215,6 @@ def read_tools(value: Any, where: str, key: str) -> tuple[Tool, ...]:
             raise DataError(f"{at}[{index}].type", f"found {tool['type']!r}", "a tool is of type function")
         tools.append(tool if "function" in tool else {"type": "function", "function": function})
     return tuple(tools)
-
-
-def _take_result(message: Message, waiting: list[ToolCall], at: str) -> None:
-    if not waiting:
-        raise DataError(
-            f"{at}.role",
-            "a result without a call",
-            "a turn of role tool follows the assistant's turn that calls",
-            "add tool_calls to the turn before it",
-        )
-    wanted = message.tool_call_id
-    known = [call for call in waiting if wanted is None or call.id in (None, wanted)]
-    if not known:
-        ids = ", ".join(str(call.id) for call in waiting)
-        raise DataError(f"{at}.tool_call_id", f"found {wanted!r}", f"calls that wait for a result: {ids}")
-    waiting.remove(known[0])
 
 
 def _call(value: Any, at: str, identity: Any) -> ToolCall:

@@ -196,6 +196,15 @@ def unpacked_params(model: ModelShape, quant: QuantSpec) -> int:
     return model.linear_params + (model.expert_params if quant.is_4bit else 0)
 
 
+def unpacked_layer_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32) -> int:
+    """Return the bytes of the largest quantised linear while it is multiplied: its plain weight, and steps towards it.
+
+    A kept checkpoint's values pass through bytes (two copies) and fp32 or 16 bits.
+    """
+    steps = 6 if quant.method.keeps_checkpoint else 0
+    return largest_linear(model, quant) * (value_bytes + steps)
+
+
 def kv_bytes(model: ModelShape, tokens: int, value_bytes: int = FP32) -> int:
     """Keys and values of `tokens` positions in all blocks."""
     return model.kv_values * tokens * value_bytes

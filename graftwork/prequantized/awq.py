@@ -48,8 +48,8 @@ def read(settings: Settings) -> PackedFormat:
 def dequantise(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
     """Return (q - zero) * scale in the scale's dtype, transposed to [O, I], then in `dtype`."""
     q_IO, zero_GO, scale_GO = _ordered(parts["qweight"]), _ordered(parts["qzeros"]), parts["scales"]
-    columns = q_IO.shape[0] // scale_GO.shape[0]
-    plain_IO = (q_IO - zero_GO.repeat_interleave(columns, 0)) * scale_GO.repeat_interleave(columns, 0)
+    q_GnO: torch.Tensor = q_IO.unflatten(0, (scale_GO.shape[0], -1))
+    plain_IO = ((q_GnO - zero_GO[:, None]) * scale_GO[:, None]).flatten(0, 1)
     return plain_IO.t().contiguous().to(dtype)
 
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     import torch
 
 FP32, BLOCK = 4, 64
-TABLE_BYTES = 160
-"""Table and settings of one layer."""
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 NESTED = tuple(f"weight.nested_{name}" for name in ("absmax", "quant_map"))
 
@@ -28,7 +26,7 @@ def read(settings: Settings) -> PackedFormat:
         weights = inputs * outputs
         if not four:
             return weights + outputs * FP32
-        return round(weights * (0.5 + ((1 + FP32 / 256) if double else FP32) / BLOCK)) + TABLE_BYTES
+        return round(weights * (0.5 + ((1 + FP32 / 256) if double else FP32) / BLOCK))
 
     kind = f"{settings.get('bnb_4bit_quant_type', 'fp4')}{' with double quantisation' if double else ''}"
     eight_bits = ("weight", "SCB", "weight_format")
@@ -39,6 +37,7 @@ def read(settings: Settings) -> PackedFormat:
         dequantise=_four_bits if four else _eight_bits,
         packed_bytes=packed_bytes,
         plain=(*names(settings, "llm_int8_skip_modules"), "lm_head"),
+        native=four,
     )
 
 

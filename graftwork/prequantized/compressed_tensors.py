@@ -118,17 +118,20 @@ def _values(parts: Parts, bits: int, block: list[int]) -> "torch.Tensor":
         index = None  # -1 everywhere: the groups are in order
 
     def spread(values: "torch.Tensor") -> "torch.Tensor":
-        """Each value at the weights that share it."""
+        """Each value at the weights that share it, or where it broadcasts to them."""
         if values.numel() == 1:
             return values.reshape(1, 1)
         values = values if values.dim() > 1 else values[:, None]
         if block:
             return values.repeat_interleave(block[0], 0)[:outputs].repeat_interleave(block[1], 1)[:, :inputs]
-        if values.shape[1] == 1:
-            return values
-        return values[:, index] if index is not None else values.repeat_interleave(inputs // values.shape[1], 1)
+        if grouped:
+            return values.unsqueeze(-1)
+        return values[:, index] if index is not None else values
 
-    plain_OI: torch.Tensor = q_OI.to(scale.dtype)
+    grouped = not block and index is None and scale.dim() > 1 and scale.shape[1] > 1
+    plain: torch.Tensor = q_OI.to(scale.dtype)
+    if grouped:
+        plain = plain.unflatten(1, (scale.shape[1], -1))
     if zero is not None:
-        plain_OI = plain_OI - spread(zero).to(scale.dtype)
-    return plain_OI * spread(scale)
+        plain = plain - spread(zero).to(scale.dtype)
+    return (plain * spread(scale)).reshape(outputs, inputs)

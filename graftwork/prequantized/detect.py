@@ -49,8 +49,6 @@ def unkept_reason(packed: PackedFormat | None) -> str:
         return "its config.json has no quantization_config: its weights are plain"
     if not packed.of_linears:
         return f"{packed.label}: kept are linear layers alone"
-    if packed.label.startswith("bitsandbytes"):
-        return f"{packed.label}: bitsandbytes quantises its values again, to the same blocks"
     return ""
 
 

@@ -43,6 +43,8 @@ class PackedFormat:
     """Between the name of a module and that of a part."""
     of_linears: bool = True
     """The format packs linear layers; else experts, whose weights have three dimensions."""
+    native: bool = False
+    """transformers loads it packed by itself on every device."""
     check_file: Callable[[Mapping[str, str]], None] | None = None
     """Raises BaseModelError for the header of a safetensors file with weights that the format does not read."""
 
@@ -87,12 +89,18 @@ def names(settings: Settings, *keys: str) -> tuple[str, ...]:
 
 
 def unpack_columns(packed: "torch.Tensor", bits: int) -> "torch.Tensor":
-    """Return the unsigned values of int32 words [..., N], lowest bits first: [..., N * 32 / bits], int32."""
+    """Return the unsigned values of int32 words [..., N], lowest bits first: [..., N * 32 / bits].
+
+    In int8 for up to 4 bits and in int16 for 8, so that a difference of two has room.
+    """
     import torch
 
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    values: torch.Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return values.flatten(-2)
+    octets = packed.contiguous().view(torch.uint8)  # lowest byte first, as x86-64 and arm64 store words
+    if bits == 8:
+        return octets.to(torch.int16)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    values: torch.Tensor = (octets.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return values.flatten(-2).to(torch.int8)
 
 
 def _matches(module: str, pattern: str) -> bool:

@@ -65,5 +65,9 @@ def multiply(weight_OI: "torch.Tensor", scale: "torch.Tensor", block: tuple[int,
     if (ceil(outputs / rows), ceil(inputs / columns)) != tuple(wide.shape):
         found = f"{outputs}x{inputs} weights with a grid of {wide.shape[0]}x{wide.shape[1]} scales"
         raise unsupported("weight_block_size", found, f"a scale belongs to {rows}x{columns} weights")
+    plain_OI = weight_OI.float()
+    if not outputs % rows and not inputs % columns:
+        plain_OI.view(-1, rows, wide.shape[1], columns).mul_(wide[:, None, :, None])
+        return plain_OI
     grid_OI = wide.repeat_interleave(rows, 0)[:outputs].repeat_interleave(columns, 1)[:, :inputs]
-    return weight_OI.float() * grid_OI
+    return plain_OI.mul_(grid_OI)

@@ -59,15 +59,16 @@ def read(settings: Settings) -> PackedFormat:
 
 
 def _values(parts: Parts, bits: int, added: int) -> "torch.Tensor":
-    """Return scale * (q - zero) in the scale's dtype, transposed to [O, I]."""
+    """Return scale * (q - zero) in the scale's dtype, [O, I]."""
     import torch
 
-    q_IO = unpack_columns(parts["qweight"].t(), bits).t()
-    zero_GO = unpack_columns(parts["qzeros"], bits) + added
-    scale_GO, inputs = parts["scales"], q_IO.shape[0]
-    if "g_idx" in parts:
-        index_I = parts["g_idx"].long()
-    else:
-        index_I = torch.arange(inputs, device=q_IO.device) // (inputs // scale_GO.shape[0])
-    plain_IO: torch.Tensor = scale_GO[index_I] * (q_IO - zero_GO[index_I])
-    return plain_IO.t().contiguous()
+    q_OI = unpack_columns(parts["qweight"].t(), bits)
+    zero_OG = (unpack_columns(parts["qzeros"], bits) + added).t()
+    scale_OG, inputs = parts["scales"].t(), q_OI.shape[1]
+    groups = scale_OG.shape[1]
+    in_order_I = torch.arange(inputs, device=q_OI.device) // ceil(inputs / groups)
+    index_I = parts["g_idx"].long() if "g_idx" in parts else in_order_I
+    if not inputs % groups and torch.equal(index_I, in_order_I):
+        q_OGn: torch.Tensor = q_OI.unflatten(1, (groups, -1))
+        return (scale_OG.unsqueeze(-1) * (q_OGn - zero_OG.unsqueeze(-1))).flatten(1)
+    return scale_OG[:, index_I] * (q_OI - zero_OG[:, index_I])

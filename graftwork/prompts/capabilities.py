@@ -1,9 +1,10 @@
-"""What a chat template writes: functions, calls and their results, reasoning, the end of an answer.
+"""Abilities of a chat template: functions, calls and their results, reasoning, the end of an answer.
 
 Found by rendering short conversations of words that occur nowhere else. The name of a model family decides nothing.
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -35,6 +36,8 @@ TOOL: Mapping[str, Any] = {
 class Renderer(Protocol):
     """The part of a `Template` that the probes use."""
 
+    base: str
+
     def sealed_text(
         self, turns: Sequence[Turn], *, generate: bool, tools: Sequence[Mapping[str, Any]] = ...
     ) -> str: ...
@@ -58,8 +61,10 @@ class Capabilities:
 
     end_id: int
     """Token that ends an answer."""
+    call_end_id: int
+    """Token that ends a turn of calls: of gpt-oss `<|call|>`, mostly `end_id`."""
     closes: bool
-    """False: the next turn's first token ends an answer (GLM), so `end_id` is added behind the last one."""
+    """False: the first token of the next turn ends an answer (GLM), so it is added behind the last one."""
     tools: bool
     """The functions are in the prompt."""
     calls: CallForm | None
@@ -70,8 +75,6 @@ class Capabilities:
     """A turn may have several calls."""
     text_with_calls: bool
     """A turn may have text next to its calls."""
-    call_end_ids: frozenset[int]
-    """Tokens that end a turn of calls and are not the answer's (`<|call|>`)."""
     reasoning: Literal["field", "tags", "opened"] | None
     """Place of reasoning: a field of the turn; `<think>` in its content; none, but the prompt opens it; None: none."""
     reads_tags: bool
@@ -82,18 +85,20 @@ class Capabilities:
     """The role developer is known; otherwise it is written as system."""
 
 
-def probe(template: Renderer, source: str, eos_ids: frozenset[int], eos_id: int | None, think: str) -> Capabilities:
+def probe(template: Renderer, source: str, eos_ids: frozenset[int], think: str) -> Capabilities:
     """Render probe conversations. source: text of the template. think: the sealed opening tag of reasoning.
 
     Raises BaseModelError for a template whose answers have no end; DataError where it refuses question and answer.
     """
-    end_id, closes = _end(template, eos_ids, eos_id)
+    end_id, closes = _end(template, eos_ids)
     forms = (CallForm(arguments, empty) for empty in ("", None) for arguments in ("object", "text"))
     calls = next((form for form in forms if _writes_calls(template, form)), None)
     tools = _FUNCTION in _text(template, [_ASKED], generate=True, tools=True)
     opening = _opening(template, think)
+    reasoning = _place_of_reasoning(template, source, opening)
     return Capabilities(
         end_id=end_id,
+        call_end_id=_call_end(template, calls, closes, eos_ids | {end_id}) if calls and tools else end_id,
         closes=closes,
         tools=tools,
         calls=calls,
@@ -101,9 +106,8 @@ def probe(template: Renderer, source: str, eos_ids: frozenset[int], eos_id: int 
         parallel_calls=calls is not None and _writes_two(template, calls),
         text_with_calls=calls is not None
         and all(word in _text(template, [_ASKED, *_called(calls, text=_NEXT_TO)]) for word in (_NEXT_TO, _VALUE)),
-        call_end_ids=_call_end(template, calls, eos_ids | {end_id}) if calls and tools and closes else frozenset(),
-        reasoning=_place_of_reasoning(template, source, opening),
-        reads_tags="</think>" in source and not opening,
+        reasoning=reasoning,
+        reads_tags=reasoning == "tags" or (reasoning == "field" and _reads_tags(template)),
         opening=opening,
         developer='"developer"' in source or "'developer'" in source,
     )
@@ -147,28 +151,32 @@ def _writes_two(template: Renderer, form: CallForm) -> bool:
     return _OTHER in text or "zq0000001" in text
 
 
-def _end(template: Renderer, eos_ids: frozenset[int], eos_id: int | None) -> tuple[int, bool]:
-    """The first control token behind an answer, and True; or the end token that has to be added, and False."""
+def _end(template: Renderer, eos_ids: frozenset[int]) -> tuple[int, bool]:
+    """The first control token behind an answer; True if the template writes it with the answer."""
     whole = template.sealed_text([_ASKED, _ANSWERED], generate=False)
     behind = _behind(whole, _ANSWER)
     if found := template.control_ids(behind):
         return found[0], True
-    if _ANSWER in whole and eos_id is not None:
-        longer = template.sealed_text([_ASKED, _ANSWERED, {**_ASKED, "content": "second question"}], generate=False)
-        if not eos_ids.isdisjoint(template.control_ids(_behind(longer, _ANSWER))[:1]):
-            return eos_id, False
-    raise BaseModelError(
-        "chat template of the base",
-        f"it ends an answer with {behind!r}",
-        "an answer ends with a special token, or generation could not stop",
-        "use a base whose chat template closes the assistant's turn",
-    )
+    longer = template.sealed_text([_ASKED, _ANSWERED, {**_ASKED, "content": "second question"}], generate=False)
+    following = template.control_ids(_behind(longer, _ANSWER))[:1]
+    if eos_ids.isdisjoint(following):
+        raise BaseModelError(
+            f"chat template of {template.base}",
+            f"it ends an answer with {behind!r}",
+            "an answer ends with a special token, or generation could not stop",
+            "use a base whose chat template closes the assistant's turn",
+        )
+    return following[0], False
 
 
-def _call_end(template: Renderer, form: CallForm, known: frozenset[int]) -> frozenset[int]:
-    """The last control token of a turn of calls, unless a known end is among the tokens behind the call."""
-    found = template.control_ids(_behind(_text(template, [_ASKED, _called(form)[0]]), _VALUE))
-    return frozenset(found[-1:]) if known.isdisjoint(found) else frozenset()
+def _call_end(template: Renderer, form: CallForm, closes: bool, known: frozenset[int]) -> int:
+    """The token that ends a turn of calls: a known end, or the last control token of the turn.
+
+    Where the next turn's first token ends an answer, it ends calls too.
+    """
+    asked, result = [_ASKED, _called(form)[0]], _called(form)[1]
+    found = template.control_ids(_behind(_text(template, asked if closes else [*asked, result]), _VALUE))
+    return next((token for token in found if token in known), found[-1] if found else min(known))
 
 
 def _behind(text: str, word: str) -> str:
@@ -183,13 +191,19 @@ def _opening(template: Renderer, think: str) -> str:
     return prompt[at:] if opens else ""
 
 
+_IN_FIELD = {**_ANSWERED, "reasoning_content": _WHY, "thinking": _WHY}
+_IN_TAGS = {**_ANSWERED, "content": f"<think>\n{_WHY}\n</think>\n\n{_ANSWER}"}
+
+
+def _reads_tags(template: Renderer) -> bool:
+    return _text(template, [_ASKED, _IN_FIELD]) == _text(template, [_ASKED, _IN_TAGS])
+
+
 def _place_of_reasoning(template: Renderer, source: str, opening: str) -> Literal["field", "tags", "opened"] | None:
-    field = {**_ANSWERED, "reasoning_content": _WHY, "thinking": _WHY}
-    if _WHY in _text(template, [_ASKED, field]):
+    if _WHY in _text(template, [_ASKED, _IN_FIELD]):
         return "field"
-    tags = {**_ANSWERED, "content": f"<think>\n{_WHY}\n</think>\n\n{_ANSWER}"}
-    text = _text(template, [_ASKED, tags])
-    if "</think>" in source and _WHY in text and text.count("<think>") == 1:
+    text = _text(template, [_ASKED, _IN_TAGS])
+    if "</think>" in source and _WHY in text and not re.search(r"</think>\s*<think>", text):
         return "tags"
     return "opened" if opening else None
 

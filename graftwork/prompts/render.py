@@ -22,7 +22,7 @@ from pydantic import (
 
 from graftwork.config import Spec
 from graftwork.errors import DataError
-from graftwork.prompts.capabilities import Turn
+from graftwork.prompts.capabilities import Turn, written_call
 from graftwork.prompts.mask import TokenisedText, loss_mask
 from graftwork.prompts.template import Template
 from graftwork.prompts.turns import answer_behind, apply_thinking, check_calls, template_variables, turns_of
@@ -49,6 +49,12 @@ def _function_text(value: Any) -> str:
 
 
 FunctionText = Annotated[str, BeforeValidator(_function_text)]
+"""A function as JSON text, read from an object or its text: the order of keys is part of the prompt."""
+
+
+def without_unset(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leave `tools` and `chat_template_kwargs` out where they are empty: older specs keep their digests."""
+    return {name: value for name, value in fields.items() if name not in ("tools", "chat_template_kwargs") or value}
 
 
 class PromptSpec(Spec):
@@ -65,19 +71,16 @@ class PromptSpec(Spec):
     citations: bool = False
     """Number the passages, `[1]`, `[2]`, so that an answer can cite them; the system prompt says that it should."""
     tools: tuple[FunctionText, ...] = ()
-    """Functions that the assistant may call, in OpenAI's form; a row's `tools` replace them. Stored as JSON text,
-    because the order of its keys is part of the prompt."""
+    """Functions that the assistant may call, in OpenAI's form; a row's `tools` replace them."""
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
-    """Variables of the chat template, such as `enable_thinking` or `reasoning_effort`; those of a row come first."""
+    """Variables of the chat template, such as `enable_thinking` or `reasoning_effort`; a row's own win."""
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
     @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the keys that are not set: prompts of earlier versions keep their digests."""
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name not in ("tools", "chat_template_kwargs") or value}
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(handler(self))
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
@@ -115,6 +118,22 @@ class Message:
     """False: no loss on this turn (OpenAI's `weight: 0`)."""
     thinking: Thinking | None = None
     """Of this turn; None takes the dataset's."""
+
+
+def message_fields(message: Message) -> dict[str, Any]:
+    """Return a turn in OpenAI's form: role, content, and the other keys where they are set."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            written_call(call.name, json.dumps(call.arguments, ensure_ascii=False), call.id)
+            for call in message.tool_calls
+        ]
+    optional = {
+        "tool_call_id": message.tool_call_id,
+        "name": message.name,
+        "reasoning_content": message.reasoning,
+    }
+    return fields | {name: value for name, value in optional.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +201,8 @@ def render(
     _check_last(conversation, len(messages), generate)
     if not generate:
         reasoning = (conversation[last].reasoning or "").strip()
-        text = answer_behind(prompts[last], text, turns, reasoning, template, write) + template.closing
+        text = answer_behind(prompts[last], text, turns, reasoning, template, write)
+        text += template.closing(calls=bool(conversation[last].tool_calls))
     tokens = TokenisedText(template, spans=any(one.thinking == "mask" for one in conversation))
     starts = {at: tokens.extend_to(asked) for at, asked in prompts.items() if text.startswith(asked)}
     tokens.extend_to(text)

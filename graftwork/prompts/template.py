@@ -84,16 +84,13 @@ class Template:
         """Tokenizer ids lie in [0, vocab_size)."""
         self.longest_token_bytes = _longest_token_bytes(model)
         """UTF-8 bytes of text that one token holds at most."""
-        eos_id = self.specials.get(self._named.get("eos_token", ""))
         think = self._sealed.get("<think>", "<think>")
-        self.can = probe(self, source, frozenset(eos_ids), eos_id, think)
+        self.can = probe(self, source, frozenset(eos_ids), think)
         """What the template writes: functions, calls, reasoning, the end of an answer."""
-        self.stop_ids = frozenset({self.can.end_id, *eos_ids, *self.can.call_end_ids})
+        self.stop_ids = frozenset({self.can.end_id, self.can.call_end_id, *eos_ids})
         """Tokens that end an answer."""
         self.pad_id: int = self.specials.get(self._named.get("pad_token", ""), self.can.end_id)
         """Filler of a batch; never looked at."""
-        self.closing = "" if self.can.closes else self.seal_token(self._named["eos_token"])
-        """Sealed text behind the last answer of a row, where the template writes no end token there."""
         self._prefix_holds: dict[tuple[bool, str], bool] = {}
 
     @classmethod
@@ -191,6 +188,11 @@ class Template:
     def control_ids(self, sealed: str) -> list[int]:
         """Ids of the special tokens in sealed text, in order."""
         return [self.specials[self._names[name]] for name in self._sealed_special.findall(sealed)]
+
+    def closing(self, *, calls: bool) -> str:
+        """Sealed text behind the last turn of a row, where the template writes no end token there."""
+        end_id = self.can.call_end_id if calls else self.can.end_id
+        return "" if self.can.closes else self.seal_token(next(n for n, i in self.specials.items() if i == end_id))
 
     def last_control(self, sealed: str) -> str:
         """Sealed text from its last special token on; empty where there is none."""
@@ -375,6 +377,28 @@ def template_source(folder: Path) -> str:
             "take the instruct version of the base, or add a chat_template.jinja next to its weights",
         )
     return found
+
+
+def replaced_template(folder: Path, asked: str) -> str:
+    """Text of `base.chat_template`: a file, or `hermes` around the folder's own template. Raises BaseModelError."""
+    import jinja2
+
+    if asked != "hermes":
+        try:
+            return Path(asked).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            problem, rule = f"it cannot be read ({error})", "chat_template is `hermes` or a path to a Jinja file"
+            raise BaseModelError(f"base.chat_template={asked}", problem, rule) from None
+    own = template_source(folder)
+    system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "first question"}]
+    names = {**_named_tokens(folder)[0], "strftime_now": DEFAULT_DATE.strftime, "tools": None, "documents": None}
+    compiled = compile_template(own)
+    try:
+        takes_system = "be brief" in compiled.render(messages=system, add_generation_prompt=True, **names)
+    except (jinja2.TemplateError, TypeError, ValueError):
+        takes_system = False
+    text = (Path(__file__).parent / "hermes.jinja").read_text(encoding="utf-8").rstrip()
+    return f"{{%- set takes_system = {str(takes_system).lower()} -%}}\n{text}{own}"
 
 
 def _named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:

@@ -41,14 +41,14 @@ def _calls(text: str, functions: Mapping[str, Any]) -> Iterator[ToolCall]:
         for block in _BLOCK.finditer(text):
             yield from _block_calls(block.group(1), functions)
     elif found := list(_HARMONY.finditer(text)) or list(_FENCED.finditer(text)):
-        for match in found:
-            yield ToolCall(match.group(1), _object(_read(text, match.end())[0]))
-    elif match := _LIST.match(text):
-        for call in _read(text, match.end())[0]:
-            yield _json_call(call)
-    elif (match := _OBJECT.fullmatch(text)) and "parameters" in text:
-        value, end = _read(match.group(1), 0)
-        if not match.group(1)[end:].strip() and {"name", "parameters"} <= value.keys():
+        for call in found:
+            yield ToolCall(call.group(1), _object(_read(text, call.end())[0]))
+    elif listed := _LIST.match(text):
+        for value in _read(text, listed.end())[0]:
+            yield _json_call(value)
+    elif (alone := _OBJECT.fullmatch(text)) and "parameters" in text:
+        value, end = _read(alone.group(1), 0)
+        if not alone.group(1)[end:].strip() and {"name", "parameters"} <= value.keys():
             yield _json_call(value)
 
 

@@ -24,6 +24,7 @@ Write = Callable[[Sequence[Turn], bool], str]
 def check_calls(messages: Sequence["Message"]) -> None:
     """Raise DataError for a call without its result, a result without a call, reasoning or calls of another role."""
     open_calls: list[ToolCall] = []
+    caller = 0
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.role != "assistant" and message.reasoning is not None:
@@ -33,10 +34,11 @@ def check_calls(messages: Sequence["Message"]) -> None:
         if message.role == "tool":
             open_calls.remove(_call_of(message, open_calls, where))
         elif open_calls:
-            raise _unanswered(open_calls, f"it is followed by {where} of the {message.role}")
+            raise _unanswered(open_calls, caller, f"it is followed by {where} of the {message.role}")
         open_calls += message.tool_calls
+        caller = index if message.tool_calls else caller
     if open_calls and messages[-1].role == "tool":
-        raise _unanswered(open_calls, "the conversation ends")
+        raise _unanswered(open_calls, caller, "the conversation ends")
 
 
 _ONLY_ASSISTANT = "reasoning and calls are the assistant's"
@@ -56,9 +58,9 @@ def _call_of(message: "Message", open_calls: Sequence["ToolCall"], where: str) -
     raise DataError(f"{where}.tool_call_id", found, "each result of a tool answers one call of the turn before")
 
 
-def _unanswered(calls: Sequence["ToolCall"], problem: str) -> DataError:
+def _unanswered(calls: Sequence["ToolCall"], caller: int, problem: str) -> DataError:
     return DataError(
-        f"call of {calls[0].name!r}",
+        f"messages[{caller}].tool_calls: call of {calls[0].name!r}",
         f"it has no result: {problem}",
         "each call but those of the last turn is followed by a turn of role tool with its result",
     )
@@ -191,8 +193,12 @@ def answer_behind(
             return text
         if think in extra and close not in extra:
             return prompt + (rest if rest.startswith(close) else f"{reasoning}\n{close}\n\n{rest}")
-        return prompt + rest if not reasoning and extra.endswith((close, ">")) else text
+        return prompt + rest.removeprefix(close) if not reasoning and extra.endswith((close, ">")) else text
     cue = (prompt[len(asked) :] if prompt.startswith(asked) else "") or template.last_control(prompt)
-    other = write([*turns[:-1], {"role": "assistant", "content": "another answer"}], False)
-    at = text.rfind(cue, 0, len(os.path.commonprefix([text, other])))
+    others = (
+        [*turns[:-2], {**turns[-2], "content": "zq"}, turns[-1]],
+        [*turns[:-1], {"role": "assistant", "content": "zq"}],
+    )
+    asked_from, answered_from = (len(os.path.commonprefix([text, write(other, False)])) for other in others)
+    at = text.rfind(cue, asked_from, answered_from)
     return prompt + text[at + len(cue) :] if cue and at >= 0 else text

@@ -20,6 +20,7 @@ from graftwork.config import canonical_json
 from graftwork.errors import StorageError
 from graftwork.serving.ab_test.assignment import ArmDraw, Assigner, key_of, reweigh, without
 from graftwork.serving.ab_test.experiment_record import Cut, ExperimentRecord, Records
+from graftwork.serving.ab_test.feedback import prompt_text
 from graftwork.serving.ab_test.log import (
     Assignment,
     LogRow,
@@ -68,7 +69,7 @@ class Answered:
     """Feedback on it."""
 
     def __post_init__(self) -> None:  # its text is in the log, not here
-        self.row = self.row.model_copy(update={"output": None, "retrieved_ids": (), "prompt_hash": ""})
+        self.row = self.row.model_copy(update={"prompt": None, "output": None, "retrieved_ids": (), "prompt_hash": ""})
 
     def score_row(self, metric: str, value: float, at: float) -> LogRow:
         """The row of one later score."""
@@ -181,6 +182,8 @@ class LiveExperiment:
     def write(self, placed: ArmPlacement, request_id: str, asked: Question, answer: ArmAnswer | ApiError | str) -> None:
         """Queue the row of an arm's answer, or of its failure, to a request that `assign` took."""
         row = answer_row(self.record.id, placed, request_id, asked, answer)
+        if self.record.spec.log_prompts:
+            row = row.model_copy(update={"prompt": prompt_text(asked)})
         self.counts[row.arm, row.role, row.error or "ok"] += 1
         self.recorder.add(row)
         if row.role != "shadow":

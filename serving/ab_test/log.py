@@ -59,6 +59,8 @@ class LogRow(BaseModel):
     base_digest: str | None = None
     adapter_version: str | None = None
     retrieved_ids: tuple[str, ...] = ()
+    prompt: str | None = None
+    """The conversation as JSON, where the experiment has `log_prompts`."""
     output: str | None = None
     error: str | None = None
     finish_reason: str | None = None

@@ -143,6 +143,7 @@ SCHEMA = pa.schema(
         ("base_digest", pa.string()),
         ("adapter_version", pa.string()),
         ("retrieved_ids", pa.list_(pa.string())),
+        ("prompt", pa.string()),
         ("output", pa.string()),
         ("error", pa.string()),
         ("finish_reason", pa.string()),

@@ -147,6 +147,8 @@ class ExperimentSpec(Spec):
     """Location of the rows: a folder, file:// or s3://; null is the endpoint's own root."""
     log_outputs: bool = True
     """Keep the answers' texts in the log."""
+    log_prompts: bool = False
+    """Keep the conversations that are answered in the log: `graftwork experiment feedback` makes rows of both."""
     log_buffer: int = Field(default=20_000, ge=1)
     """Rows that wait to be written; requests beyond it take no part, and are counted."""
     log_every_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
@@ -296,6 +298,7 @@ UNCHANGED_BY_RAMP = frozenset(
         "shadow_concurrency",
         "log",
         "log_outputs",
+        "log_prompts",
         "log_buffer",
         "log_every_s",
     }

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from graftwork.config import canonical_json
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import DataError, GraftworkError, RunError, StorageError
+from graftwork.prompts.render import message_fields
 from graftwork.serving.evaluation.scorers.choice import ChoiceScorer
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
@@ -104,7 +105,7 @@ def answer_key(
     row: DatasetRow,
     version: str | None,
     *,
-    messages: Sequence[Mapping[str, str]] | None = None,
+    messages: Sequence[Mapping[str, Any]] | None = None,
     continuations: Sequence[str] = (),
 ) -> str:
     """32 hex digits over everything that decides the answer. `version` is what the arm's adapter resolves to now.
@@ -124,9 +125,19 @@ def answer_key(
     return hashlib.sha256(canonical_json([label, decides]).encode()).hexdigest()[:32]
 
 
-def question(row: DatasetRow) -> list[dict[str, str]]:
+def question(row: DatasetRow) -> list[dict[str, Any]]:
     """The turns that are sent: all but a final answer, which would give the gold away."""
-    return [{"role": turn.role, "content": turn.content} for turn in row.question]
+    return [message_fields(turn) for turn in row.question]
+
+
+def arm_of_row(arm: ArmSpec, row: DatasetRow) -> ArmSpec:
+    """The arm with the functions and the template variables of a row, where it has some."""
+    changes: dict[str, Any] = {}
+    if row.tools:
+        changes["tools"] = [dict(tool) for tool in row.tools]
+    if row.template_kwargs:
+        changes["chat_template_kwargs"] = {**arm.chat_template_kwargs, **row.template_kwargs}
+    return arm.with_(changes) if changes else arm
 
 
 def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> AnswerSet:
@@ -177,7 +188,7 @@ def append_line(path: Path, record: BaseModel) -> None:
         ) from error
 
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 _MIN_OUTAGE = 32
 ALONE_QUESTIONS = 10
@@ -228,7 +239,7 @@ def question_jobs(spec: CompareSpec, rows: Sequence[DatasetRow], versions: Mappi
     jobs = []
     for index, row in enumerate(rows):
         first = index % len(spec.arms)
-        for arm in spec.arms[first:] + spec.arms[:first]:
+        for arm in (arm_of_row(arm, row) for arm in spec.arms[first:] + spec.arms[:first]):
             key = answer_key(spec, arm.name, arm, row, versions.get(arm.name))
             jobs.append(EvalRequest(key, arm.name, row.id, arm, question(row)))
     return jobs
@@ -266,7 +277,7 @@ def option_jobs(
     """Likelihoods of every row's options in every arm, filed under `ARM~SCORER`."""
     jobs = []
     for row in rows:
-        for arm in spec.arms:
+        for arm in (arm_of_row(arm, row) for arm in spec.arms):
             for choice in choices:
                 label, options = f"{arm.name}~{choice.name}", choice.options(row)
                 key = answer_key(spec, label, arm, row, versions.get(arm.name), continuations=options)
@@ -283,7 +294,7 @@ def alone_jobs(spec: CompareSpec, rows: Sequence[DatasetRow], versions: Mapping[
     drawn = random.Random(spec.seed).sample(list(rows), min(ALONE_QUESTIONS + 1, len(rows)))
     jobs = []
     for row in drawn:
-        for arm in spec.arms:
+        for arm in (arm_of_row(arm, row) for arm in spec.arms):
             label = f"{arm.name}{ALONE}"
             key = answer_key(spec, label, arm, row, versions.get(arm.name))
             jobs.append(EvalRequest(key, label, row.id, arm, question(row)))

@@ -122,7 +122,8 @@ def _text(spec: QuantizeSpec, rows: Sequence[DatasetRow], template: Template) ->
     else:
         for row in rows:
             gold = () if row.answer is not None else (Message("assistant", canonical_json(dict(row.gold or {}))),)
-            ids += render((*row.messages, *gold), template, generate=False).ids
+            whole = (*row.messages, *gold)
+            ids += render(whole, template, tools=row.tools, template_kwargs=row.template_kwargs, generate=False).ids
             if len(ids) >= spec.text.max_tokens:
                 break
         what = f"questions and gold answers of {spec.eval}"

@@ -78,7 +78,7 @@ def test_a_merge_key_may_be_overridden(tmp_path: Path) -> None:
         ("epochs", "optim.epochs"),
         ("learning_rate", "optim.lr"),
         ("lora_r", "adapter.rank"),
-        ("target_modules", "adapter.targets"),
+        ("target_modules", "adapter.target_modules"),
         ("max_seq_length", "max_length"),
         ("batch_size", "optim.rows_per_step"),
     ],
@@ -138,6 +138,7 @@ RENAMED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "published": (STUDY, "published", "p"),
     "differs": (STUDY, "differs", ["d"]),
     "says": (STUDY, "claims.0.says", "s"),
+    "loss": ({**TRAIN, "objective": {"kind": "dpo"}}, "objective.loss", "ipo"),
 }
 """Where each renamed key was: a valid spec, the dotted key, a value that it took."""
 

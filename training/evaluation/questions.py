@@ -8,7 +8,15 @@ import numpy as np
 from graftwork import metrics, retrieval
 from graftwork.base.load import resolve
 from graftwork.base.load import template as base_template
-from graftwork.datasets.rows import DatasetRow, key_check, read_fields, read_rows, resolve_prompt
+from graftwork.datasets.rows import (
+    DatasetRow,
+    key_check,
+    read_fields,
+    read_rows,
+    render_question,
+    render_row,
+    resolve_prompt,
+)
 from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import Metric
 from graftwork.prompts.render import Message, Passage, Prompt, fit_passages, render
@@ -117,8 +125,8 @@ def _task_item(row: DatasetRow, context: Sequence[Passage], spec: TrainSpec, tem
     """The row's question as the run's prompt puts it, and its right answer with the token that ends it."""
     prompt = resolve_prompt(spec.prompt)
     kept, _ = fit_passages(context, template, prompt, spec.data.context.context_tokens if spec.data.context else None)
-    asked = render(row.question, template, prompt=prompt, context=kept, generate=True).ids
-    whole = render(row.messages, template, prompt=prompt, context=kept, generate=False)
+    asked = render_question(row, template, prompt, kept, spec.data.thinking).ids
+    whole = render_row(row, template, prompt, kept, spec.data.thinking)[-1]
     last = len(whole.ids) - next(n for n, trained in enumerate(reversed(whole.loss_mask)) if trained)
     return Item(row.id, tuple(asked), (tuple(whole.ids[len(asked) : last]),), write)
 

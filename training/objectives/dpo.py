@@ -7,7 +7,6 @@ begins from is in this process when the trainer is built, so it scores each pair
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 from array import array
@@ -24,18 +23,17 @@ from graftwork.datasets.examples import Example, iter_examples
 from graftwork.datasets.keys import PREFERENCE_LOSS, KeyCheck
 from graftwork.datasets.turns import turn_content
 from graftwork.prompts.render import Message, Prompt, Thinking, render
-from graftwork.training.objectives.protocol import Part, Rows, Traits, check_pairs, nothing_left, too_long
+from graftwork.training.objectives.preference import answer_logps, reference_logps
+from graftwork.training.objectives.protocol import Part, Traits, check_pairs, nothing_left, too_long
 from graftwork.training.objectives.rows import IGNORED, ReadPart, TokenRows, data_of, read_prompt
 
 if TYPE_CHECKING:
     import torch
 
     from graftwork.prompts.template import Template
-    from graftwork.storage.store import RunPaths
     from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
     from graftwork.training.spec import TrainSpec
 
-REFERENCE_FILE = "reference.json"
 SIDES = ("ref_chosen_logps", "ref_rejected_logps")
 Scored = tuple[Sequence[int], Sequence[bool]]
 """Ids of a conversation, and which of them are the answer's."""
@@ -47,17 +45,17 @@ class DpoSpec(Spec):
     kind: Literal["dpo"] = "dpo"
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference: what training began from, the base or `init_from`."""
-    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
     """sigmoid: DPO; hinge: SLiC (arXiv 2305.10425); ipo: arXiv 2310.12036; robust: arXiv 2403.00409."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of pairs whose labels are taken to be swapped; of loss=robust alone."""
+    """Share of pairs whose labels are taken to be swapped; of loss_type=robust alone."""
 
     @model_validator(mode="after")
     def _takes_effect(self) -> Self:
-        if (self.loss == "robust") != (self.label_smoothing > 0):
+        if (self.loss_type == "robust") != (self.label_smoothing > 0):
             raise ValueError(
-                f"label_smoothing={self.label_smoothing:g} with loss={self.loss}: it belongs to loss=robust, which "
-                "needs one above 0"
+                f"label_smoothing={self.label_smoothing:g} with loss_type={self.loss_type}: it belongs to "
+                "loss_type=robust, which needs one above 0"
             )
         return self
 
@@ -89,10 +87,9 @@ class DpoSpec(Spec):
             return {**setting.collate(batch), **sides}
 
         trainer = _trainer(setting, self, collate)
-        fresh = spec.init_from is None
-        references["train"] = _reference_logps(setting, "train", trainer, data.train, np.unique(plan.rows_SR), fresh)
+        references["train"] = reference_logps(setting, "train", trainer, data.train, np.unique(plan.rows_SR))
         if data.eval is not None:
-            references["eval"] = _reference_logps(setting, "eval", trainer, data.eval, np.arange(len(data.eval)), fresh)
+            references["eval"] = reference_logps(setting, "eval", trainer, data.eval, np.arange(len(data.eval)))
 
         def evaluate() -> Mapping[str, float]:
             assert data.eval is not None, "asked where the spec has data.eval"
@@ -193,8 +190,8 @@ def answered(pair: Example, answer: Message | None, template: Template, prompt: 
     whole = as_written([*pair.messages, answer], template, generate=False)
     start = len(asked.ids)
     assert whole.ids[:start] == asked.ids, "a prompt is a prefix of what it grows into (render)"
-    end = start + whole.loss_mask[start:].index(False) if False in whole.loss_mask[start:] else len(whole.ids)
-    return whole.ids[:end], (False,) * start + (True,) * (end - start)
+    end = max(place for place, learned in enumerate(whole.loss_mask, start=1) if learned)
+    return whole.ids[:end], (False,) * start + whole.loss_mask[start:end]
 
 
 def _canonical(pair: Example) -> bytes:
@@ -220,7 +217,7 @@ def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:
         args=DPOConfig(
             **arguments(setting),
             beta=objective.beta,
-            loss_type=[objective.loss],
+            loss_type=[objective.loss_type],
             label_smoothing=objective.label_smoothing,
             max_length=None,
             precompute_ref_log_probs=not peft,  # else TRL 1.16 loads the base a second time, by its name
@@ -231,59 +228,6 @@ def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:
         trainer.model.delete_adapter("ref")  # TRL's copy of what training begins from
     trainer.precompute_ref_logps = True
     return trainer
-
-
-def _reference_logps(
-    setting: TrainerContext, name: str, trainer: Any, rows: Rows, used_U: NDArray[np.int64], base_alone: bool
-) -> NDArray[np.float32]:
-    """The reference's log-likelihoods of both answers (N, 2): computed, or those of the run that goes on."""
-    from peft import PeftModel
-
-    run, key = setting.job.run, f"{name}-{REFERENCE_FILE}"
-    known = _read_reference(run, key, trainer)
-    if known is not None:
-        return known
-    off = trainer.model.disable_adapter() if base_alone and isinstance(trainer.model, PeftModel) else None
-    with off or contextlib.nullcontext():
-        found = answer_logps(trainer, rows, used_U, setting.job.data.pad_id, setting.job.spec.optim.rows_per_pass)
-    if run is not None and trainer.accelerator.process_index == 0:
-        run.store.write_json(found.tolist(), *run.file(key))
-    return found
-
-
-def _read_reference(run: RunPaths | None, key: str, trainer: Any) -> NDArray[np.float32] | None:
-    """Likelihoods of an earlier attempt of this run; rank 0 looks, so that all ranks do alike."""
-    import torch
-
-    there = run is not None and trainer.accelerator.process_index == 0 and run.store.exists(*run.file(key))
-    seen = trainer.accelerator.reduce(torch.tensor([float(there)], device=trainer.accelerator.device), reduction="sum")
-    if run is None or not seen.item():
-        return None
-    return np.array(run.store.read_json(*run.file(key)), dtype=np.float32)
-
-
-def answer_logps(trainer: Any, rows: Rows, used_U: NDArray[np.int64], pad_id: int, micro: int) -> NDArray[np.float32]:
-    """Log-likelihoods (N, 2) of the answers of the used pairs by the model as it is, the same on all ranks."""
-    import torch
-
-    from graftwork.training.objectives.trainer import share
-
-    accelerator = trainer.accelerator
-    sums = torch.zeros((len(rows), 2), device=accelerator.device)
-    trainer.model.eval()
-    with torch.no_grad():
-        for places in share(rows.lengths_N[used_U], micro, accelerator.process_index, accelerator.num_processes):
-            chosen = used_U[np.asarray(places)].tolist()
-            inputs = {key: value.to(accelerator.device) for key, value in rows.collate(chosen, pad_id).items()}
-            mask = inputs.pop("completion_mask")
-            labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
-            with accelerator.autocast():
-                output = trainer.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
-            width = labels.shape[1] - 1  # a trained prefix puts positions before the row's own
-            sums[chosen] = output.log_probs[:, -width:].sum(dim=1).float().view(2, -1).T
-    trainer.model.train()
-    found: NDArray[np.float32] = accelerator.reduce(sums, reduction="sum").cpu().numpy()
-    return found
 
 
 def held_out(
@@ -313,9 +257,9 @@ def pair_losses(objective: DpoSpec, ratios_N2: torch.Tensor, lengths_N2: torch.T
     beta, smoothing = objective.beta, objective.label_smoothing
     delta_N = ratios_N2[:, 0] - ratios_N2[:, 1]
     logsigmoid = torch.nn.functional.logsigmoid
-    if objective.loss == "hinge":
+    if objective.loss_type == "hinge":
         return torch.relu(1 - beta * delta_N)
-    if objective.loss == "ipo":
+    if objective.loss_type == "ipo":
         means_N2 = ratios_N2 / lengths_N2
         return (means_N2[:, 0] - means_N2[:, 1] - 1 / (2 * beta)) ** 2
     swapped_N = -smoothing * logsigmoid(-beta * delta_N)

@@ -166,8 +166,8 @@ def check_pairs(run: TrainSpec, kind: str) -> None:
         )
     if run.adapter.input_dropout:
         raise ValueError(
-            f"adapter.dropout={run.adapter.input_dropout:g} can't take effect with objective.kind={kind}: two answers "
-            "are compared by the same weights, so TRL switches dropout off"
+            f"adapter.dropout={run.adapter.input_dropout:g} can't take effect with objective.kind={kind}: answers are "
+            "compared by the same weights, so TRL switches dropout off"
         )
 
 

@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 
 from graftwork import retrieval
 from graftwork.config import Spec
-from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows
-from graftwork.prompts.render import Prompt, fit_passages, render
+from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_rows, render_question
+from graftwork.prompts.render import Prompt, fit_passages
 from graftwork.training.objectives.protocol import Part, Traits, nothing_left, passages_left_out, too_long
 from graftwork.training.objectives.rows import IGNORED, ReadPart, TokenRows, data_of, pad_left, read_prompt
 from graftwork.training.rewards import AnyReward, RewardFunctionSpec, check_rows, load_rewards
@@ -252,7 +252,7 @@ def _render_prompts(
             passages(row) if passages else (), template, prompt, context.context_tokens if context else None
         )
         left_out += len(without)
-        rendered.append(render(row.question, template, prompt=prompt, context=found, generate=True).ids)
+        rendered.append(render_question(row, template, prompt, found, spec.data.thinking).ids)
     return rendered, left_out
 
 

@@ -439,7 +439,8 @@ def prepare(spec: "TrainSpec") -> PreparedData:
     """
     template = base_template(resolve(spec.base))
     train = spec.objective.read(spec, template, "train")
-    warnings = list(train.warnings)
+    warnings, notes = list(train.warnings), list(train.notes)
+    notes += train.keys.mixture_note("data.train") if train.keys else ()
     if len(train.contents) == 1:
         warnings.append("data.train: 1 row: every step repeats it, so its loss says nothing about other rows")
     held_out = None
@@ -454,6 +455,9 @@ def prepare(spec: "TrainSpec") -> PreparedData:
                 "name other rows, or leave data.eval out",
             )
         warnings += held_out.warnings
+        if isinstance(spec.data.eval, float):
+            count, of = len(held_out.contents), len(held_out.contents) + len(train.contents)
+            notes.append(f"data.eval={spec.data.eval:g}: {count} of {of} rows held out by their content")
         if shared := int(np.isin(np.array(held_out.contents), np.array(train.contents)).sum()):
             rows = format_row_count(held_out.contents, "row")
             warnings.append(f"data.eval: {shared} of {rows} also in data.train, so its loss is too low")
@@ -464,7 +468,7 @@ def prepare(spec: "TrainSpec") -> PreparedData:
         dropped_eval=held_out.dropped if held_out else 0,
         pad_id=template.pad_id,
         fingerprint=train.fingerprint,
-        notes=train.notes,
+        notes=tuple(notes),
         warnings=tuple(dict.fromkeys(warnings)),
         trained_tokens=train.trained_tokens,
     )

@@ -17,11 +17,13 @@ from graftwork.datasets.rows import (
     iter_rows,
     key_check,
     passage_keys,
+    prompt_content,
     read_fields,
     read_passages,
+    render_row,
 )
 from graftwork.datasets.rows import fingerprint as data_fingerprint
-from graftwork.prompts.render import Prompt, fit_passages, render, training_rows
+from graftwork.prompts.render import Prompt, fit_passages
 from graftwork.training.objectives.protocol import (
     Packing,
     Part,
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from graftwork.training.objectives.trainer import BuiltTrainer, TrainerContext
     from graftwork.training.spec import TrainSpec
 
-FORM = 3
+FORM = 4
 """Version of the rendered rows; raised when the same rows are rendered differently."""
 
 
@@ -156,8 +158,7 @@ class SftSpec(Spec):
             room = context.context_tokens if context else None
             passages, without = fit_passages(draw(row) if draw else (), template, prompt, room)
             left_out += len(without)
-            for messages in training_rows(row.messages, template):
-                rendered = render(messages, template, prompt=prompt, context=passages, generate=False)
+            for rendered in render_row(row, template, prompt, passages, spec.data.thinking):
                 if len(rendered.ids) <= spec.max_length:
                     writer.add(rendered.ids, rendered.loss_mask)
                     numbers.append(number)
@@ -183,7 +184,8 @@ class SftSpec(Spec):
             "template": template.digest,
             "tokenizer": template.tokenizer_digest,
             "date": str(template.date),
-            "prompt": asdict(prompt),
+            "prompt": prompt_content(prompt),
+            **({"thinking": spec.data.thinking} if spec.data.thinking != "keep" else {}),
             "max_length": spec.max_length,
             "context": context,
         }
@@ -254,14 +256,18 @@ def masked_sft_trainer() -> type[Any]:
     return MaskedSftTrainer
 
 
-def trainer_on(setting: TrainerContext, kind: type[Any]) -> Any:
-    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids."""
+def trainer_on(setting: TrainerContext, kind: type[Any], collate: Any = None) -> Any:
+    """Build a trainer of that subclass of SFTTrainer, which takes the run's rows of token ids.
+
+    collate: rows of the data set to a batch; by default the batch of the run's rows.
+    """
     from trl import SFTConfig
 
     from graftwork.training.objectives.trainer import arguments
 
     prepared = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    trainer = kind(args=SFTConfig(**arguments(setting), **prepared), **setting.trainer_arguments())
+    given = setting.trainer_arguments() | ({"data_collator": collate} if collate is not None else {})
+    trainer = kind(args=SFTConfig(**arguments(setting), **prepared), **given)
     # Losses here and TRL's fused head are means over the step's tokens. Some models of images and text deny it of their
     # own loss (`accepts_loss_kwargs`, Gemma-4), for which transformers 5.24 takes the mean over passes.
     trainer.model_accepts_loss_kwargs = True

@@ -16,8 +16,9 @@ from graftwork.base.support import PROBE_LENGTH, mixed_share, most_mixed, probe_
 from graftwork.compat.hf import step_figures
 from graftwork.errors import ConfigError
 from graftwork.training.loop import StepPlan
-from graftwork.training.lr_schedule import scheduler_arguments
+from graftwork.training.lr_schedule import scheduler_of
 from graftwork.training.objectives.rows import IGNORED, AnsweredRows, pad_left
+from graftwork.training.optimizers import optimizer_arguments, set_optimizer
 from graftwork.training.strategies import strategy_arguments
 from graftwork.training.worker_messages import TrainJob, rank_and_world
 
@@ -195,7 +196,7 @@ def arguments(setting: TrainerContext) -> dict[str, Any]:
     """TrainingArguments, for TRL's config classes: steps, optimizer, precision, processes; no logs, no saving."""
     spec, plan, world = setting.job.spec, setting.plan, rank_and_world()[1]
     optim, cuda = spec.optim, spec.gpus > 0
-    scheduler, warmup_steps = scheduler_arguments(optim, plan.steps)
+    scheduler = scheduler_of(optim, plan.steps)
     shared = {
         "output_dir": str(setting.folder),
         "max_steps": plan.steps,
@@ -203,8 +204,10 @@ def arguments(setting: TrainerContext) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.accumulation,
         "train_sampling_strategy": "sequential",  # the plan is the order
         "learning_rate": optim.lr,
-        "lr_scheduler_type": scheduler,
-        "warmup_steps": warmup_steps,
+        "lr_scheduler_type": scheduler.name,
+        "lr_scheduler_kwargs": scheduler.kwargs,
+        "warmup_steps": scheduler.warmup_steps,
+        **optimizer_arguments(optim),
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.max_grad_norm,
         "seed": spec.seed,
@@ -255,6 +258,7 @@ def build(setting: TrainerContext) -> BuiltTrainer:
     training = setting.job.spec.objective.build(setting)
     for parameter, data in fp32:
         parameter.data = data
+    set_optimizer(training.trainer, setting.job.spec.optim)
     training.trainer.remove_callback(PrinterCallback)
     if not training.decodes:
         training.trainer.processing_class = None  # each checkpoint would hold a copy of the tokenizer

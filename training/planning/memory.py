@@ -23,12 +23,13 @@ from graftwork.planning.memory import (
     MemoryPlan,
     RowSizes,
     kv_bytes,
-    largest_linear,
     loading_bytes,
     saved_bytes,
+    unpacked_layer_bytes,
     weight_bytes,
 )
 from graftwork.training.loop import step_plan
+from graftwork.training.optimizers import state_bytes
 from graftwork.training.spec import TrainSpec
 
 
@@ -178,7 +179,7 @@ def shared(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
     kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus > 0
     if kind == "ddp":
         buckets = trained * FP32 if workers > 1 else 0
-        return Shared(frozen_bytes, trained * FP32, trained * FP32, 2 * trained * FP32, buckets)
+        return Shared(frozen_bytes, trained * FP32, trained * FP32, state_bytes(spec, model), buckets)
     if kind == "fsdp2":
         gathered = LIVE_BLOCKS * -(-(frozen_bytes + trained * FP32) // (model.layers + 1))
         part = trained * FP32 // workers
@@ -354,7 +355,7 @@ def _activations(
 def _unpacked_bytes(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:
     """A quantised layer while it is multiplied; with DoRA an identity of its inputs, or four forms of the weight."""
     plain = not spec.quant.is_packed or spec.quant.resident == "dequantised"
-    layer = 0 if plain else largest_linear(model, spec.quant) * value_bytes
+    layer = 0 if plain else unpacked_layer_bytes(model, spec.quant, value_bytes)
     return layer + spec.adapter.weight_scratch_bytes(model, autocast=autocast)
 
 

@@ -41,6 +41,8 @@ TRAIN_EFFICIENCY = 0.70
 """Of the probe's rate, in a training step: smaller products, element-wise work, autograd."""
 UNPACK_PER_S = 1.0e9
 """nf4 weights that one core unpacks a second (bitsandbytes 0.50, AVX2)."""
+KEPT_UNPACK_PER_S = 40e6
+"""Weights of a kept checkpoint that one core dequantises a second: 19 to 80 by format, int8 by rows 150."""
 DROPPED_PER_S = 38e6
 """Values that pass the adapters' dropout in one core's second: PyTorch draws them one by one on a CPU."""
 PASS_BLOCK_S = 2e-3
@@ -89,8 +91,11 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
         return _gpu_seconds(spec, model, machine, flops, passes) + _exchange_seconds(spec, model, machine, tokens)
     if full:
         machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
-    packed = spec.quant.is_4bit and spec.quant.resident != "dequantised"
-    unpack_s = (2 + again) * passes * unpacked_params(model, spec.quant) / UNPACK_PER_S if packed else 0.0
+    unpacked = unpacked_params(model, spec.quant) if spec.quant.is_4bit and spec.quant.resident != "dequantised" else 0
+    rate = UNPACK_PER_S
+    if spec.quant.method.keeps_checkpoint:
+        unpacked, rate = model.packed_params, KEPT_UNPACK_PER_S
+    unpack_s = (2 + again) * passes * unpacked / rate
     dropout_s = tokens * spec.adapter.dropped_inputs(model) / DROPPED_PER_S
     calls_s = passes * model.layers * PASS_BLOCK_S
     shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers

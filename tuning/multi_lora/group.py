@@ -123,14 +123,17 @@ def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     """Bytes that a token leaves in one block: of the frozen block, of the inputs of its targets, once for siblings, and
     the chances of short rows, in fp32 and in the compute dtype."""
     frozen = frozen_bytes(model, None, 0, value_bytes)
-    read = model.read(whole.adapter.targets) if isinstance(whole.adapter, LoraSpec) else 0
+    read = model.read(whole.adapter.which) if isinstance(whole.adapter, LoraSpec) else 0
     products = taken.row <= LONGEST and value_bytes < FP32
     return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)
 
 
 OWN = {
     "adapter": ("rank", "alpha", "rslora"),
-    "optim": ("lr", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "factors"),
+    "optim": (
+        *("lr", "betas", "eps", "weight_decay", "max_grad_norm"),
+        *("schedule", "warmup_ratio", "min_lr_ratio", "decay_ratio", "factors"),
+    ),
 }
 """Keys in which trials of one process may differ: each has its own adapter, and its own optimizer."""
 
@@ -152,6 +155,10 @@ def why_alone(spec: TrainSpec, base: Mapping[str, Any] | None = None) -> str | N
         return f"num_workers={spec.num_workers}: its workers share its rows"
     if not isinstance(adapter, LoraSpec):
         return f"adapter.kind={adapter.kind}: LoRA trials alone share a base"
+    if spec.optim.kind != "adamw":
+        return f"optim.kind={spec.optim.kind}: each trial is stepped by AdamW"
+    if adapter.modules_to_save:
+        return "adapter.modules_to_save: each trial trains modules of its own"
     if adapter.dora:
         return "adapter.dora: each adapter scales the base's own output"
     if adapter.dropout > 0:

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from graftwork.adapters.lora import LoraSpec
 from graftwork.compat.hf import attention_name
 from graftwork.training.lr_schedule import scale as scale_rate
-from graftwork.training.lr_schedule import scheduler_arguments
+from graftwork.training.lr_schedule import scheduler_of
 from graftwork.training.spec import OptimSpec
 from graftwork.tuning.multi_lora.group import LONGEST
 
@@ -49,9 +49,11 @@ class Trial:
         from transformers import get_scheduler
 
         weights = torch.nn.Parameter(weights_P)
-        optimizer = torch.optim.AdamW([weights], lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
-        name, warmup_steps = scheduler_arguments(optim, steps)
-        schedule = get_scheduler(name, optimizer, warmup_steps, steps)
+        optimizer = torch.optim.AdamW(
+            [weights], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
+        planned = scheduler_of(optim, steps)
+        schedule = get_scheduler(planned.name, optimizer, planned.warmup_steps, steps, planned.kwargs)
         if optim.factors:
             scale_rate(optimizer, schedule, optim.factors, steps)
         scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)

@@ -16,7 +16,15 @@ from graftwork.prompts.render import Message, Passage, PromptSpec, format_user_t
 from graftwork.retrieval import LexicalSpec, open_retriever
 from graftwork.retrieval.corpus import document_of
 from graftwork.scoring import GoldText, leaves, tokens
-from graftwork.serving.evaluation.answers import AnswerSet, EvalAnswer, EvalRequest, Messages, answer_key, question
+from graftwork.serving.evaluation.answers import (
+    AnswerSet,
+    EvalAnswer,
+    EvalRequest,
+    Messages,
+    answer_key,
+    arm_of_row,
+    question,
+)
 from graftwork.serving.evaluation.failures.classify import Correctness, CorrectnessCheck, ProbeEvidence, repaired
 from graftwork.serving.evaluation.spec import CompareSpec, ProbeSpec
 from graftwork.serving.spec import ArmSpec, GrammarSpec
@@ -52,7 +60,7 @@ class GoldPassages:
             yield passage
 
 
-def with_context(row: DatasetRow, passage: Passage, prompt: PromptSpec) -> list[dict[str, str]]:
+def with_context(row: DatasetRow, passage: Passage, prompt: PromptSpec) -> Messages:
     """The row's question with one passage before it, as `chat.render` puts it for this prompt."""
     turns = question(row)
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
@@ -220,7 +228,7 @@ class Prober:
     def _job(
         self, label: str, arm: ArmSpec, row: DatasetRow, messages: Messages, continuations: tuple[str, ...] = ()
     ) -> EvalRequest:
-        version = self._versions.get(arm.name) if arm.adapter else None
+        arm, version = arm_of_row(arm, row), self._versions.get(arm.name) if arm.adapter else None
         key = answer_key(self.spec, label, arm, row, version, messages=messages, continuations=continuations)
         return EvalRequest(key, label, row.id, arm, messages, continuations)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from graftwork.base import load as base_model
@@ -14,18 +15,26 @@ from graftwork.base.load import LoadedBase, ResolvedBase
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.source import BaseSpec
 from graftwork.base.support import base_support, check_local
+from graftwork.compat.packed_weights import PackedLinear
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.planning.memory import weight_bytes
-from graftwork.prequantized.linear import PackedLinear
-from graftwork.quantization import QuantSpec
+from graftwork.quantization import QuantSpec, default_dtype
+from graftwork.serving.quantize.measure import Material, measure
+from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
+from graftwork.training.loop import run_steps
+from graftwork.training.objectives.rows import prepare
+from graftwork.training.worker_messages import TrainJob
 from tests import engines
 from tests.docs.extending.common import check_served_as_peft, small_task, train_and_fetch
+from tests.fake_arms import airports
 from tests.packed_checkpoints import PACKINGS, write_packed
+from tests.ranks import Task, train_on
 from tests.tiny import write_tiny_base
+from tests.training import task
 
 IDS = torch.arange(3, 67).reshape(4, 16)
-KEPT = [name for name in PACKINGS if not name.startswith("bnb")]
+KEPT = [name for name in PACKINGS if not name.startswith("bnb nf4")]
 ONE_OF_EACH = ["fp8 cut blocks", "ct int4 zeros", "awq", "gptq reordered", "torchao intx"]
 
 
@@ -105,6 +114,18 @@ def test_kept_weights_give_the_logits_of_dequantised_ones_in_their_own_bytes(
     predicted = sum(packed.packed_bytes(layer.in_features, layer.out_features) for layer in layers)
     assert abs(predicted - stored) <= 0.005 * stored
     assert not hasattr(kept.model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("name", ["bnb nf4", "bnb nf4 double"])
+def test_kept_4_bit_weights_of_bitsandbytes_stay_in_its_own_layers(plain: Path, tmp_path: Path, name: str) -> None:
+    folder = write_packed(plain, tmp_path / "packed", PACKINGS[name])
+    kept = load(folder, "checkpoint")
+    layers = [module for module in kept.model.modules() if isinstance(module, Linear4bit)]
+    assert {layer.compute_dtype for layer in layers} == {torch.float32}
+    assert len(layers) == 14
+    torch.testing.assert_close(logits(kept), logits(load(folder, "none")), rtol=1e-4, atol=1e-4)
+    predicted = weight_bytes(ModelShape.from_config(resolve(folder).config), QuantSpec(kind="checkpoint"))
+    assert 0 <= kept.stored_bytes - predicted <= 14 * 1300
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -275,3 +296,51 @@ def test_vllm_does_not_get_a_quantised_checkpoint(plain: Path, tmp_path: Path) -
 def test_kept_weights_are_not_sharded(tmp_path: Path, strategy: str) -> None:
     with pytest.raises(ConfigError, match=rf"quant.kind=checkpoint can't go with strategy.kind={strategy}"):
         small_task(tmp_path, quant="checkpoint", strategy={"kind": strategy})
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_two_ranks_train_on_kept_weights_as_one_process_does(tmp_path: Path) -> None:
+    usual = {"optim.epochs": 1, "optim.micro_batch": 2, "eval_every": 6, "data.eval_rows": 7}
+    task(tmp_path)
+    folder = write_packed(tmp_path / "base", tmp_path / "packed", PACKINGS["fp8 cut blocks"])
+    quant = {"kind": "checkpoint", "dtype": "float32"}
+    specs = {
+        name: task(tmp_path, **{**usual, "base": str(folder), "quant": quant, "strategy.kind": name})
+        for name in ("ddp", "zero2")
+    }
+    data = prepare(specs["ddp"])
+    ended = train_on(2, {name: Task(TrainJob(spec, data)) for name, spec in specs.items()}, tmp_path / "ranks")
+    alone = run_steps(TrainJob(specs["ddp"], data), lambda _: True)
+    assert alone.train_loss[-1][1] < alone.train_loss[0][1], "it learns"
+    for name in specs:
+        assert dict(ended[name].result.train_loss) == pytest.approx(dict(alone.train_loss), rel=2e-6)
+        assert dict(ended[name].result.eval_loss) == pytest.approx(dict(alone.eval_loss), rel=2e-6)
+
+
+def test_quantize_measures_the_checkpoint_itself(plain: Path, tmp_path: Path) -> None:
+    """Kept weights answer as dequantised ones of the same dtype do, in the bytes of the checkpoint."""
+    folder = write_packed(plain, tmp_path / "packed", PACKINGS["gptq"])
+    own = "bf16" if default_dtype("cpu")[0] is torch.bfloat16 else "fp32"
+    spec = QuantizeSpec.model_validate(
+        {
+            "name": "tiny",
+            "root": str(tmp_path / "root"),
+            "base": str(folder),
+            "eval": "eval.jsonl",
+            "answer_schema": "schema.json",
+            "precisions": ["fp32", own, "nf4", "checkpoint"] if own == "bf16" else ["fp32", "nf4", "checkpoint"],
+            "arms": [{"name": "base", "max_new_tokens": 6}],
+            "text": {"window": 32, "stride": 20},
+            "speed": {"batches": [2], "prompt_tokens": 8, "new_tokens": 6, "rounds": 1},
+            "engine": {"max_batch": 8, "max_seq_len": 256, "kv_tokens": 4096, "num_threads": 1},
+        }
+    )
+    material = Material(spec.arms, tuple(airports(3)), tuple(range(3, 60)))
+    kept, same = measure(spec, "checkpoint", material), measure(spec, own, material)
+    assert [said.text for said in kept.arms[0].answers] == [said.text for said in same.arms[0].answers]
+    assert kept.arms[0].nats == pytest.approx(same.arms[0].nats, rel=1e-6)
+    assert kept.stored_bytes == kept.resident_bytes == kept.predicted_bytes
+    assert kept.stored_bytes < 0.7 * same.stored_bytes
+    assert "checkpoint=GPTQ int4 (groups of 16)" in kept.reason
+    assert "checkpoint" not in QuantizeSpec.model_fields["precisions"].default

@@ -121,7 +121,7 @@ def test_plain_text_is_continued_as_it_stands(template: Template) -> None:
 
 
 @pytest.mark.parametrize(
-    "turn", [{"role": "tool", "content": "x"}, {"role": "user"}, {"role": "user", "content": 3}, {}]
+    "turn", [{"role": "function", "content": "x"}, {"role": "user"}, {"role": "user", "content": 3}, {}]
 )
 def test_a_turn_must_be_a_turn(turn: dict[str, str]) -> None:
     with pytest.raises(DataError, match="a message has a role"):

@@ -297,6 +297,13 @@ def test_a_domain_that_cannot_be_is_refused(space: dict[str, Any], said: str) ->
         sweep(space)
 
 
+def test_training_rows_are_not_searched_where_held_out_rows_are_a_share_of_them() -> None:
+    space = {"data.train": {"kind": "choice", "values": ["a.jsonl", "b.jsonl"]}}
+    with pytest.raises(ConfigError, match="train.data.eval=0.1, a share of it: trials are compared on the same"):
+        sweep(space, {"data": {"train": "a.jsonl", "eval": 0.1}})
+    assert sweep(space, {"data": {"train": "a.jsonl", "eval": "c.jsonl"}}).space
+
+
 @pytest.mark.parametrize(
     ("space", "train"),
     [

@@ -250,6 +250,16 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(here: Path, tmp_path: P
     assert not store.exists(*one.key)
 
 
+def test_several_sources_travel(here: Path, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "root"))
+    sent = with_inputs(train(data={"train": [{"path": "rows.jsonl"}, {"path": "held-out.jsonl"}]}), store.uri)
+    assert {one.path.name for one in sent.inputs} == {"rows.jsonl", "held-out.jsonl"}
+    for one in sent.inputs:
+        send(store, one)
+    assert isinstance(sent.spec, TrainSpec)
+    assert len(read_rows(sent.spec.data.source("train", 0), need="train")) == 3
+
+
 def test_a_file_may_have_any_name(here: Path, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "root"))
     (here / "rows of #1 ü?.jsonl").write_text(ROW)

@@ -25,10 +25,10 @@ from graftwork.training.worker_messages import StepReport, TrainJob
 from tests.training import pair_task
 
 LOSSES: list[dict[str, Any]] = [
-    {"loss": "sigmoid"},
-    {"loss": "hinge"},
-    {"loss": "ipo"},
-    {"loss": "robust", "label_smoothing": 0.2},
+    {"loss_type": "sigmoid"},
+    {"loss_type": "hinge"},
+    {"loss_type": "ipo"},
+    {"loss_type": "robust", "label_smoothing": 0.2},
 ]
 
 
@@ -69,11 +69,11 @@ def answer_logps_by_hand(model: Any, rows: PairRows, indices: list[int]) -> torc
 
 def by_hand(ratios_N2: torch.Tensor, lengths_N2: torch.Tensor, objective: DpoSpec) -> torch.Tensor:
     beta, delta = objective.beta, ratios_N2[:, 0] - ratios_N2[:, 1]
-    if objective.loss == "sigmoid":
+    if objective.loss_type == "sigmoid":
         return (1 + (-beta * delta).exp()).log().mean()
-    if objective.loss == "hinge":
+    if objective.loss_type == "hinge":
         return (1 - beta * delta).clamp(min=0).mean()
-    if objective.loss == "ipo":
+    if objective.loss_type == "ipo":
         means = ratios_N2 / lengths_N2
         return (means[:, 0] - means[:, 1] - 1 / (2 * beta)).square().mean()
     e = objective.label_smoothing
@@ -81,7 +81,7 @@ def by_hand(ratios_N2: torch.Tensor, lengths_N2: torch.Tensor, objective: DpoSpe
     return (((1 - e) * right - e * swapped) / (1 - 2 * e)).mean()
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss["loss"]))
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss["loss_type"]))
 def test_the_loss_of_a_step_and_of_held_out_pairs_is_the_papers(folder: Path, loss: dict[str, Any]) -> None:
     """Pinned to plain torch over a plain transformers model, the reference being the model without adapter."""
     spec = pair_task(folder, **{"quant.kind": "none", "objective": {"kind": "dpo", "beta": 0.3, **loss}})
@@ -206,8 +206,8 @@ def test_a_bad_row_is_named_with_its_field(folder: Path, tmp_path: Path, row: di
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": {"kind": "dpo", "label_smoothing": 0.1}}, "it belongs to loss=robust"),
-        ({"objective": {"kind": "dpo", "loss": "robust"}}, "needs one above 0"),
+        ({"objective": {"kind": "dpo", "label_smoothing": 0.1}}, "it belongs to loss_type=robust"),
+        ({"objective": {"kind": "dpo", "loss_type": "robust"}}, "needs one above 0"),
         ({"strategy.kind": "zero3"}, "Set strategy.kind=fsdp2 or zero2"),
         ({"adapter.dropout": 0.1}, "TRL switches dropout off"),
         ({"data.context": {"corpus": "c.jsonl"}}, "data.context can't take effect with objective.kind=dpo"),

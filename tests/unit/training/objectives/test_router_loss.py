@@ -9,7 +9,7 @@ import torch
 from graftwork.base import load as base_model
 from graftwork.training.adapters.attach import attach
 from graftwork.training.loop import run_steps, step_plan
-from graftwork.training.lr_schedule import scheduler_arguments
+from graftwork.training.lr_schedule import scheduler_of
 from graftwork.training.objectives.rows import PreparedData, prepare
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import TrainJob
@@ -29,15 +29,15 @@ def trl_figures(spec: TrainSpec, data: PreparedData, folder: Path) -> tuple[list
     loaded = base_model.load(base_model.resolve(spec.base), spec.quant, device="cpu", purpose="train")
     model = attach(loaded.model, spec.adapter)
     plan = step_plan(data.train.lengths_N, spec.optim, spec.seed, 1, None)
-    scheduler, warmup_steps = scheduler_arguments(spec.optim, plan.steps)
+    planned = scheduler_of(spec.optim, plan.steps)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": MICRO_BATCH,
         "gradient_accumulation_steps": PASSES,
         "max_steps": plan.steps,
         "train_sampling_strategy": "sequential",
         "learning_rate": spec.optim.lr,
-        "lr_scheduler_type": scheduler,
-        "warmup_steps": warmup_steps,
+        "lr_scheduler_type": planned.name,
+        "warmup_steps": planned.warmup_steps,
         "max_grad_norm": spec.optim.max_grad_norm,
         "weight_decay": spec.optim.weight_decay,
         "dataset_kwargs": {"skip_prepare_dataset": True},

@@ -1,0 +1,433 @@
+"""Templates of model families against transformers and TRL: text, ids, masks, and what a template can't write."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from graftwork.errors import BaseModelError, DataError
+from graftwork.prompts.capabilities import CallForm
+from graftwork.prompts.render import Message, Prompt, Rendered, Tool, ToolCall, message_fields, render, training_rows
+from graftwork.prompts.template import Template, replaced_template
+from tests.chat_templates import FAMILIES
+
+TOOLS: tuple[Tool, ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": "find_airport",
+            "description": "Look an airport up.",
+            "parameters": {
+                "type": "object",
+                "properties": {"code": {"type": "string", "description": "ICAO code"}, "n": {"type": "integer"}},
+                "required": ["code"],
+            },
+        },
+    },
+)
+CALL = ToolCall("find_airport", {"code": "ZPPP", "n": 2}, "abcdefgh1")
+SECOND = ToolCall("find_airport", {"code": "LFPG", "n": 1}, "abcdefgh2")
+QUESTION, ANSWER = Message("user", "Where is ZPPP?"), Message("assistant", "It is Kunming.")
+CALLED = Message("assistant", "", (CALL,))
+RESULT = Message("tool", '{"city": "Kunming"}', tool_call_id="abcdefgh1", name="find_airport")
+SYSTEM = Message("system", "Be brief.")
+THOUGHT = Message("assistant", "It is Kunming.", reasoning="ZPPP begins with Z.")
+
+CONVERSATIONS: dict[str, tuple[tuple[Message, ...], tuple[Tool, ...]]] = {
+    "plain": ((QUESTION, ANSWER, Message("user", "And KMG?"), Message("assistant", "The same.")), ()),
+    "system": ((SYSTEM, QUESTION, ANSWER), ()),
+    "tools": ((QUESTION, CALLED, RESULT, ANSWER, Message("user", "Thanks"), Message("assistant", "Bye.")), TOOLS),
+    "functions alone": ((SYSTEM, QUESTION, ANSWER), TOOLS),
+    "two calls": (
+        (QUESTION, Message("assistant", "", (CALL, SECOND)), RESULT)
+        + (Message("tool", "{}", tool_call_id="abcdefgh2", name="find_airport"), ANSWER),
+        TOOLS,
+    ),
+    "text and call": ((QUESTION, Message("assistant", "Let me see.", (CALL,)), RESULT, ANSWER), TOOLS),
+    "reasoning": ((QUESTION, THOUGHT, Message("user", "And KMG?"), Message("assistant", "x", reasoning="y")), ()),
+    "reasoning and calls": (
+        (QUESTION, Message("assistant", "", (CALL,), reasoning="First look."), RESULT, THOUGHT),
+        TOOLS,
+    ),
+}
+LEFT_OUT = {
+    "tools": "llama3 gemma gemma3 phi3 deepseek_r1_distill deepseekv3 cohere cohere2",
+    "two calls": "llama3_1 llama3_2 gptoss",
+    "text and call": "llama3_1 llama3_2 gemma4_v5",
+    "reasoning": "llama3 llama3_1 llama3_2 qwen2_5 qwen3_instruct_2507 gemma gemma3 phi3 cohere cohere2",
+    "system": "gemma",
+}
+LEFT_OUT["functions alone"] = f"{LEFT_OUT['tools']}"
+LEFT_OUT["two calls"] += f" {LEFT_OUT['tools']}"
+LEFT_OUT["text and call"] += f" {LEFT_OUT['tools']}"
+LEFT_OUT["reasoning and calls"] = f"{LEFT_OUT['tools']} {LEFT_OUT['reasoning']}"
+"""Families whose template leaves something of a conversation out, by conversation: they raise an error instead."""
+WRITTEN = [(name, case) for name in FAMILIES for case in CONVERSATIONS if name not in LEFT_OUT.get(case, "").split()]
+REFUSED = [(name, case) for case, names in LEFT_OUT.items() for name in dict.fromkeys(names.split())]
+OPENED = ("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano")
+"""Families whose generation prompt opens `<think>` in another way than they store an answer."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: family.write(root / name) for name, family in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def templates(folders: dict[str, Path]) -> dict[str, Template]:
+    return {name: Template.load(folder, date.today(), base=name) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
+    return {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+
+
+def as_dicts(messages: Sequence[Message], form: CallForm | None) -> list[dict[str, Any]]:
+    """Messages as transformers takes them, calls in the form that the template can write."""
+    found = []
+    for message in messages:
+        fields = message_fields(message)
+        for call in fields.get("tool_calls", ()):
+            if form is None or form.arguments == "object":
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        if message.tool_calls and form and not message.content:
+            fields["content"] = form.no_content
+        found.append(fields)
+    return found
+
+
+def theirs(tokenizer: Any, messages: Sequence[Message], template: Template, **options: Any) -> Mapping[str, Any]:
+    """Ids, and the assistant's mask where asked for, of transformers' apply_chat_template."""
+    found: Mapping[str, Any] = tokenizer.apply_chat_template(
+        as_dicts(messages, template.can.calls), return_dict=True, **options
+    )
+    return found
+
+
+def spelled(rendered: Rendered, template: Template) -> str:
+    return template.decode(rendered.ids, skip_special=False)
+
+
+def learned(rendered: Rendered, template: Template) -> list[str]:
+    """Texts that the loss falls on, one a run of True."""
+    return runs(rendered.ids, rendered.loss_mask, template)
+
+
+def runs(ids: Sequence[int], mask: Sequence[object], template: Template) -> list[str]:
+    found: list[list[int]] = []
+    for at, token in enumerate(ids):
+        if mask[at]:
+            found += [] if at and mask[at - 1] else [[]]
+            found[-1].append(token)
+    return [template.decode(run, skip_special=False) for run in found]
+
+
+@pytest.mark.parametrize(("name", "case"), WRITTEN)
+def test_ids_equal_transformers_and_begin_with_the_prompt(
+    templates: dict[str, Template], tokenizers: dict[str, Any], name: str, case: str
+) -> None:
+    """Source: transformers' apply_chat_template(tools=...), of the prompt and of the whole conversation."""
+    template, tokenizer = templates[name], tokenizers[name]
+    messages, tools = CONVERSATIONS[case]
+    rows = training_rows(messages, template, tools=tools)
+    assert rows
+    for row in rows:
+        asked = render(row[:-1], template, tools=tools, generate=True)
+        prompt = theirs(tokenizer, row[:-1], template, tools=list(tools) or None, add_generation_prompt=True)
+        assert list(asked.ids) == prompt["input_ids"]
+        whole = render(row, template, tools=tools, generate=False)
+        assert whole.ids[: len(asked.ids)] == asked.ids
+        assert whole.loss_mask[len(asked.ids)]
+        assert not any(asked.loss_mask)
+        last = max(place for place, mask in enumerate(whole.loss_mask) if mask)
+        assert whole.ids[last] in template.stop_ids
+        past_is_written_otherwise = (
+            name == "gptoss" and "reasoning" in case or (name, case) == ("gptoss", "text and call")
+        )
+        if name in OPENED or (past_is_written_otherwise and len(row) > 2):
+            continue  # transformers' whole does not begin with its own prompt; see the tests below
+        ids = theirs(tokenizer, row, template, tools=list(tools) or None)["input_ids"]
+        added = 0 if template.can.closes else 1
+        assert list(whole.ids[: len(whole.ids) - added]) == ids
+
+
+@pytest.mark.parametrize(("name", "case"), REFUSED)
+def test_nothing_is_left_out_silently(templates: dict[str, Template], name: str, case: str) -> None:
+    messages, tools = CONVERSATIONS[case]
+    with pytest.raises((BaseModelError, DataError)) as caught:
+        [render(row, templates[name], tools=tools, generate=False) for row in training_rows(messages, templates[name])]
+    text = caught.value.text()
+    if tools and name in LEFT_OUT["tools"].split():
+        assert f"chat template of {name}" in text
+        assert "base.chat_template=hermes" in text
+    elif name == "gemma4_v5":  # it writes the answer behind a result into the turn of the call
+        assert "its generation prompt is not how it writes the answer of turn 4" in text
+    elif case != "system":
+        assert re.search(r"messages\.(tool_calls|reasoning_content)", text)
+        assert "Hint: " in text
+
+
+TRAINED_BY_TRL = {
+    "llama3": ("", ""),
+    "qwen2_5": ("\n", "\n"),  # TRL learns the line end of the generation prompt too
+    "qwen3": ("", "\n"),
+    "qwen3_instruct_2507": ("", "\n"),
+    "qwen3_5_think": ("<think>\n", "\n"),
+    "qwen3_8": ("<think>\n", "\n"),
+    "gemma": ("", "\n"),
+    "gemma3": ("", "\n"),
+    "phi3": ("", "\n<|endoftext|>"),
+    "cohere": ("", ""),
+    "cohere2": ("", "<|END_OF_TURN_TOKEN|>"),
+    "glm4moe": ("", ""),
+    "gptoss": ("<|start|>assistant", ""),
+    "deepseek_r1_distill": ("<｜Assistant｜><think>\n", ""),  # noqa: RUF001
+}
+"""What TRL's training templates learn more: before an answer, where the prompt has it, and behind its end token."""
+
+
+COMPARED = [
+    (name, case)
+    for name in TRAINED_BY_TRL
+    for case in ("plain", "tools", "reasoning")
+    # TRL writes no reasoning that is opened and closed for a DeepSeek-R1 answer without it
+    if (name, case) in WRITTEN and (name != "deepseek_r1_distill" or case == "reasoning")
+]
+
+
+@pytest.mark.parametrize(("name", "case"), COMPARED)
+def test_masks_equal_those_of_trl(
+    templates: dict[str, Template], tokenizers: dict[str, Any], name: str, case: str
+) -> None:
+    """Source: return_assistant_tokens_mask on TRL's training templates, which keep reasoning of earlier turns."""
+    template, (messages, tools) = templates[name], CONVERSATIONS[case]
+    row = training_rows(messages, template, tools=tools)[0]
+    as_trl_takes_it = row
+    if name == "deepseek_r1_distill":
+        tagged = f"<think>\n{row[-1].reasoning}\n</think>\n\n{row[-1].content}"
+        as_trl_takes_it = (*row[:-1], Message("assistant", tagged))
+    ours = render(row, template, tools=tools, generate=False)
+    options = {"chat_template": FAMILIES[name].training_source, "return_assistant_tokens_mask": True}
+    found = theirs(tokenizers[name], as_trl_takes_it, template, tools=list(tools) or None, **options)
+    assert list(ours.ids) == found["input_ids"]
+    before, behind = TRAINED_BY_TRL[name]
+    mine = [before + text + behind for text in learned(ours, template)]
+    assert mine == runs(found["input_ids"], found["assistant_masks"], template)
+
+
+def test_reasoning_that_the_prompt_opens_is_closed_in_training(templates: dict[str, Template]) -> None:
+    """DeepSeek-R1's stored answers have no reasoning, and its prompts end with `<think>`: nobody would close it."""
+    template = templates["deepseek_r1_distill"]
+    text = spelled(render((QUESTION, THOUGHT), template, generate=False), template)
+    assert text.endswith("<think>\nZPPP begins with Z.\n</think>\n\nIt is Kunming.<｜end▁of▁sentence｜>")  # noqa: RUF001
+    tagged = Message("assistant", "<think>\nZPPP begins with Z.\n</think>\n\nIt is Kunming.")
+    assert spelled(render((QUESTION, tagged), template, generate=False), template) == text
+    plain = render((QUESTION, ANSWER), template, generate=False)
+    assert learned(plain, template) == ["\n</think>\n\nIt is Kunming.<｜end▁of▁sentence｜>"]  # noqa: RUF001
+
+
+def test_a_past_that_is_written_otherwise_is_trained_as_it_is_served(
+    templates: dict[str, Template], tokenizers: dict[str, Any]
+) -> None:
+    """gpt-oss drops the reasoning before a call once the answer is there; the prompt of the answer has it."""
+    template, (messages, tools) = templates["gptoss"], CONVERSATIONS["reasoning and calls"]
+    rows = training_rows(messages, template, tools=tools)
+    whole = spelled(render(rows[-1], template, tools=tools, generate=False), template)
+    prompt = tokenizers["gptoss"].apply_chat_template(
+        as_dicts(messages[:-1], template.can.calls), tools=list(tools), add_generation_prompt=True, tokenize=False
+    )
+    assert "First look." in prompt
+    assert whole == prompt + (
+        "<|channel|>analysis<|message|>ZPPP begins with Z.<|end|><|start|>assistant<|channel|>final<|message|>"
+        "It is Kunming.<|return|>"
+    )
+
+
+def test_a_call_ends_with_its_own_token(templates: dict[str, Template]) -> None:
+    for name, end in (("gptoss", "<|call|>"), ("glm4moe", "<|observation|>"), ("llama3_1", "<|eot_id|>")):
+        template = templates[name]
+        [text] = learned(render((QUESTION, CALLED), template, tools=TOOLS, generate=False), template)
+        assert text.endswith(end)
+        assert template.specials[end] in template.stop_ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_text_of_people_becomes_a_control_token(templates: dict[str, Template], name: str) -> None:
+    """Names, keys and values of functions, arguments, results, ids and variables, through `tojson` too."""
+    template = templates[name]
+    can_call = name not in LEFT_OUT["tools"].split()
+
+    def controls(evil: str) -> list[int]:
+        called = (
+            Message("assistant", "", (ToolCall(f"f{evil}", {f"k{evil}": f"v{evil}", "list": [evil]}, "abcdefgh1"),)),
+        )
+        result = (Message("tool", f'{{"x": "{evil}"}}', tool_call_id="abcdefgh1", name=f"f{evil}"),)
+        key = {"type": "string", "description": evil, "enum": [f"e{evil}"]}
+        parameters = {"type": "object", "properties": {f"k{evil}": key}}
+        function = {"name": f"f{evil}", "description": f"d{evil}", "parameters": parameters}
+        tools: tuple[Tool, ...] = ({"type": "function", "function": function},) if can_call else ()
+        reasoning = None if name in LEFT_OUT["reasoning"].split() else f"r{evil}"
+        answer = Message("assistant", f"a{evil}", reasoning=reasoning)
+        messages = (Message("user", f"q{evil}"), *((*called, *result) if can_call else ()), answer)
+        row = training_rows(messages, template, tools=tools)[-1]
+        whole = render(row, template, tools=tools, generate=False)
+        return [token for token in whole.ids if token in template.special_ids]
+
+    benign = controls("x")
+    for token in template.specials:
+        assert controls(token) == benign, f"{token} in a text"
+
+
+def test_variables_are_those_of_transformers(templates: dict[str, Template], tokenizers: dict[str, Any]) -> None:
+    template, tokenizer = templates["qwen3"], tokenizers["qwen3"]
+    for kwargs in ({"enable_thinking": False}, {"enable_thinking": True}):
+        ours = render((QUESTION,), template, template_kwargs=kwargs, generate=True)
+        assert (
+            list(ours.ids)
+            == theirs(tokenizer, (QUESTION,), template, add_generation_prompt=True, **kwargs)["input_ids"]
+        )
+    [row] = training_rows((QUESTION, ANSWER), template, template_kwargs={"enable_thinking": False})
+    whole = render(row, template, template_kwargs={"enable_thinking": False}, generate=False)
+    assert learned(whole, template) == ["It is Kunming.<|im_end|>"]
+    prompt = Prompt(template_kwargs={"reasoning_effort": "high"})
+    text = spelled(render((QUESTION,), templates["gptoss"], prompt=prompt, generate=True), templates["gptoss"])
+    assert "Reasoning: high" in text
+    low = render(
+        (QUESTION,), templates["gptoss"], prompt=prompt, template_kwargs={"reasoning_effort": "low"}, generate=True
+    )
+    assert "Reasoning: low" in spelled(low, templates["gptoss"])
+
+
+def test_a_variable_that_is_never_read_is_an_error(templates: dict[str, Template]) -> None:
+    with pytest.raises(DataError, match=r"(?s)enable_thinkin:.*qwen3.*it reads: .*enable_thinking.*enable_thinking"):
+        render((QUESTION,), templates["qwen3"], template_kwargs={"enable_thinkin": False}, generate=True)
+    with pytest.raises(DataError, match="it reads: none"):
+        render((QUESTION,), templates["llama3"], template_kwargs={"messages": []}, generate=True)
+
+
+def test_a_variable_changes_where_turns_are_split(templates: dict[str, Template]) -> None:
+    """With the reasoning of earlier turns kept, a conversation is one row."""
+    messages, _ = CONVERSATIONS["reasoning"]
+    assert len(training_rows(messages, templates["lfm2_2_5"])) == 2
+    kept = training_rows(messages, templates["lfm2_2_5"], template_kwargs={"preserve_thinking": True})
+    assert kept == [messages]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "deepseek_r1_distill", "glm4moe", "nemotron_3_nano"])
+@pytest.mark.parametrize("as_tags", [False, True], ids=["field", "tags"])
+def test_reasoning_is_kept_masked_or_dropped(templates: dict[str, Template], name: str, as_tags: bool) -> None:
+    template = templates[name]
+    answer = Message("assistant", "<think>\nZPPP begins with Z.\n</think>\n\nIt is Kunming.") if as_tags else THOUGHT
+    keep, mask, drop = (
+        render((QUESTION, answer), template, thinking=thinking, generate=False) for thinking in ("keep", "mask", "drop")
+    )
+    assert "ZPPP begins with Z." in "".join(learned(keep, template))
+    assert mask.ids == keep.ids
+    assert (
+        "".join(learned(keep, template))
+        == "".join(learned(mask, template)[:-1]) + "ZPPP begins with Z." + learned(mask, template)[-1]
+    )
+    assert drop == render((QUESTION, ANSWER), template, generate=False)
+    own = Message(answer.role, answer.content, reasoning=answer.reasoning, thinking="drop")
+    assert render((QUESTION, own), template, thinking="mask", generate=False).ids == drop.ids
+
+
+def test_turns_without_weight_are_not_learned(templates: dict[str, Template]) -> None:
+    first = Message("assistant", "It is Kunming.", trained=False)
+    messages = (QUESTION, first, Message("user", "And KMG?"), Message("assistant", "The same."))
+    whole = render(messages, templates["qwen2_5"], generate=False)
+    assert learned(whole, templates["qwen2_5"]) == ["The same.<|im_end|>"]
+    assert training_rows(messages, templates["qwen3"]) == [messages]
+    with pytest.raises(DataError, match="no turn of the assistant is learned"):
+        training_rows(messages[:2], templates["qwen2_5"])
+
+
+def test_developer_is_a_role_where_the_template_knows_it(templates: dict[str, Template]) -> None:
+    asked = (Message("developer", "Be brief."), QUESTION)
+    text = spelled(render(asked, templates["gptoss"], generate=True), templates["gptoss"])
+    assert "<|start|>developer<|message|># Instructions\n\nBe brief." in text
+    ours = render(asked, templates["qwen2_5"], prompt=Prompt(system="Not this."), generate=True)
+    assert ours == render((SYSTEM, QUESTION), templates["qwen2_5"], generate=True)
+
+
+BAD = {
+    "call of 'find_airport'.*no result.*followed by messages\\[2\\] of the user": (
+        (QUESTION, CALLED, Message("user", "Hello?"), ANSWER)
+    ),
+    "call of 'find_airport'.*no result.*the conversation ends": (
+        QUESTION,
+        Message("assistant", "", (CALL, SECOND)),
+        RESULT,
+    ),
+    "messages\\[1\\].tool_call_id.*no call before it": (QUESTION, RESULT, ANSWER),
+    "messages\\[2\\].tool_call_id.*'other'": (QUESTION, CALLED, Message("tool", "x", tool_call_id="other"), ANSWER),
+    "messages\\[0\\].reasoning_content.*the turn is the user's": (Message("user", "q", reasoning="why"), ANSWER),
+    "messages\\[0\\].tool_calls.*the turn is the user's": (Message("user", "q", (CALL,)), RESULT, ANSWER),
+}
+
+
+@pytest.mark.parametrize("found", BAD)
+def test_calls_and_results_out_of_order_are_named(templates: dict[str, Template], found: str) -> None:
+    messages = BAD[found]
+    with pytest.raises(DataError, match=f"(?s){found}"):
+        render(messages, templates["qwen2_5"], generate=messages[-1].role != "assistant")
+
+
+def test_results_without_ids_answer_the_calls_in_order(templates: dict[str, Template]) -> None:
+    calls = tuple(ToolCall(call.name, call.arguments) for call in (CALL, SECOND))
+    messages = (QUESTION, Message("assistant", "", calls), Message("tool", "1"), Message("tool", "2"), ANSWER)
+    assert len(learned(render(messages, templates["qwen2_5"], generate=False), templates["qwen2_5"])) == 2
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "phi3", "cohere", "deepseek_r1_distill", "qwen3"])
+@pytest.mark.parametrize("case", ["tools", "two calls", "text and call"])
+def test_hermes_writes_calls_into_the_turns_of_any_template(
+    folders: dict[str, Path], templates: dict[str, Template], tokenizers: dict[str, Any], name: str, case: str
+) -> None:
+    """Source: transformers' apply_chat_template with the same text; parsing gives the calls back."""
+    source = replaced_template(folders[name], "hermes")
+    template, (messages, tools) = Template.load(folders[name], chat_template=source), CONVERSATIONS[case]
+    calls = [call for message in messages for call in message.tool_calls]
+    written = []
+    for row in training_rows(messages, template, tools=tools):
+        whole = render(row, template, tools=tools, generate=False)
+        written += [json.loads(text) for text in re.findall(r"<tool_call>\n(\{.*?\})\n<", learned(whole, template)[0])]
+        if name != "deepseek_r1_distill":
+            options = {"tools": list(tools), "chat_template": source, "tokenize": False}
+            assert spelled(whole, template) == tokenizers[name].apply_chat_template(
+                as_dicts(row, template.can.calls), **options
+            )
+    assert written == [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
+    plain = (QUESTION, ANSWER)
+    assert render(plain, template, generate=False).ids == render(plain, templates[name], generate=False).ids
+
+
+def test_another_template_is_read_from_a_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(FAMILIES["qwen2_5"].source)
+    assert replaced_template(folders["llama3"], str(tmp_path / "own.jinja")) == FAMILIES["qwen2_5"].source
+    with pytest.raises(BaseModelError, match=r"base.chat_template=.*none.jinja.*cannot be read"):
+        replaced_template(folders["llama3"], str(tmp_path / "none.jinja"))
+
+
+def test_the_template_for_tools_is_taken_where_a_base_has_two(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Source: transformers takes `tool_use` where functions are given."""
+    folder = FAMILIES["llama3"].write(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [
+        {"name": "default", "template": FAMILIES["llama3"].source},
+        {"name": "tool_use", "template": FAMILIES["llama3_1"].source},
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    template, tokenizer = Template.load(folder), AutoTokenizer.from_pretrained(folder)
+    for tools in ((), TOOLS):
+        ours = render((QUESTION,), template, tools=tools, generate=True)
+        options = {"tools": list(tools) or None, "add_generation_prompt": True}
+        assert list(ours.ids) == theirs(tokenizer, (QUESTION,), template, **options)["input_ids"]
