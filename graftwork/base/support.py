@@ -167,6 +167,9 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     targets, experts = getattr(spec.adapter, "targets", None), getattr(spec.adapter, "experts", False)
     if experts:
         support.require(support.experts, "adapter.experts=true")
+        if spec.strategy.kind in SHARDED_WEIGHTS:
+            whole = Support("PEFT adds the update to the experts' whole weights", "--set strategy.kind=zero2")
+            support.require(whole, f"adapter.experts=true with strategy.kind={spec.strategy.kind}")
     if targets is not None and not (experts and support.lora[targets].hint == ADAPT_EXPERTS):
         support.require(support.lora[targets], f"adapter.targets={targets}")
     if spec.quant.is_4bit and support.packed_experts and spec.strategy.kind in SHARDED_WEIGHTS:

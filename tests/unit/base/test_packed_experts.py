@@ -164,4 +164,7 @@ def test_eight_bits_and_shards_of_packed_experts_are_refused() -> None:
     sharded = {**given, "quant": "nf4", "strategy": {"kind": "fsdp2"}}
     with pytest.raises(BaseModelError, match=r"strategy.kind=fsdp2(.|\n)*packed experts are not sharded"):
         check_training(TrainSpec.model_validate(sharded), config)
+    adapted = {**given, "quant": "none", "adapter": {"experts": True}, "strategy": {"kind": "zero3"}}
+    with pytest.raises(BaseModelError, match=r"strategy.kind=zero3(.|\n)*whole weights(.|\n)*strategy.kind=zero2"):
+        check_training(TrainSpec.model_validate(adapted), config)
     assert check_training(TrainSpec.model_validate({**given, "quant": "nf4"}), config).packed_experts
