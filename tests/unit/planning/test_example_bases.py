@@ -13,8 +13,8 @@ from graftwork.base.model_shape import ModelShape
 from graftwork.cli.config import check
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError, UserError
-from graftwork.planning.hardware import GPUS
-from graftwork.planning.memory import GIB, StagePlan
+from graftwork.planning.hardware import GIB, GPUS
+from graftwork.planning.memory import StagePlan
 from graftwork.stages.plans import plan_spec
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
