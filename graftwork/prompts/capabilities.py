@@ -92,6 +92,8 @@ class Capabilities:
     """Sealed text that the generation prompt has and a stored answer has not (DeepSeek-R1's `<think>`)."""
     developer: bool
     """The role developer is known; otherwise it is written as system."""
+    names: bool
+    """The name of a user's turn is in the text."""
 
 
 def probe(template: Renderer, source: str, eos_ids: frozenset[int], think: str) -> Capabilities:
@@ -121,6 +123,7 @@ def probe(template: Renderer, source: str, eos_ids: frozenset[int], think: str) 
         reads_tags=reasoning == "tags" or (reasoning == "field" and _reads_tags(template)),
         opening=opening,
         developer='"developer"' in source or "'developer'" in source,
+        names=_OTHER in _text(template, [{**_ASKED, "name": _OTHER}], generate=True),
     )
 
 
