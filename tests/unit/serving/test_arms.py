@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from graftwork.datasets.rows import DatasetRow, render_question
-from graftwork.errors import DataError, StorageError
+from graftwork.errors import BaseModelError, ConfigError, DataError, StorageError
 from graftwork.prompts import render as chat
 from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, ToolCall
 from graftwork.prompts.template import Template
 from graftwork.retrieval import LexicalSpec
 from graftwork.retrieval.index_store import IndexHome
 from graftwork.serving.api.errors import ApiError, PromptTooLong, as_api_errors
-from graftwork.serving.arms import build_prompt, messages_of, require_bytes, size_of, warm
-from graftwork.serving.evaluation.answers import arm_of_row, question
+from graftwork.serving.arms import arm_of_row, build_prompt, check_arms, messages_of, require_bytes, size_of, warm
+from graftwork.serving.evaluation.answers import question
 from graftwork.serving.spec import ArmSpec
 from tests.chat_templates import FAMILIES
 from tests.tiny import write_tiny_tokenizer
@@ -151,6 +151,21 @@ def test_a_row_of_a_comparison_is_asked_with_its_functions(tmp_path: Path) -> No
     assert arm_of_row(arm, DatasetRow("2", turns)) is arm
     assert ArmSpec.model_validate_json(of_row.model_dump_json()) == of_row
     assert not {"tools", "chat_template_kwargs"} & ArmSpec(name="base").model_dump().keys()
+
+
+def test_an_arm_that_the_template_does_not_take_is_refused_at_the_start(tmp_path: Path, template: Template) -> None:
+    tool = json.dumps({"type": "function", "function": {"name": "find"}})
+    with pytest.raises(BaseModelError, match=r"leaves functions out.*"):
+        check_arms([ArmSpec(name="calls", tools=(tool,))], lambda: template)
+    for arm in (
+        ArmSpec(name="thinks", chat_template_kwargs={"enable_thinking": True}),
+        ArmSpec(name="thinks", prompt=PromptSpec(chat_template_kwargs={"enable_thinking": True})),
+    ):
+        with pytest.raises(ConfigError, match=r"arm 'thinks': chat_template_kwargs: enable_thinking"):
+            check_arms([arm], lambda: template)
+    takes = Template.load(FAMILIES["qwen3"].write(tmp_path))
+    check_arms([ArmSpec(name="calls", tools=(tool,), chat_template_kwargs={"enable_thinking": True})], lambda: takes)
+    check_arms([ArmSpec(name="plain")], lambda: pytest.fail("no template is needed"))
 
 
 def test_missing_arm_data_shows_when_it_is_warmed_up(tmp_path: Path) -> None:
