@@ -271,6 +271,10 @@ def test_a_spec_decides_how_a_file_is_read(folder: Path, tmp_path: Path) -> None
         text = "".join(token["text"] for token in as_json(*words)["rows"][0]["tokens"])
         assert "be brief" in text
         assert "u<|im_end|>" in text
+    held_out = write(tmp_path / "held-out.jsonl", {"q": "new", "a": "y"})
+    spec.write_text(spec.read_text().replace("data: {", f"data: {{eval: {held_out}, "))
+    named = as_json(f"{tmp_path}/../{tmp_path.name}/held-out.jsonl", "--spec", str(spec))
+    assert (named["source"], named["count"], named["eval"]) == (held_out, 1, None)
     with pytest.raises(DataError, match="no format that sft reads has the keys q, a"):
         as_json(uri)
 
