@@ -34,12 +34,14 @@ def read(settings: Settings) -> PackedFormat:
         return inputs * outputs + scales * FP32
 
     def dequantise(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
+        if parts["weight"].element_size() != 1:
+            raise ValueError(f"weight is stored as {parts['weight'].dtype}")
         scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
         return multiply(parts["weight"], scale, (rows, columns) if block else None).to(dtype)
 
     return PackedFormat(
         label=f"FP8 (blocks of {rows}x{columns})" if block else f"FP8 (a scale per {'row' if by_row else 'tensor'})",
-        parts=("weight", "weight_scale_inv", "weight_scale", *IGNORED, "input_scale_ub"),
+        parts=("weight", "weight_scale_inv", "weight_scale", *IGNORED),
         marks=("weight_scale_inv", "weight_scale"),
         dequantise=dequantise,
         packed_bytes=packed_bytes,

@@ -18,7 +18,7 @@ from graftwork.base.support import base_support, check_local
 from graftwork.compat.packed_weights import PackedLinear
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.planning.memory import weight_bytes
-from graftwork.quantization import QuantSpec, default_dtype
+from graftwork.quantization import Precision, QuantSpec, default_dtype
 from graftwork.serving.quantize.measure import Material, measure
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
@@ -81,7 +81,7 @@ def test_dequantised_weights_are_those_of_the_format_in_each_dtype(plain: Path, 
         for key, weight in originals.items():
             expected = weight.to(dtype)
             if key.endswith("_proj.weight"):
-                expected = packed.dequantise(packing.pack(weight.float()), dtype)
+                expected = packed.dequantise(packed.prepare(packing.pack(weight.float())), dtype)
             assert weights[key].dtype == dtype
             assert torch.equal(weights[key], expected), key
         assert f"checkpoint={packed.label}" in loaded.reason
@@ -106,8 +106,9 @@ def test_kept_weights_give_the_logits_of_dequantised_ones_in_their_own_bytes(
     assert len(layers) == 14
     assert torch.equal(logits(kept), logits(load(folder, "none")))
     tensors = {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
-    stored = sum(t.nbytes for key, t in tensors.items() if "_proj" in key and not key.endswith("input_scale"))
-    held = sum(p.nbytes for layer in layers for name, p in layer.named_parameters() if name != "packed_input_scale")
+    dropped = ("input_scale", "weight_shape", *(() if "reordered" in name else ("g_idx",)))
+    stored = sum(t.nbytes for key, t in tensors.items() if "_proj" in key and not key.endswith(dropped))
+    held = sum(p.nbytes for layer in layers for p in layer.parameters())
     assert held == stored
     packed = resolve(folder).packed
     assert packed is not None
@@ -321,7 +322,7 @@ def test_two_ranks_train_on_kept_weights_as_one_process_does(tmp_path: Path) -> 
 def test_quantize_measures_the_checkpoint_itself(plain: Path, tmp_path: Path) -> None:
     """Kept weights answer as dequantised ones of the same dtype do, in the bytes of the checkpoint."""
     folder = write_packed(plain, tmp_path / "packed", PACKINGS["gptq"])
-    own = "bf16" if default_dtype("cpu")[0] is torch.bfloat16 else "fp32"
+    own: Precision = "bf16" if default_dtype("cpu")[0] is torch.bfloat16 else "fp32"
     spec = QuantizeSpec.model_validate(
         {
             "name": "tiny",
