@@ -195,7 +195,7 @@ def answers_seconds(
 
 def _read_params(model: ModelShape, batch: float) -> float:
     """Weights that one decoding step of so many rows reads: of the experts those that some row passes, by chance."""
-    passed = 1 - (1 - model.active_experts) ** batch
+    passed: float = 1 - (1 - model.active_experts) ** batch
     return model.linear_params + model.expert_params * passed + model.head_params
 
 

@@ -143,6 +143,13 @@ class LoraSpec(AdapterKind):
         from peft import LoraConfig
 
         modules, parameters = self._targets_of(model)
+        if parameters and self.dora:
+            raise ConfigError(
+                "adapter.dora=true",
+                f"PEFT reads an adapter of {parameters[0].removesuffix('.weight')} as one of a parameter, without DoRA",
+                "DoRA adapts linear layers that PEFT targets by name",
+                "set adapter.targets=attention, or adapter.dora=false",
+            )
         saved, tied = saved_modules(self.modules_to_save, model)
         return LoraConfig(
             r=self.rank,
@@ -177,13 +184,6 @@ class LoraSpec(AdapterKind):
                 "set adapter.experts=true, or adapter.targets=attention",
             )
         modules, parameters = split_targets(model, found)
-        if parameters and self.dora:
-            raise ConfigError(
-                "adapter.dora=true",
-                f"PEFT reads an adapter of {parameters[0].removesuffix('.weight')} as one of a parameter, without DoRA",
-                "DoRA adapts linear layers that PEFT targets by name",
-                "set adapter.targets=attention, or adapter.dora=false",
-            )
         return modules, experts + parameters
 
     def _named_targets(self, model: Any) -> tuple[list[str] | str, list[str]]:
@@ -206,9 +206,11 @@ class LoraSpec(AdapterKind):
         return added + magnitudes * self.dora + whole * model.head_params
 
     def token_params(self, model: "ModelShape") -> float:
-        """Return A's and B's values, and for adapted experts a third of their weights, whose gradient PEFT computes."""
-        gradients = model.expert_params * model.active_experts / 3 if self.experts else 0.0
-        return model.adapter_params(self.rank, self.which) + gradients
+        """Return the trained values; of adapted experts a third of their weights, whose gradient PEFT computes."""
+        if not self.experts:
+            return self.trained_params(model)
+        update = model.adapter_params(self.rank, self.which, experts=True) - model.adapter_params(self.rank, self.which)
+        return self.trained_params(model) - update + model.expert_params * model.active_experts / 3
 
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return the bytes of the targets' inputs, of A's results, of dropout's masks and of DoRA's results."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftwork.base import source
+from graftwork.base.packed_experts import pack_experts, unpack_experts
 from graftwork.base.source import BaseSpec
 from graftwork.compat.hf import has_sdpa
 from graftwork.config import canonical_json
@@ -16,10 +17,10 @@ from graftwork.errors import BaseModelError
 from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
-from graftwork.prompts.template import DEFAULT_DATE, Template, replaced_template
+from graftwork.prompts.template import DEFAULT_DATE, Template, hermes_template
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
-from graftwork.storage.store import cache_root
+from graftwork.storage.store import cache_root, read_uri
 
 if TYPE_CHECKING:
     import torch
@@ -205,7 +206,7 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
     replaced = None
     if base.chat_template is not None:
-        replaced = replaced_template(folder, base.chat_template)
+        replaced = _replaced_template(folder, base.chat_template)
         digest += f".template-{hashlib.sha256(replaced.encode()).hexdigest()[:8]}"
     return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day, replaced)
 
@@ -237,7 +238,13 @@ def load(
     check_form(resolved, quant, shards)
     try:
         settings = load_config(quant, dtype, storage=dtype if shards == "fsdp2" else None)
-        model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
+        # plain experts are in the machine's memory until they are packed, and not on the GPU
+        first = "cpu" if quant.is_4bit and cuda and shards == "none" and has_experts(resolved.config) else device
+        model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else first, dtype)
+        if quant.is_4bit:
+            pack_experts(model, quant, device)
+        if first != device:
+            model.to(device)
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
@@ -259,6 +266,7 @@ def load(
     stored = weight_bytes(model)
     if dequantise:
         dequantise_linears(model)
+        unpack_experts(model)
     elif quant.is_4bit and purpose == "train":
         _keep_differentiable(model)
     if purpose == "train":
@@ -268,6 +276,23 @@ def load(
     packed = f"; checkpoint={resolved.packed.label}" if resolved.packed else ""
     reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}{packed}"
     return LoadedBase(model, dtype, reason, stored, weight_bytes(model) if dequantise else stored)
+
+
+def _replaced_template(folder: Path, asked: str) -> str:
+    """Text of `base.chat_template`. Raises BaseModelError, StorageError."""
+    if asked == "hermes":
+        return hermes_template(folder)
+    try:
+        return read_uri(asked).decode("utf-8")
+    except UnicodeDecodeError as error:
+        rule = "chat_template is `hermes`, or the place of a Jinja file in UTF-8"
+        raise BaseModelError(f"base.chat_template={asked}", f"it is not UTF-8 ({error.reason})", rule) from error
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json names experts (`num_experts`, `num_local_experts`, `n_routed_experts`)."""
+    parts = (config, config.get("text_config") or {})
+    return any(isinstance(size, int) and size > 1 and "experts" in key for part in parts for key, size in part.items())
 
 
 def template(resolved: ResolvedBase) -> Template:

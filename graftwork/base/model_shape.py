@@ -199,7 +199,7 @@ class ModelShape:
 
     @property
     def plain_params(self) -> int:
-        """Embedding, head, norms, biases, experts: never quantised."""
+        """Embedding, head, norms, biases, experts: no linear layers."""
         return self.params - self.linear_params
 
     def adapter_params(self, rank: int, which: Targets | TargetModules = "all-linear", *, experts: bool = False) -> int:

@@ -13,6 +13,7 @@ from graftwork.adapters.target_modules import choose_linears
 from graftwork.base.model_shape import HOW_UNPLANNED, BaseFacts, Targets, facts_of
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
+from graftwork.planning.hardware import GIB
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
@@ -27,6 +28,13 @@ STAGES: tuple[Stage, ...] = (
 )
 """`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving. A quantised checkpoint has
 one more, `checkpoint`."""
+
+
+class StrategyKeys(Protocol):
+    """Key of `strategy` that a base can rule out."""
+
+    @property
+    def kind(self) -> str: ...
 
 
 class AdapterKeys(Protocol):
@@ -48,6 +56,9 @@ class TrainingRun(Protocol):
     @property
     def objective(self) -> object: ...
 
+    @property
+    def strategy(self) -> StrategyKeys: ...
+
 
 @dataclass(frozen=True)
 class Support:
@@ -58,6 +69,7 @@ class Support:
 
 
 UNPACKED = "--set quant.kind=none"
+SHARDED_WEIGHTS = ("zero3", "fsdp2")
 ADAPT_EXPERTS = "--set adapter.experts=true"
 
 
@@ -76,6 +88,8 @@ class BaseSupport:
     """Format of a quantised checkpoint; empty where its weights are plain."""
     experts: Support = Support()
     """Training a LoRA on experts (`adapter.experts`)."""
+    packed_experts: bool = False
+    """4-bit methods pack experts next to linear layers."""
     train_full: Support = Support()
     """Training of all weights."""
 
@@ -108,9 +122,9 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
     if experts := facts.shape.expert_params:
         share = facts.shape.linear_params / (facts.shape.linear_params + experts)
         quantised = Support(
-            f"{share:.0%} of its weights would be packed: bitsandbytes packs linear layers, and the experts are "
-            f"3-D parameters ({experts / 1e9:.3g} billion weights)",
-            UNPACKED,
+            f"{share:.0%} of its weights would be packed: 8 bits are for linear layers alone, and the experts are 3-D "
+            f"parameters ({experts / 1e9:.3g} billion weights, {2 * experts / GIB:.3g} GiB in 16 bits)",
+            "--set quant.kind=nf4",
         )
     packed_form = find_format(config)
     kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
@@ -127,7 +141,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         facts.model_class,
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
-            **{kind: quantised if method.bits else Support() for kind, method in METHODS.items()},
+            **{kind: quantised if method.bits == 8 else Support() for kind, method in METHODS.items()},
             "checkpoint": kept,
             "train": train,
             "pack": pack,
@@ -138,6 +152,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         packed,
         packed_form.label if packed_form else "",
         _experts_support(facts),
+        bool(facts.shape.experts),
         full,
     )
 
@@ -152,8 +167,16 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     targets, experts = getattr(spec.adapter, "targets", None), getattr(spec.adapter, "experts", False)
     if experts:
         support.require(support.experts, "adapter.experts=true")
+        if spec.strategy.kind in SHARDED_WEIGHTS:
+            whole = Support("PEFT adds the update to the experts' whole weights", "--set strategy.kind=zero2")
+            support.require(whole, f"adapter.experts=true with strategy.kind={spec.strategy.kind}")
     if targets is not None and not (experts and support.lora[targets].hint == ADAPT_EXPERTS):
         support.require(support.lora[targets], f"adapter.targets={targets}")
+    if spec.quant.is_4bit and support.packed_experts and spec.strategy.kind in SHARDED_WEIGHTS:
+        unsharded = Support(
+            "packed experts are not sharded: each worker holds all of them", "--set strategy.kind=zero2"
+        )
+        support.require(unsharded, f"quant.kind={spec.quant.kind} with strategy.kind={spec.strategy.kind}")
     names = getattr(spec.adapter, "target_modules", None)
     if names not in (None, "all-linear"):
         facts = facts_of(config)

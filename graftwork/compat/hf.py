@@ -45,6 +45,37 @@ def apply_gate(experts: Any, gate_up: Any) -> Any:
     return experts._apply_gate(gate_up)
 
 
+def adapt_packed_parameters() -> None:
+    """Let PEFT put its LoRA on packed parameters of experts, and take it off after each pass.
+
+    PEFT 0.21 reads a parameter before it puts the LoRA on, and torch then has the value without it in the cache of the
+    pass. Afterwards it looks for `_LoraParameterProxy` among the parametrizations, and has put on `_LoraFactorsProxy`:
+    the LoRA would stay on and be added again in each pass. The LoRA is the last one that was put on. Upstream:
+    `ParamWrapper._activate_lora` and `_remove_parametrizations`, `torch.nn.utils.parametrize._cache`.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+    from torch.nn.utils import parametrize
+
+    activate, remove = ParamWrapper._activate_lora, ParamWrapper._remove_parametrizations
+    if remove.__name__ == "remove_last":
+        return
+
+    @contextmanager
+    def activate_uncached(wrapper: Any, adapters: list[str]) -> Iterator[None]:
+        with activate(wrapper, adapters):
+            parametrize._cache.pop((id(wrapper.get_base_layer()), wrapper.parameter_name), None)
+            yield
+
+    def remove_last(wrapper: Any) -> None:
+        stacked = wrapper.get_base_layer().parametrizations[wrapper.parameter_name]
+        if len(stacked) > 1:
+            del stacked[-1]
+        else:
+            remove(wrapper)
+
+    ParamWrapper._activate_lora, ParamWrapper._remove_parametrizations = activate_uncached, remove_last
+
+
 @contextmanager
 def keep_targets() -> Iterator[None]:
     """Let PEFT adapt the layers that a config names, while it lasts.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from graftwork.datasets.examples import Example, content_hash, identity_of, iter
 from graftwork.datasets.formats import Purpose
 from graftwork.datasets.keys import DOCUMENT, KeyCheck
 from graftwork.datasets.readers import kind_of, local_path, no_rows, read_records, require_new
-from graftwork.datasets.sources import MixturePart, RowShape, RowSource, TrainSources
+from graftwork.datasets.sources import EvalSource, MixturePart, RowShape, RowSource, TrainSources
 from graftwork.datasets.turns import require_text
 from graftwork.errors import DataError
 from graftwork.prompts.render import (
@@ -62,7 +62,7 @@ class DataSpec(Spec):
     train: TrainSources
     """Rows: a file or folder (`graftwork.datasets.readers`: JSONL, JSON, CSV, Parquet), local or `s3://`, `recipe://`
     or `hf://`; or several of them, each `{path: ..., weight: ...}`."""
-    eval: Annotated[float, Field(gt=0, lt=1)] | str | None = None
+    eval: EvalSource | None = None
     """Held-out rows of the same form, other ones than `train`; or a share of `train`, e.g. 0.1: the rows are split by
     the sha256 of their content without ids, so that equal rows are on one side, the same ones on every machine."""
     train_rows: int | None = Field(default=None, ge=1)
@@ -302,7 +302,7 @@ def render_question(
 
 
 @contextlib.contextmanager
-def naming(row: DatasetRow) -> Iterator[None]:
+def naming(row: DatasetRow | Example) -> Iterator[None]:
     """Name the row in the DataErrors of the block."""
     try:
         yield

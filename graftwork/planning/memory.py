@@ -171,11 +171,12 @@ def weight_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32, *
     """Return the bytes of the resident base. `value_bytes`: 4 for fp32, 2 for bf16 and fp16."""
     if quant.method.keeps_checkpoint:
         return (model.params - model.packed_params) * value_bytes + model.packed_bytes
-    plain = model.plain_params * value_bytes
     if not quant.is_packed or dequantised:
-        return plain + model.linear_params * value_bytes
-    rows = sum(linear.count * linear.outputs for linear in model.linears)
-    return plain + round(quant.method.packed_bytes(model.linear_params, rows, quant.double_quant))
+        return model.params * value_bytes
+    packed = (*model.linears, *(model.experts if quant.is_4bit else ()))
+    weights, rows = sum(one.count * one.params for one in packed), sum(one.count * one.outputs for one in packed)
+    plain = (model.params - weights) * value_bytes
+    return plain + round(quant.method.packed_bytes(weights, rows, quant.double_quant))
 
 
 def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:
@@ -184,9 +185,15 @@ def loading_bytes(model: ModelShape, quant: QuantSpec) -> dict[str, int]:
     return {"checkpoint file": model.params * model.file_bytes} if read else {}
 
 
-def largest_linear(model: ModelShape) -> int:
-    """Weights of the largest linear: what is unpacked at once of a quantised base."""
-    return max(linear.params for linear in model.linears)
+def largest_linear(model: ModelShape, quant: QuantSpec) -> int:
+    """Weights that are unpacked at once of a quantised base: the largest linear, or all experts of a block."""
+    experts = model.expert_params // max(1, model.expert_blocks) if quant.is_4bit else 0
+    return max(experts, *(linear.params for linear in model.linears))
+
+
+def unpacked_params(model: ModelShape, quant: QuantSpec) -> int:
+    """Weights that a pass unpacks of a quantised base, of experts all, whichever the tokens pass."""
+    return model.linear_params + (model.expert_params if quant.is_4bit else 0)
 
 
 def unpacked_layer_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int = FP32) -> int:
@@ -195,7 +202,7 @@ def unpacked_layer_bytes(model: ModelShape, quant: QuantSpec, value_bytes: int =
     A kept checkpoint's values pass through bytes (two copies) and fp32 or 16 bits.
     """
     steps = 6 if quant.method.keeps_checkpoint else 0
-    return largest_linear(model) * (value_bytes + steps)
+    return largest_linear(model, quant) * (value_bytes + steps)
 
 
 def kv_bytes(model: ModelShape, tokens: int, value_bytes: int = FP32) -> int:

@@ -60,6 +60,7 @@ def loss_mask(
         start, characters = starts[turn]
         end = _end_of_turn(tokens.ids, start, template)
         mask[start:end] = [True] * (end - start)
+        _check_calls(tokens.text, characters, conversation[turn], template)
         following = [at for _, at in starts.values() if at > characters]
         reasoning = _place_of_reasoning(
             tokens.text, characters, min(following, default=None), conversation[turn], template
@@ -69,6 +70,15 @@ def loss_mask(
                 first, behind = tokens.spans[index]
                 mask[index] = not (first < reasoning[1] and behind > reasoning[0])
     return tuple(mask)
+
+
+def _check_calls(text: str, start: int, message: "Message", template: "Template") -> None:
+    """Raise DataError for a call that the template has left out of the turn that starts there."""
+    for call in message.tool_calls:
+        if call.name not in text[start:] and (call.id is None or call.id not in text[start:]):
+            rule = "a call is learned as the template of the base writes it"
+            problem = f"the chat template of {template.base} leaves the call of {call.name!r} out of this turn"
+            raise DataError("messages.tool_calls", problem, rule, "set base.chat_template=hermes")
 
 
 def _place_of_reasoning(

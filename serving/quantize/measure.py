@@ -22,6 +22,7 @@ import torch
 from graftwork.base import load
 from graftwork.base.load import ResolvedBase
 from graftwork.base.model_shape import ModelShape
+from graftwork.base.packed_experts import as_parameters
 from graftwork.config import canonical_json
 from graftwork.datasets.rows import DatasetRow, fingerprint
 from graftwork.environment import hardware
@@ -33,7 +34,7 @@ from graftwork.quantization import PRECISIONS, Precision, QuantSpec, default_dty
 from graftwork.report.evaluation_schema import PrecisionFacts
 from graftwork.report.schema import Record
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.arms import build_prompt
+from graftwork.serving.arms import arm_of_row, build_prompt
 from graftwork.serving.detokenize import StreamedAnswer, TextStream, generate
 from graftwork.serving.engine import Engine
 from graftwork.serving.engine.grammar import Grammars, Vocabulary, read_grammar
@@ -211,7 +212,7 @@ class _Bench:
 
         async def answer(row: DatasetRow) -> AnswerText:
             longest = self.spec.engine.max_seq_len
-            prompt = build_prompt(arm, row.question, template, max_seq_len=longest, trained=trained)
+            prompt = build_prompt(arm_of_row(arm, row), row.question, template, max_seq_len=longest, trained=trained)
             params = SamplingParams(max_new_tokens=prompt.max_new_tokens)
             request = GenerateRequest(f"{arm.name} {row.id}", prompt.ids, params, prompt.stop_ids, version, grammar)
             growing = StreamedAnswer(0, prompt, prompt.stop_ids, time.perf_counter(), TextStream(template.decode))
@@ -266,7 +267,8 @@ def merge_loss(model: Any, quant: QuantSpec, adapter: Path) -> float | None:
     from peft import PeftModel
 
     assert quant.is_4bit, "only 4-bit weights are requantised by a merge"
-    wrapped = PeftModel.from_pretrained(model, adapter)
+    with as_parameters(model):
+        wrapped = PeftModel.from_pretrained(model, adapter)
     try:
         lost = kept = 0.0
         for weight_OI, delta_OI in _targets(wrapped):
@@ -294,7 +296,8 @@ def _targets(wrapped: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
     for module in wrapped.modules():
         if isinstance(module, LoraLayer) and module.active_adapters[0] in module.lora_A:
-            weight = module.get_base_layer().weight
+            fused = hasattr(module, "parameter_name")  # PEFT's wrapper of experts' parameters, which gives plain values
+            weight = module.get_param() if fused else module.get_base_layer().weight
             state = getattr(weight, "quant_state", None)
             plain = weight.data if state is None else dequantize_4bit(weight.data, state)
             yield plain.float(), module.get_delta_weight(module.active_adapters[0]).float()

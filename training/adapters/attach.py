@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from graftwork.adapters.kind import AdapterKind
+from graftwork.base.packed_experts import as_parameters
 from graftwork.compat.hf import keep_targets
 from graftwork.errors import ConfigError
 from graftwork.training.adapters.merge import MergeSource, MergeSpec, merge
@@ -56,11 +57,12 @@ def _attach(model: Any, config: Any) -> Any:
     parameters = set(getattr(config, "target_parameters", None) or ())
     weights = {name for name in parameters if name.endswith(".weight")}
     if not weights:
-        return get_peft_model(model, config)
+        with as_parameters(model):
+            return get_peft_model(model, config)
     saved = sorted(config.target_modules), sorted(parameters)
     config.target_modules = {*config.target_modules, *(name.removesuffix(".weight") for name in weights)}
     config.target_parameters = sorted(parameters - weights) or None
-    with keep_targets():
+    with keep_targets(), as_parameters(model):
         attached = get_peft_model(model, config)
     config.target_modules, config.target_parameters = set(saved[0]), saved[1]
     config.lora_dropout = 0.0  # PEFT refuses it for parameters; the layers here have theirs

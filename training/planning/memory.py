@@ -342,12 +342,14 @@ def _activations(
     row = taken.row if taken.masked or spec.adapter.virtual_tokens else None  # where a mask is saved
     block = saved_bytes(model, spec.adapter, row, value_bytes=value_bytes, autocast=autocast, mask_bytes=mask_bytes)
     ends = 2 * model.hidden * value_bytes
-    weights = spec.adapter.saved_weights(model) * value_bytes
-    one = weights / max(1, model.expert_blocks)  # and the gradient of its smaller parameter, a third of it
+    adapted = spec.adapter.saved_weights(model) * value_bytes
+    unpacked = spec.quant.is_4bit and spec.quant.resident != "dequantised"  # experts, which a pass keeps unpacked
+    weights = max(adapted, model.expert_params * value_bytes if unpacked else 0)
+    one, gradient = (size / max(1, model.expert_blocks) for size in (weights, adapted / 3))  # of the smaller parameter
     if not spec.optim.gradient_checkpointing:
-        return round(taken.tokens * (block * model.layers + ends) + weights), round(one / 3)
+        return round(taken.tokens * (block * model.layers + ends) + weights), round(gradient)
     inputs = model.layers * model.hidden * value_bytes
-    return round(taken.tokens * (inputs + ends)), round(taken.tokens * block + one * 4 / 3)
+    return round(taken.tokens * (inputs + ends)), round(taken.tokens * block + one + gradient)
 
 
 def _unpacked_bytes(spec: TrainSpec, model: ModelShape, value_bytes: int, *, autocast: bool) -> int:

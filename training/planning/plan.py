@@ -18,6 +18,7 @@ from graftwork.planning.memory import (
     charge_bytes,
     fits,
     of_room,
+    unpacked_params,
     verdict_of,
 )
 from graftwork.quantization import SMALLEST
@@ -90,7 +91,7 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
         return _gpu_seconds(spec, model, machine, flops, passes) + _exchange_seconds(spec, model, machine, tokens)
     if full:
         machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
-    unpacked = model.linear_params if spec.quant.is_4bit and spec.quant.resident != "dequantised" else 0.0
+    unpacked = unpacked_params(model, spec.quant) if spec.quant.is_4bit and spec.quant.resident != "dequantised" else 0
     rate = UNPACK_PER_S
     if spec.quant.method.keeps_checkpoint:
         unpacked, rate = model.packed_params, KEPT_UNPACK_PER_S
@@ -112,7 +113,7 @@ def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: fl
     bandwidth = gpu.gbytes_per_s * 1e9 * GPU_MEMORY
     again = 1 if spec.optim.gradient_checkpointing else 0
     launch_s = passes * model.layers * LAUNCH_BLOCK_S * (1 + again / 3)
-    unpacked = passes * (2 + again) * model.linear_params * (0.5 + machine.value_bytes)
+    unpacked = passes * (2 + again) * unpacked_params(model, spec.quant) * (0.5 + machine.value_bytes)
     trained = spec.adapter.trained_params(model)
     unpack_s = unpacked / bandwidth if spec.quant.is_packed else 0.0
     step_s = trained * ADAM_BYTES / bandwidth / (workers if kind != "ddp" else 1)

@@ -68,8 +68,7 @@ def refused(error: pytest.ExceptionInfo[BaseModelError], reason: str, hint: str)
     [
         ("mixtral", {"adapter": {"targets": "mlp"}}, "experts and routers", "--set adapter.experts=true"),
         ("qwen3", {"adapter": {"experts": True}}, "no experts", "leave adapter.experts out"),
-        ("mixtral", {"quant": {"kind": "nf4"}}, "14% of its weights would be packed", "--set quant.kind=none"),
-        ("mixtral", {"quant": {"kind": "int8"}}, "3-D parameters", "--set quant.kind=none"),
+        ("mixtral", {"quant": {"kind": "int8"}}, "14% of its weights would be packed", "--set quant.kind=nf4"),
         ("falcon_h1", {}, "Module 'out_proj' is incompatible", "--set adapter.targets=attention"),
         (
             "falcon_h1",
@@ -107,8 +106,8 @@ def test_config_check_names_what_a_local_base_does_not_support(
     file = tmp_path / "train.yaml"
     file.write_text(f"kind: train\nname: t\nbase: {folders['mixtral']}\ndata: {{train: {rows}}}\n", encoding="utf-8")
     with pytest.raises(BaseModelError) as error:
-        config_check(file, ["num_workers=1"])
-    refused(error, "would be packed", "--set quant.kind=none")
+        config_check(file, ["num_workers=1", "quant.kind=int8"])
+    refused(error, "would be packed", "--set quant.kind=nf4")
     config_check(file, ["quant.kind=none", "adapter.targets=attention"])
 
 

@@ -314,3 +314,52 @@ def test_a_scheduler_reports_the_rates_that_were_set_until_its_next_step() -> No
     optimizer.step()
     scheduler.step()
     assert scheduler.get_last_lr() == [0.5]
+
+
+def moe(folder: Path) -> Any:
+    from tests import engines
+    from tests.families import write_family
+
+    return engines.load_model(write_family(folder, "qwen3_moe"))
+
+
+def test_the_gate_of_fused_experts_is_that_of_their_class(tmp_path: Path) -> None:
+    experts = moe(tmp_path).model.layers[0].mlp.experts
+    gate_up_SI = torch.randn(3, 2 * experts.intermediate_dim)
+    gate, up = gate_up_SI.chunk(2, dim=-1)
+    assert torch.equal(hf.apply_gate(experts, gate_up_SI), torch.nn.functional.silu(gate) * up)
+
+
+def test_targets_that_end_as_experts_do_are_kept(tmp_path: Path) -> None:
+    """PEFT by itself takes `down_proj` of such a base for its experts'."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+    by_peft = get_peft_model(moe(tmp_path / "a"), copy.deepcopy(config))
+    assert any(".experts." in name for name, one in by_peft.named_parameters() if one.requires_grad)
+    with hf.keep_targets():
+        kept = get_peft_model(moe(tmp_path / "b"), config)
+    assert not any(".experts." in name for name, one in kept.named_parameters() if one.requires_grad)
+
+
+def test_a_lora_on_a_packed_parameter_is_taken_off_after_a_pass(tmp_path: Path) -> None:
+    from torch.nn.utils import parametrize
+
+    class AsItIs(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight.clone()
+
+    model, ids = moe(tmp_path), torch.tensor([[1, 40, 41]])
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=parameters))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        expected = adapted(input_ids=ids).logits
+        inner = [module for module in model.modules() if type(module).__name__ == "Qwen3MoeExperts"]
+        for experts in inner:
+            for key in ("gate_up_proj", "down_proj"):
+                parametrize.register_parametrization(experts, key, AsItIs())
+        hf.adapt_packed_parameters()
+        for _ in range(2):
+            assert torch.allclose(adapted(input_ids=ids).logits, expected, atol=1e-5)
+    assert all(len(experts.parametrizations.down_proj) == 1 for experts in inner)

@@ -23,7 +23,7 @@ from graftwork.planning.hardware import (
     named_gpu,
     read_corrections,
 )
-from graftwork.planning.memory import RowSizes
+from graftwork.planning.memory import RowSizes, weight_bytes
 from graftwork.quantization import QuantSpec
 from graftwork.serving.planning import plan_serving
 from graftwork.serving.spec import EngineSpec
@@ -349,6 +349,17 @@ def test_a_base_with_experts_counts_all_weights_and_computes_with_the_active_one
     assert shape.params / 1e9 == pytest.approx(30.5, abs=0.05)
     assert shape.active_params / 1e9 == pytest.approx(3.3, abs=0.06)
     assert shape.describe_experts() == "30.5B parameters, 3.35B active per token (8 of 128 experts)"
+    # half a byte and a 64th of an fp32 scale a weight of attention and experts; embedding, head, routers, norms in bf16
+    packed = 48 * (2048 * (2 * 4096 + 2 * 512) + 128 * 3 * 2048 * 768)
+    expected = packed * 0.5625 + (shape.params - packed) * 2
+    assert weight_bytes(shape, QuantSpec(kind="nf4"), 2) == pytest.approx(expected)
+    assert expected / GIB == pytest.approx(16.8, abs=0.1)
+    keys = {"gpus_per_worker": 1, "num_workers": 1, "quant": {"kind": "none"}}
+    spec = TrainSpec.model_validate({"name": "t", "base": "b", "data": {"train": "t.jsonl"}, **keys})
+    gpu, all_of_them = Machine.with_gpus(GPUS["h100"]), replace(shape, experts_per_token=128)
+    some_s, all_s = (step_seconds(spec, one, RowSizes.at_most(2048), gpu, 1) for one in (shape, all_of_them))
+    assert all_of_them.active_linear_params > 8 * shape.active_linear_params
+    assert all_s > 4 * some_s, "the time follows the active parameters"
     dense = ModelShape.from_config({**config, "model_type": "qwen3"})
     assert dense.active_params == dense.params
     assert dense.describe_experts() == ""
