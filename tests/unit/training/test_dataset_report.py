@@ -217,6 +217,7 @@ def test_shown_tokens_are_those_of_transformers_and_trl(folder: Path, tmp_path: 
     assert [turn["content"] in run for turn, run in zip(turns[1::2], answers, strict=True)] == [True] * len(answers)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # set by TRL 1.16 itself
 def test_prompt_and_completion_are_learned_as_by_trl(folder: Path, tmp_path: Path) -> None:
     """Source: the labels that TRL 1.16's SFTTrainer builds; it learns the line end behind the end token too."""
     from datasets import Dataset
