@@ -6,15 +6,15 @@ live traffic build their prompts here.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, get_args
 
-from graftwork.datasets.rows import resolve_prompt
-from graftwork.errors import DataError
+from graftwork.datasets.rows import DatasetRow, resolve_prompt
+from graftwork.errors import ConfigError, DataError
 from graftwork.prompts.render import (
     Message,
     Passage,
@@ -56,7 +56,7 @@ class Catalog:
         """Answer to these arms from now on."""
         self.changes += 1
         self._named_arms = {f"arm/{arm.name}": arm for arm in spec.arms}
-        self._arms = {self.base: ArmSpec(name="base", max_new_tokens=None), **self._named_arms}
+        self._arms = {self.base: spec.base_arm, **self._named_arms}
 
     def arm(self, model: str) -> ArmSpec:
         """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""
@@ -230,6 +230,42 @@ def warm(prompt: PromptSpec | None, retriever: RetrieverSpec | None) -> None:
         _resolve_prompt(prompt)
     if retriever is not None:
         _index(retriever)
+
+
+def arm_of_row(arm: ArmSpec, row: DatasetRow) -> ArmSpec:
+    """The arm with the functions and the template variables of a row, where it has some."""
+    changes: dict[str, Any] = {}
+    if row.tools:
+        changes["tools"] = [dict(tool) for tool in row.tools]
+    if row.template_kwargs:
+        changes["chat_template_kwargs"] = {**arm.chat_template_kwargs, **row.template_kwargs}
+    return arm.with_(changes) if changes else arm
+
+
+def check_arms(arms: Sequence[ArmSpec], load_template: Callable[[], Template]) -> None:
+    """Raise UserError for functions or variables of an arm that the base's chat template does not take.
+
+    The template is loaded only if an arm has some. Those that an adapter was trained with were checked in training.
+    """
+    asking = [
+        arm
+        for arm in arms
+        if arm.tools
+        or arm.chat_template_kwargs
+        or (arm.prompt and (arm.prompt.tools or arm.prompt.chat_template_kwargs))
+    ]
+    template = load_template() if asking else None
+    for arm in asking:
+        assert template is not None, "loaded for these arms"
+        tools, kwargs = tuple(map(json.loads, arm.tools)), arm.chat_template_kwargs
+        prompt = _resolve_prompt(arm.prompt or _NO_PROMPT)
+        try:
+            render(_HELLO, template, prompt=prompt, tools=tools, template_kwargs=kwargs, generate=True)
+        except DataError as error:
+            raise ConfigError(f"arm {arm.name!r}: {error.subject}", error.problem, error.rule, error.hint) from error
+
+
+_HELLO = (Message("user", "Hello"),)
 
 
 def find(arm: ArmSpec, messages: Sequence[Message]) -> tuple[Passage, ...]:

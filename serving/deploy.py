@@ -31,7 +31,7 @@ from graftwork.serving.api.app import Ingress
 from graftwork.serving.api.auth import keys_of, own_token
 from graftwork.serving.api.errors import bad_request
 from graftwork.serving.api.openai_protocol import Json
-from graftwork.serving.arms import base_name, warm
+from graftwork.serving.arms import base_name, check_arms, warm
 from graftwork.serving.client import AsyncClient, ChatCall, Client
 from graftwork.serving.engine.grammar import check, read_grammar
 from graftwork.serving.messages import ArmAnswer, ArmRequest, Likelihood
@@ -187,6 +187,7 @@ def check_spec(spec: ServeSpec) -> None:
         warm(arm.prompt, arm.retriever)
         if arm.grammar is not None:
             check(read_grammar(arm.grammar))
+    check_arms([spec.base_arm, *spec.arms], lambda: load.template(base))
     if spec.embedder:
         resolve_embedder(spec.embedder)
 

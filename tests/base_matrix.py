@@ -62,7 +62,15 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "Mixtral 8x7B": ("mixtral", {}),
     "Phi 2": ("phi", {}),
     "Phi 4": ("phi3", {"num_key_value_heads": 10, "num_attention_heads": 40, "hidden_size": 5120}),
-    "Phi 4 mini": ("phi3", {"num_key_value_heads": 8, "rope_parameters": LONGROPE, "max_position_embeddings": 131072}),
+    "Phi 4 mini": (
+        "phi3",
+        {
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "rope_parameters": LONGROPE,
+            "max_position_embeddings": 131072,
+        },
+    ),
     "Phi 3.5 MoE": ("phimoe", {}),
     "gpt-oss": ("gpt_oss", {}),
     "DeepSeek V3": ("deepseek_v3", {}),

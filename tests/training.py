@@ -48,6 +48,35 @@ def pair_task(folder: Path, **changes: Any) -> TrainSpec:
     return task(folder, **{"name": "pairs", "objective": {"kind": "dpo"}, **pairs, **changes})
 
 
+def write_labelled(path: Path, count: int, first: int = 0, form: int = 0) -> Path:
+    """JSONL of answers in one of three forms: two of three are right and have label true."""
+    lines = []
+    for number in range(first, first + count):
+        right, wrong = COLOURS[number % len(COLOURS)], COLOURS[(number + 1) % len(COLOURS)]
+        good = number % 3 != 0
+        answer, prompt = right if good else f"{wrong} {wrong}", f"Name colour {number % 10}"
+        asked, said = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+        forms: list[dict[str, Any]] = [
+            {"prompt": prompt, "completion": answer},
+            {"messages": [asked, said]},
+            {"prompt": [asked], "completion": [said]},
+        ]
+        lines.append(json.dumps({"id": f"row{number}", **forms[form], "label": good}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def labelled_task(folder: Path, **changes: Any) -> TrainSpec:
+    """`pair_task` on 42 labelled answers, 9 held out."""
+    files = {f"data.{part}": folder / f"{part}-labelled.jsonl" for part in ("train", "eval")}
+    if not files["data.train"].exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_labelled(files["data.train"], 42)
+        write_labelled(files["data.eval"], 9, first=1000, form=1)
+    rows = {key: str(file) for key, file in files.items()}
+    return pair_task(folder, **{"objective": {"kind": "kto"}, **rows, **changes})
+
+
 def task(folder: Path, **changes: Any) -> TrainSpec:
     """A spec on a tiny base with 48 training and 8 held-out rows, all files under `folder`; dotted keys change it.
 

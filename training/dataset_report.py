@@ -136,7 +136,9 @@ def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetRe
         whole = spec.objective.read(longest, template, part)
     counts = _count(read, whole, spec.max_length)
     shown = tuple(_shown(read, template, rows))
-    notes = (*read.notes, *(read.keys.mixture_note(f"data.{part}") if read.keys else ()), *read.warnings)
+    name, keys = f"data.{part}", read.keys
+    more = (*keys.mixture_note(name), *keys.names_note(name, written=template.can.names)) if keys else ()
+    notes = (*read.notes, *more, *read.warnings)
     source = str(data_of(spec, part)[0])
     count, duplicates = len(read.contents), _duplicates(read.contents)
     return _report(source, spec.objective.kind, read, count, duplicates, held_out, counts, notes, shown)

@@ -9,6 +9,7 @@ import errno
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ def train_as_worker(
     `preemption_requested` returns True once this process has notice to save and exit; rank 0 adds the attempt's stop
     requests (`job.fence`).
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # PEFT's and TRL's calls of it
     rank = rank_and_world()[0]
     monitor = FenceMonitor(job.fence) if job.fence is not None and rank == 0 else None
 

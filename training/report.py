@@ -30,7 +30,7 @@ from graftwork.training.planning.plan import plan_training
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import StepReport, read_steps
 
-_HEADLINES = ("accuracy", "reward", "exact_match")
+_HEADLINES = ("accuracy", "label_accuracy", "reward", "exact_match")
 """Headline figures of held-out rows: of pairs, of sampled answers, of generated ones; else their loss."""
 
 

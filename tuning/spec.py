@@ -127,6 +127,9 @@ NOT_TUNABLE = {
     "data.eval_rows": "eval_rows of the sweep takes its place",
     "objective.kind": "losses of different kinds can't be compared",
     "objective.loss_type": "losses of different kinds can't be compared",
+    "objective.cpo_alpha": "it scales a part of the loss that trials are compared by",
+    "objective.desirable_weight": "it scales a part of the loss that trials are compared by",
+    "objective.undesirable_weight": "it scales a part of the loss that trials are compared by",
 }
 """Keys of `train` that a trial does not read, or that would make losses incomparable."""
 NO_PART = {

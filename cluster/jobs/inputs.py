@@ -27,7 +27,7 @@ INPUTS = "inputs"
 MOST_BYTES = 2**30
 """Limit for all local files of a job together. Larger data is copied to S3 once, by the user."""
 INPUT_KEYS = frozenset(
-    {"train", "eval", "corpus", "questions", "few_shot_file", "answer_schema", "json_schema", "setup"}
+    {"train", "eval", "corpus", "questions", "few_shot_file", "answer_schema", "json_schema", "setup", "chat_template"}
 )
 """Keys that name a file or folder to read, whatever the stage; `uri` too, where `INPUT_PARENTS` has it."""
 INPUT_PARENTS = frozenset({"sources", "text"})
@@ -189,7 +189,8 @@ def _key(where: str) -> str:
 def _local_path(where: str, value: str) -> Path | None:
     """The path of a key that names a file to read; None for other keys, URIs and texts that are no path."""
     inline = value.lstrip().startswith(("{", "[")) or "\n" in value
-    if _key(where) not in INPUT_KEYS or "://" in value or inline or "\0" in value or not value:
+    named = _key(where) == "chat_template" and value == "hermes"  # a template of this package
+    if _key(where) not in INPUT_KEYS or "://" in value or inline or named or "\0" in value or not value:
         return None
     return Path(value).expanduser()
 

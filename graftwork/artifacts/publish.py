@@ -179,6 +179,14 @@ def require_base(manifest: AdapterManifest, base_digest: str) -> None:
             "all requests of an endpoint share one set of rotations",
             f"set base.rope_scaling as in run {manifest.run}, or serve it on an endpoint of its own",
         )
+    plain, own_plain = (digest.partition(".template-")[0] for digest in (base_digest, manifest.base_digest))
+    if plain == own_plain and manifest.base_digest != base_digest:
+        raise ArtifactError(
+            f"adapter {manifest.ref}",
+            "it was trained with another chat template of this base",
+            "an adapter answers prompts of the template that it was trained with",
+            f"set base.chat_template as in run {manifest.run}",
+        )
     if manifest.base_digest != base_digest:
         raise ArtifactError(
             f"adapter {manifest.ref}",

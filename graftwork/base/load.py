@@ -17,10 +17,10 @@ from graftwork.errors import BaseModelError
 from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
-from graftwork.prompts.template import DEFAULT_DATE, Template, replaced_template
+from graftwork.prompts.template import DEFAULT_DATE, Template, hermes_template
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
-from graftwork.storage.store import cache_root
+from graftwork.storage.store import cache_root, read_uri
 
 if TYPE_CHECKING:
     import torch
@@ -206,7 +206,7 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
     replaced = None
     if base.chat_template is not None:
-        replaced = replaced_template(folder, base.chat_template)
+        replaced = _replaced_template(folder, base.chat_template)
         digest += f".template-{hashlib.sha256(replaced.encode()).hexdigest()[:8]}"
     return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day, replaced)
 
@@ -276,6 +276,17 @@ def load(
     packed = f"; checkpoint={resolved.packed.label}" if resolved.packed else ""
     reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}{packed}"
     return LoadedBase(model, dtype, reason, stored, weight_bytes(model) if dequantise else stored)
+
+
+def _replaced_template(folder: Path, asked: str) -> str:
+    """Text of `base.chat_template`. Raises BaseModelError, StorageError."""
+    if asked == "hermes":
+        return hermes_template(folder)
+    try:
+        return read_uri(asked).decode("utf-8")
+    except UnicodeDecodeError as error:
+        rule = "chat_template is `hermes`, or the place of a Jinja file in UTF-8"
+        raise BaseModelError(f"base.chat_template={asked}", f"it is not UTF-8 ({error.reason})", rule) from error
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:

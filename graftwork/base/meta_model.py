@@ -277,7 +277,7 @@ def _unplanned_reason(model: Any, shape: ModelShape) -> str:
     elif attention_of(model.config) == "eager":
         found = "attention without sdpa, which keeps a matrix of scores"
     elif shape.experts and _unadapted_experts(model):
-        found = _unadapted_experts(model)
+        found = f"this base: {_unadapted_experts(model)}"
     elif any(type(module).__name__ == "NewGELUActivation" for module in model.modules()):
         found = "an activation function of several operations (gelu_new), each of which keeps its input"
     elif not _is_uniform(shape):

@@ -53,8 +53,8 @@ class BaseSpec(Spec):
     the manifest, where the base is one that a full run published; else 2024-07-26, and never the clock's day."""
 
     chat_template: str | None = None
-    """Another chat template than the base's, part of the base: a path to a Jinja file, or `hermes`, which writes
-    functions, calls and results as text into the turns of the base's own template."""
+    """Another chat template than the base's, part of the base: the path or URI of a Jinja file, or `hermes`, which
+    writes functions, calls and results as text into the turns of the base's own template."""
 
     @model_validator(mode="before")
     @classmethod

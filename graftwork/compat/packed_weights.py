@@ -137,5 +137,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(holder, PackedParts):
                 parts = {part: tensor.data for part, tensor in holder.named_parameters() if part != "bias"}
                 bias = None if holder.bias is None else holder.bias.data
-                model.set_submodule(name, PackedLinear(parts, config.packed, holder.size, config.dtype, bias))
+                model.set_submodule(
+                    name, PackedLinear(config.packed.prepare(parts), config.packed, holder.size, config.dtype, bias)
+                )
         self.remove_quantization_config(model)

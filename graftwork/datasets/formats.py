@@ -43,7 +43,10 @@ class _FormatRow:
 
     def text(self, key: str, *, may_be_empty: bool = False) -> str:
         at = f"{self.where}: {key}"
-        return require_text(self.record.get(key), at, key, key in self.record, may_be_empty=may_be_empty)
+        others = ", ".join(name for name in self.record if name != "id")
+        hint = f"add it, or name its column in data.columns (columns: {others})"
+        value, given = self.record.get(key), key in self.record
+        return require_text(value, at, key, given, may_be_empty=may_be_empty, hint=hint)
 
 
 Parse = Callable[[_FormatRow], dict[str, Any]]
@@ -162,6 +165,8 @@ FORMATS = (
 )
 """In the order of detection: a row is in the first format that serves the purpose and whose keys it has."""
 
+ROW_KEYS = frozenset({*LABELS, *(key for one in FORMATS for key in (*one.keys, *(k for ks in one.detect for k in ks)))})
+"""Keys that some format reads, besides `id`."""
 _OBJECTIVES: dict[Purpose, str] = {
     "conversations": "sft",
     "pairs": "dpo, orpo, cpo or reward",

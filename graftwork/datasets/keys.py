@@ -69,7 +69,10 @@ class KeyCheck:
         """Row number by id, in order."""
         self.taken: dict[str, tuple[int, int]] = {}
         """Of a weighted mixture: (rows taken, rows there) by URI."""
+        self.speakers = 0
+        """Rows with a turn of another role than tool that has a `name`, which few chat templates write."""
         self._used: set[str] = set()
+        self._speaker = False
         self._others: set[str] = set()
 
     def fresh(self) -> "KeyCheck":
@@ -87,7 +90,7 @@ class KeyCheck:
         A value that says nothing (null, an empty text, list or object) is as good as no key. known: keys of the
         row's format.
         """
-        self._used, self._others = set(), set()
+        self._used, self._others, self._speaker = set(), set(), False
         known |= self.known
         rejected = (_PROMPT if self.prompt else frozenset()) | (_LOSS if self.loss else frozenset()) | self._more
         for key, value in record.items():
@@ -136,8 +139,13 @@ class KeyCheck:
         self._used -= set(keys)
         self._others |= set(keys)
 
+    def speaker(self) -> None:
+        """Note that a turn of the row has the name of its speaker."""
+        self._speaker = True
+
     def finish(self) -> None:
         """Count the keys of the row that was begun."""
+        self.speakers += self._speaker
         self.used.update(self._used)
         self.ignored.update(sorted(self._others))
 
@@ -149,6 +157,13 @@ class KeyCheck:
         named = ", ".join(f"{key} (in {count} row{'s' * (count != 1)})" for key, count in found[:_SHOWN])
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         return (f"{dataset}: ignored keys: {named}{more}",)
+
+    def names_note(self, dataset: str, *, written: bool) -> tuple[str, ...]:
+        """A warning where rows have names of speakers that the chat template does not write."""
+        if written or not self.speakers:
+            return ()
+        rows = f"{self.speakers} row{'s' * (self.speakers != 1)}"
+        return (f"{dataset}: name of turns (in {rows}) is left out: the chat template does not write it",)
 
     def mixture_note(self, dataset: str) -> tuple[str, ...]:
         """`data.train: 12 of 48 rows of a.jsonl, 4 of 4 rows of b.jsonl`; nothing where every row is taken."""

@@ -27,6 +27,8 @@ RECIPES = "graftwork.recipes"
 
 _SAVED = ("dataset_dict.json", "state.json")
 """Files by which a folder of `save_to_disk` is known."""
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a field of a CSV; Python's own limit, 131,072, is less than some documents have."""
 PARQUET_BATCH = 1024
 """Rows of a Parquet file that are in memory at once."""
 
@@ -126,7 +128,8 @@ def _jsonl(uri: str, path: Path) -> Iterator[Record]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{uri} row {number}", f"it is not JSON ({error})", "one JSON object a line") from None
             if not isinstance(record, dict):
-                raise DataError(f"{uri} row {number}", f"found {kind_of(record)}", "one JSON object a line")
+                hint = "name a file that is one array .json" if isinstance(record, list) else ""
+                raise DataError(f"{uri} row {number}", f"found {kind_of(record)}", "one JSON object a line", hint)
             yield number, record
 
 
@@ -152,6 +155,7 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
     with _open_file(uri, path) as raw:
         texts = (_text(uri, number, line) for number, line in enumerate(raw, start=0))  # row 1 is below the header
         header = next(texts, "")
+        csv.field_size_limit(LONGEST_FIELD)
         reader = csv.DictReader(itertools.chain([header], texts), delimiter=_delimiter(header, uri), strict=True)
         try:
             for number, record in enumerate(reader, start=1):

@@ -8,16 +8,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets.examples import Example, content_hash, identity_of, iter_examples
-from graftwork.datasets.formats import Purpose
+from graftwork.datasets.formats import ROW_KEYS, Purpose
 from graftwork.datasets.keys import DOCUMENT, KeyCheck
 from graftwork.datasets.readers import kind_of, local_path, no_rows, read_records, require_new
-from graftwork.datasets.sources import MixturePart, RowShape, RowSource, TrainSources
+from graftwork.datasets.sources import EvalSource, MixturePart, RowShape, RowSource, TrainSources
 from graftwork.datasets.turns import require_text
 from graftwork.errors import DataError
 from graftwork.prompts.render import (
@@ -32,6 +32,7 @@ from graftwork.prompts.render import (
     training_rows,
 )
 from graftwork.prompts.template import Template
+from graftwork.spec_errors import did_you_mean
 from graftwork.storage.store import read_uri
 
 Need = Literal["train", "eval", "prompt"]
@@ -62,7 +63,7 @@ class DataSpec(Spec):
     train: TrainSources
     """Rows: a file or folder (`graftwork.datasets.readers`: JSONL, JSON, CSV, Parquet), local or `s3://`, `recipe://`
     or `hf://`; or several of them, each `{path: ..., weight: ...}`."""
-    eval: Annotated[float, Field(gt=0, lt=1)] | str | None = None
+    eval: EvalSource | None = None
     """Held-out rows of the same form, other ones than `train`; or a share of `train`, e.g. 0.1: the rows are split by
     the sha256 of their content without ids, so that equal rows are on one side, the same ones on every machine."""
     train_rows: int | None = Field(default=None, ge=1)
@@ -104,6 +105,13 @@ class DataSpec(Spec):
     def _check_shape(self) -> Self:
         if twice := sorted(self.columns.keys() & self.template.keys()):
             raise ValueError(f"{twice[0]} is in columns and in template; give it once")
+        known = {"id", *_ROW_KEYS, *ROW_KEYS}
+        for name, keys in (("columns", self.columns), ("template", self.template)):
+            if unknown := sorted(keys.keys() - known):
+                hint = did_you_mean(unknown[0], sorted(known))
+                raise ValueError(
+                    f"{name}.{unknown[0]} is no key of a row in any format" + (f"; {hint}" if hint else "")
+                )
         if self.columns or self.template:
             RowShape(self.columns, self.template)
         return self
@@ -302,7 +310,7 @@ def render_question(
 
 
 @contextlib.contextmanager
-def naming(row: DatasetRow) -> Iterator[None]:
+def naming(row: DatasetRow | Example) -> Iterator[None]:
     """Name the row in the DataErrors of the block."""
     try:
         yield

@@ -51,6 +51,11 @@ TrainSources = Annotated[
     Discriminator(lambda given: "sources" if isinstance(given, list | tuple) else "path"),
 ]
 """One path, or several sources."""
+EvalSource = Annotated[
+    Annotated[str, Tag("path")] | Annotated[float, Field(gt=0, lt=1), Tag("share")],
+    Discriminator(lambda given: "share" if isinstance(given, float | int) else "path"),
+]
+"""One path, or a share of the training rows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,8 @@ class TurnReader:
         if not (calls and content is None):
             require_text(content, f"{place}.{form.content}", form.content, form.content in turn, may_be_empty=optional)
         name, call_id = (_optional_text(turn.get(key), f"{place}.{key}") for key in ("name", "tool_call_id"))
+        if name is not None and role != "tool":
+            self.keys.speaker()
         if call_id is not None and role != "tool":
             raise DataError(f"{place}.tool_call_id", f"found in a turn of role {role}", "it belongs to a turn of tool")
         return Message(
@@ -165,10 +167,11 @@ class TurnReader:
         return tuple(calls)
 
 
-def require_text(value: Any, at: str, key: str, given: bool, *, may_be_empty: bool = False) -> str:
-    """The text of a key. Raises DataError where it is no string, blank, or no Unicode."""
+def require_text(value: Any, at: str, key: str, given: bool, *, may_be_empty: bool = False, hint: str = "") -> str:
+    """The text of a key. Raises DataError where it is no string, blank, or no Unicode. hint: of a missing key."""
     if not isinstance(value, str):
-        raise DataError(at, f"found {kind_of(value)}" if given else "the field is missing", f"{key} is a string")
+        found = f"found {kind_of(value)}" if given else "the field is missing"
+        raise DataError(at, found, f"{key} is a string", "" if given else hint)
     if not value.strip() and not may_be_empty:
         raise DataError(at, "it is empty", f"{key} holds text")
     reject_lone_surrogates(value, at)
@@ -187,7 +190,11 @@ def check_turns(messages: Sequence[Message], where: str, field: str) -> None:
         check_calls(messages)
     except DataError as error:
         subject, problem = (text.replace("messages[", f"{field}[") for text in (error.subject, error.problem))
-        raise DataError(f"{where}: {subject}", problem, error.rule, error.hint) from None
+        as_text = any("<tool_call>" in message.content for message in messages)
+        raise DataError(f"{where}: {subject}", problem, error.rule, _TEXT_CALLS if as_text else error.hint) from None
+
+
+_TEXT_CALLS = "calls written as text (<tool_call>) are not read: write tool_calls, or ShareGPT's function_call"
 
 
 def turn_content(message: Message) -> list[Any]:

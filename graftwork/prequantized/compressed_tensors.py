@@ -15,6 +15,7 @@ from graftwork.prequantized.format import (
     Parts,
     Settings,
     names,
+    needed,
     unpack_columns,
     unsupported,
 )
@@ -44,8 +45,7 @@ def read(settings: Settings) -> PackedFormat:
 
     def packed_bytes(inputs: int, outputs: int) -> int:
         zeros = 0.0 if weights.get("symmetric", True) else scales(inputs, outputs) * bits / 8
-        shape = 16 if kind == PACKED else 0  # weight_shape: two int64
-        return round(ceil(inputs * bits / 32) * 4 * outputs + scales(inputs, outputs) * SCALE_BYTES + zeros) + shape
+        return round(ceil(inputs * bits / 32) * 4 * outputs + scales(inputs, outputs) * SCALE_BYTES + zeros)
 
     def dequantise(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
         return _values(parts, bits, block).to(dtype)
@@ -65,6 +65,7 @@ def read(settings: Settings) -> PackedFormat:
         ),
         marks=("weight_packed", "weight_scale"),
         dequantise=dequantise,
+        prepare=lambda parts: _prepare(parts, bits),
         packed_bytes=packed_bytes,
         plain=names(settings, "ignore"),
     )
@@ -100,22 +101,34 @@ def _layout(weights: dict[str, Any]) -> list[Any]:
     return [weights.get(key) for key in keys]
 
 
+def _prepare(parts: Parts, bits: int) -> Parts:
+    """Return the parts without a shape that the words give, and without an index of groups in order (-1)."""
+    kept = dict(needed(parts))
+    if "weight_shape" in kept and not int(kept["weight_shape"][1]) * bits % 32:
+        del kept["weight_shape"]
+    if "weight_g_idx" in kept and bool((kept["weight_g_idx"] < 0).any()):
+        del kept["weight_g_idx"]
+    return kept
+
+
 def _values(parts: Parts, bits: int, block: list[int]) -> "torch.Tensor":
     """Return (q - zero) * scale in the scale's dtype, [O, I]."""
     import torch
 
     scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
     if "weight_packed" in parts:
-        outputs, inputs = (int(size) for size in parts["weight_shape"])
+        outputs, inputs = len(parts["weight_packed"]), parts["weight_packed"].shape[1] * 32 // bits
+        if "weight_shape" in parts:
+            inputs = int(parts["weight_shape"][1])
         q_OI = unpack_columns(parts["weight_packed"], bits)[:, :inputs] - 2 ** (bits - 1)
         if zero is not None and zero.dtype == torch.int32:
             zero = unpack_columns(zero.t(), bits)[:, :outputs].t() - 2 ** (bits - 1)
     else:
         q_OI = parts["weight"]
+        if q_OI.element_size() != 1:
+            raise ValueError(f"weight is stored as {q_OI.dtype}: quantization_status is not compressed")
         outputs, inputs = q_OI.shape
     index = parts.get("weight_g_idx")
-    if index is not None and bool((index < 0).any()):
-        index = None  # -1 everywhere: the groups are in order
 
     def spread(values: "torch.Tensor") -> "torch.Tensor":
         """Each value at the weights that share it, or where it broadcasts to them."""

@@ -94,7 +94,7 @@ def _plain_tensors(folder: Path, packed: PackedFormat, dtype: "torch.dtype") -> 
         if key in modules:
             parts = {part: files.read(name) for part, name in files.modules[modules[key]].items()}
             try:
-                yield packed.weight_name(modules[key]), packed.dequantise(parts, dtype).contiguous()
+                yield packed.weight_name(modules[key]), packed.dequantise(packed.prepare(parts), dtype).contiguous()
             except (KeyError, RuntimeError, IndexError, ValueError) as error:
                 found = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
                 raise BaseModelError(

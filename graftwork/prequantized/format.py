@@ -19,8 +19,22 @@ Settings = Mapping[str, Any]
 Parts = Mapping[str, "torch.Tensor"]
 """Tensors of one weight, by the end of their names."""
 
-IGNORED = ("input_scale", "activation_scale", "output_scale", "input_zero_point", "k_scale", "v_scale", "q_scale")
+IGNORED = (
+    "input_scale",
+    "input_scale_ub",
+    "activation_scale",
+    "output_scale",
+    "input_zero_point",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+)
 """Ends of tensors that describe quantised activations and caches, which are computed in the compute dtype here."""
+
+
+def needed(parts: Parts) -> Parts:
+    """Return the parts without those of activations."""
+    return {name: part for name, part in parts.items() if name not in IGNORED}
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,9 @@ class PackedFormat:
     """Exact values of a weight, [O, I], as the format's reference computes them, then in the dtype."""
     packed_bytes: Callable[[int, int], int]
     """Bytes of a linear with these inputs and outputs, scales included."""
+    prepare: Callable[[Parts], Parts] = needed
+    """Parts that the values depend on: what a layer keeps in memory. A decision that reads values is taken here, once:
+    a GPU would wait for it in each pass."""
     plain: tuple[str, ...] = ()
     """Modules that the checkpoint does not pack: parts of dotted names, or `re:` and a regular expression."""
     joint: str = "."

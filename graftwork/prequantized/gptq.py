@@ -36,7 +36,7 @@ def read(settings: Settings) -> PackedFormat:
     def packed_bytes(inputs: int, outputs: int) -> int:
         groups = ceil(inputs / columns) if columns > 0 else 1
         words = inputs * outputs * bits // 8 + groups * outputs * bits // 8
-        return words + groups * outputs * SCALE_BYTES + inputs * INDEX_BYTES
+        return words + groups * outputs * SCALE_BYTES + (inputs * INDEX_BYTES if settings.get("desc_act") else 0)
 
     def dequantise(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
         return _values(parts, bits, added).to(dtype)
@@ -49,6 +49,7 @@ def read(settings: Settings) -> PackedFormat:
         parts=("qweight", "qzeros", "scales", "g_idx"),
         marks=("qweight",),
         dequantise=dequantise,
+        prepare=_prepare,
         packed_bytes=packed_bytes,
         plain=(
             *names(settings, "modules_to_not_convert"),
@@ -60,15 +61,26 @@ def read(settings: Settings) -> PackedFormat:
 
 def _values(parts: Parts, bits: int, added: int) -> "torch.Tensor":
     """Return scale * (q - zero) in the scale's dtype, [O, I]."""
+    q_OI = unpack_columns(parts["qweight"].t(), bits)
+    zero_OG, scale_OG = (unpack_columns(parts["qzeros"], bits) + added).t(), parts["scales"].t()
+    if "g_idx" in parts:
+        index_I = parts["g_idx"].long()
+        return scale_OG[:, index_I] * (q_OI - zero_OG[:, index_I])
+    q_OGn: torch.Tensor = q_OI.unflatten(1, (scale_OG.shape[1], -1))
+    return (scale_OG.unsqueeze(-1) * (q_OGn - zero_OG.unsqueeze(-1))).flatten(1)
+
+
+def _prepare(parts: Parts) -> Parts:
+    """Return the parts without an index of groups in order."""
     import torch
 
-    q_OI = unpack_columns(parts["qweight"].t(), bits)
-    zero_OG = (unpack_columns(parts["qzeros"], bits) + added).t()
-    scale_OG, inputs = parts["scales"].t(), q_OI.shape[1]
-    groups = scale_OG.shape[1]
-    in_order_I = torch.arange(inputs, device=q_OI.device) // ceil(inputs / groups)
-    index_I = parts["g_idx"].long() if "g_idx" in parts else in_order_I
-    if not inputs % groups and torch.equal(index_I, in_order_I):
-        q_OGn: torch.Tensor = q_OI.unflatten(1, (groups, -1))
-        return (scale_OG.unsqueeze(-1) * (q_OGn - zero_OG.unsqueeze(-1))).flatten(1)
-    return scale_OG[:, index_I] * (q_OI - zero_OG[:, index_I])
+    groups = len(parts["scales"])
+    index = parts.get("g_idx")
+    if index is None or len(index) % groups:
+        return parts
+    in_order = torch.arange(groups, device=index.device).repeat_interleave(len(index) // groups)
+    return (
+        {name: part for name, part in parts.items() if name != "g_idx"}
+        if torch.equal(index.long(), in_order)
+        else parts
+    )

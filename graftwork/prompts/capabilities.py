@@ -3,10 +3,11 @@
 Found by rendering short conversations of words that occur nowhere else. The name of a model family decides nothing.
 """
 
+import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from graftwork.errors import BaseModelError, DataError
@@ -53,6 +54,14 @@ class CallForm:
     """A JSON object, or its text (DeepSeek)."""
     no_content: str | None = ""
     """Content of a turn that has calls alone."""
+    short_ids: bool = False
+    """Ids have exactly 9 letters and digits (Mistral)."""
+
+    def id_of(self, identity: str | None) -> str | None:
+        """Return the id of a call as the template takes it: OpenAI's longer ones by their digest."""
+        if identity is None or not self.short_ids or re.fullmatch("[A-Za-z0-9]{9}", identity):
+            return identity
+        return hashlib.sha256(identity.encode()).hexdigest()[:9]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ class Capabilities:
     """Sealed text that the generation prompt has and a stored answer has not (DeepSeek-R1's `<think>`)."""
     developer: bool
     """The role developer is known; otherwise it is written as system."""
+    names: bool
+    """The name of a user's turn is in the text."""
 
 
 def probe(template: Renderer, source: str, eos_ids: frozenset[int], think: str) -> Capabilities:
@@ -93,6 +104,8 @@ def probe(template: Renderer, source: str, eos_ids: frozenset[int], think: str) 
     end_id, closes = _end(template, eos_ids)
     forms = (CallForm(arguments, empty) for empty in ("", None) for arguments in ("object", "text"))
     calls = next((form for form in forms if _writes_calls(template, form)), None)
+    if calls is not None and not _writes_calls(template, calls, identity="call_zq_00000000000000"):
+        calls = replace(calls, short_ids=True)
     tools = _FUNCTION in _text(template, [_ASKED], generate=True, tools=True)
     opening = _opening(template, think)
     reasoning = _place_of_reasoning(template, source, opening)
@@ -110,6 +123,7 @@ def probe(template: Renderer, source: str, eos_ids: frozenset[int], think: str) 
         reads_tags=reasoning == "tags" or (reasoning == "field" and _reads_tags(template)),
         opening=opening,
         developer='"developer"' in source or "'developer'" in source,
+        names=_OTHER in _text(template, [{**_ASKED, "name": _OTHER}], generate=True),
     )
 
 
@@ -127,11 +141,11 @@ def _text(template: Renderer, turns: Sequence[Turn], *, generate: bool = False, 
         return ""
 
 
-def _called(form: CallForm, *, parallel: bool = False, text: str = "") -> list[Turn]:
+def _called(form: CallForm, *, parallel: bool = False, text: str = "", identity: str = "zq000000") -> list[Turn]:
     """A turn of calls and a turn a result. Ids have 9 characters, as Mistral's template wants them."""
     arguments: Any = '{"zq_key": "zqvalue"}' if form.arguments == "text" else {"zq_key": _VALUE}
     names = (_FUNCTION, _OTHER) if parallel else (_FUNCTION,)
-    calls = [written_call(name, arguments, f"zq000000{number}") for number, name in enumerate(names)]
+    calls = [written_call(name, arguments, f"{identity}{number}") for number, name in enumerate(names)]
     results = [
         {"role": "tool", "content": _RESULT, "tool_call_id": call["id"], "name": call["function"]["name"]}
         for call in calls
@@ -139,10 +153,10 @@ def _called(form: CallForm, *, parallel: bool = False, text: str = "") -> list[T
     return [{"role": "assistant", "content": text or form.no_content, "tool_calls": calls}, *results]
 
 
-def _writes_calls(template: Renderer, form: CallForm) -> bool:
-    text = _text(template, [_ASKED, *_called(form), _ANSWERED])
+def _writes_calls(template: Renderer, form: CallForm, identity: str = "zq000000") -> bool:
+    text = _text(template, [_ASKED, *_called(form, identity=identity), _ANSWERED])
     twice_encoded = '\\"zq_key' in text
-    named = _FUNCTION in text or "zq0000000" in text
+    named = _FUNCTION in text or f"{identity}0" in text
     return named and not twice_encoded and all(word in text for word in (_VALUE, _RESULT, _ANSWER))
 
 

@@ -51,15 +51,11 @@ def loss_mask(
     mask = [False] * len(tokens.ids)
     for turn in learned:
         if turn not in starts:
-            raise BaseModelError(
-                f"chat template of {template.base}",
-                f"its generation prompt is not how it writes the answer of turn {turn + 1}",
-                "an answer is learned right behind the prompt that asks for it",
-                "train on another base, or fix its chat_template.jinja",
-            )
+            raise _no_start(turn, conversation[turn], template)
         start, characters = starts[turn]
         end = _end_of_turn(tokens.ids, start, template)
         mask[start:end] = [True] * (end - start)
+        _check_calls(tokens.text, characters, conversation[turn], template)
         following = [at for _, at in starts.values() if at > characters]
         reasoning = _place_of_reasoning(
             tokens.text, characters, min(following, default=None), conversation[turn], template
@@ -69,6 +65,30 @@ def loss_mask(
                 first, behind = tokens.spans[index]
                 mask[index] = not (first < reasoning[1] and behind > reasoning[0])
     return tuple(mask)
+
+
+def _no_start(turn: int, message: "Message", template: "Template") -> BaseModelError:
+    hint = "train on another base, or fix its chat_template.jinja"
+    if reasoning_of(message)[0]:
+        known = ", ".join(sorted(template.variables)) or "none"
+        hint = (
+            f"set data.thinking=drop, or prompt.chat_template_kwargs for a prompt with reasoning (variables: {known})"
+        )
+    return BaseModelError(
+        f"chat template of {template.base}",
+        f"its generation prompt is not how it writes the answer of turn {turn + 1}",
+        "an answer is learned right behind the prompt that asks for it",
+        hint,
+    )
+
+
+def _check_calls(text: str, start: int, message: "Message", template: "Template") -> None:
+    """Raise DataError for a call that the template has left out of the turn that starts there."""
+    for call in message.tool_calls:
+        if call.name not in text[start:] and (call.id is None or call.id not in text[start:]):
+            rule = "a call is learned as the template of the base writes it"
+            problem = f"the chat template of {template.base} leaves the call of {call.name!r} out of this turn"
+            raise DataError("messages.tool_calls", problem, rule, "set base.chat_template=hermes")
 
 
 def _place_of_reasoning(

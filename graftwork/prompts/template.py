@@ -379,16 +379,10 @@ def template_source(folder: Path) -> str:
     return found
 
 
-def replaced_template(folder: Path, asked: str) -> str:
-    """Text of `base.chat_template`: a file, or `hermes` around the folder's own template. Raises BaseModelError."""
+def hermes_template(folder: Path) -> str:
+    """Text of a template that writes functions, calls and results as text into the turns of the folder's own."""
     import jinja2
 
-    if asked != "hermes":
-        try:
-            return Path(asked).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            problem, rule = f"it cannot be read ({error})", "chat_template is `hermes` or a path to a Jinja file"
-            raise BaseModelError(f"base.chat_template={asked}", problem, rule) from None
     own = template_source(folder)
     system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "first question"}]
     names = {**_named_tokens(folder)[0], "strftime_now": DEFAULT_DATE.strftime, "tools": None, "documents": None}

@@ -133,7 +133,7 @@ def _turn_of(message: "Message", template: "Template") -> Turn:
     if message.name is not None:
         turn["name"] = message.name
     if message.tool_call_id is not None:
-        turn["tool_call_id"] = message.tool_call_id
+        turn["tool_call_id"] = can.calls.id_of(message.tool_call_id) if can.calls else message.tool_call_id
     if message.reasoning is not None:
         if can.reasoning == "tags":
             turn["content"] = f"<think>\n{message.reasoning.strip()}\n</think>\n\n{message.content}"
@@ -157,7 +157,9 @@ def _turn_of(message: "Message", template: "Template") -> Turn:
     as_text = can.calls.arguments == "text"
     turn["tool_calls"] = [
         written_call(
-            call.name, json.dumps(call.arguments, ensure_ascii=False) if as_text else dict(call.arguments), call.id
+            call.name,
+            json.dumps(call.arguments, ensure_ascii=False) if as_text else dict(call.arguments),
+            can.calls.id_of(call.id),
         )
         for call in message.tool_calls
     ]

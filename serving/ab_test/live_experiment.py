@@ -9,7 +9,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import pyarrow.compute as pc
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.config import canonical_json
 from graftwork.errors import StorageError
+from graftwork.prompts.render import message_fields
 from graftwork.serving.ab_test.assignment import ArmDraw, Assigner, key_of, reweigh, without
 from graftwork.serving.ab_test.experiment_record import Cut, ExperimentRecord, Records
 from graftwork.serving.ab_test.feedback import prompt_text
@@ -365,7 +366,7 @@ def answer_row(
 
 def prompt_hash(asked: Question) -> str:
     """32 hex digits of the conversation."""
-    whole = asked if isinstance(asked, str) else canonical_json([asdict(turn) for turn in asked])
+    whole = asked if isinstance(asked, str) else canonical_json([message_fields(turn) for turn in asked])
     return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
 

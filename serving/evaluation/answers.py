@@ -16,6 +16,7 @@ from graftwork.config import canonical_json
 from graftwork.datasets.rows import DatasetRow
 from graftwork.errors import DataError, GraftworkError, RunError, StorageError
 from graftwork.prompts.render import message_fields
+from graftwork.serving.arms import arm_of_row
 from graftwork.serving.evaluation.scorers.choice import ChoiceScorer
 from graftwork.serving.evaluation.spec import CompareSpec
 from graftwork.serving.spec import ArmSpec
@@ -128,16 +129,6 @@ def answer_key(
 def question(row: DatasetRow) -> list[dict[str, Any]]:
     """The turns that are sent: all but a final answer, which would give the gold away."""
     return [message_fields(turn) for turn in row.question]
-
-
-def arm_of_row(arm: ArmSpec, row: DatasetRow) -> ArmSpec:
-    """The arm with the functions and the template variables of a row, where it has some."""
-    changes: dict[str, Any] = {}
-    if row.tools:
-        changes["tools"] = [dict(tool) for tool in row.tools]
-    if row.template_kwargs:
-        changes["chat_template_kwargs"] = {**arm.chat_template_kwargs, **row.template_kwargs}
-    return arm.with_(changes) if changes else arm
 
 
 def read_answers(path: Path, wanted: Mapping[str, tuple[str, str]]) -> AnswerSet:

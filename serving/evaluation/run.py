@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,25 @@ from graftwork.artifacts.registry import resolve
 from graftwork.base.load import resolve as resolve_base
 from graftwork.base.load import template
 from graftwork.base.support import check_serving
-from graftwork.datasets.rows import DatasetRow, fingerprint, key_check, read_fields, read_rows, resolve_prompt
+from graftwork.datasets.rows import (
+    DatasetRow,
+    fingerprint,
+    key_check,
+    read_fields,
+    read_rows,
+    render_question,
+    resolve_prompt,
+)
 from graftwork.environment import collect
 from graftwork.errors import ConfigError
 from graftwork.planning.hardware import accelerators_here, with_gpus
+from graftwork.prompts.render import Prompt
 from graftwork.report import BuiltReport, build
 from graftwork.report.render import ReportInput
 from graftwork.report.schema import CompareReport, DecisionCard, JudgeReport
 from graftwork.scoring import AnswerSchema
 from graftwork.serving.api.status import replica_stats
-from graftwork.serving.arms import messages_of
+from graftwork.serving.arms import check_arms, messages_of
 from graftwork.serving.deploy import Endpoint, deploy
 from graftwork.serving.evaluation.answers import (
     AnswerSet,
@@ -235,6 +245,15 @@ class _Requests:
         return asyncio.run(ask_jobs(jobs, send, path, concurrency or self.spec.concurrency, self.on_progress))
 
 
+def _check_prompts(spec: CompareSpec, rows: Sequence[DatasetRow]) -> None:
+    """Raise UserError for functions, calls or variables, of arms or rows, that the base's template does not take."""
+    loaded = cache(lambda: template(resolve_base(spec.base)))
+    check_arms(spec.arms, loaded)
+    for row in rows:
+        if row.tools or row.template_kwargs or any(turn.role == "tool" for turn in row.question):
+            render_question(row, loaded(), Prompt(), (), "keep")
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """Inputs that the spec names, read and checked before anything is deployed."""
@@ -266,6 +285,7 @@ class _Inputs:
         for arm in spec.arms:
             if arm.prompt is not None:
                 resolve_prompt(arm.prompt, shots)
+        _check_prompts(spec, rows)
         schema = AnswerSchema.load(spec.answer_schema) if spec.answer_schema else None
         scorers = load_scorers(spec.scorers, schema)
         scorers.check(rows)

@@ -34,7 +34,7 @@ from graftwork.quantization import PRECISIONS, Precision, QuantSpec, default_dty
 from graftwork.report.evaluation_schema import PrecisionFacts
 from graftwork.report.schema import Record
 from graftwork.serving.api.errors import ApiError
-from graftwork.serving.arms import build_prompt
+from graftwork.serving.arms import arm_of_row, build_prompt
 from graftwork.serving.detokenize import StreamedAnswer, TextStream, generate
 from graftwork.serving.engine import Engine
 from graftwork.serving.engine.grammar import Grammars, Vocabulary, read_grammar
@@ -212,7 +212,7 @@ class _Bench:
 
         async def answer(row: DatasetRow) -> AnswerText:
             longest = self.spec.engine.max_seq_len
-            prompt = build_prompt(arm, row.question, template, max_seq_len=longest, trained=trained)
+            prompt = build_prompt(arm_of_row(arm, row), row.question, template, max_seq_len=longest, trained=trained)
             params = SamplingParams(max_new_tokens=prompt.max_new_tokens)
             request = GenerateRequest(f"{arm.name} {row.id}", prompt.ids, params, prompt.stop_ids, version, grammar)
             growing = StreamedAnswer(0, prompt, prompt.stop_ids, time.perf_counter(), TextStream(template.decode))

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets.examples import Example, iter_examples
 from graftwork.datasets.keys import PREFERENCE_LOSS, KeyCheck
+from graftwork.datasets.rows import naming
 from graftwork.datasets.turns import turn_content
 from graftwork.prompts.render import Message, Prompt, Thinking, render
 from graftwork.training.objectives.preference import answer_logps, reference_logps
@@ -186,8 +187,9 @@ def answered(pair: Example, answer: Message | None, template: Template, prompt: 
     as_written = functools.partial(
         render, prompt=prompt, tools=pair.tools, template_kwargs=pair.template_kwargs, thinking=thinking
     )
-    asked = as_written(pair.messages, template, generate=True)
-    whole = as_written([*pair.messages, answer], template, generate=False)
+    with naming(pair):
+        asked = as_written(pair.messages, template, generate=True)
+        whole = as_written([*pair.messages, answer], template, generate=False)
     start = len(asked.ids)
     assert whole.ids[:start] == asked.ids, "a prompt is a prefix of what it grows into (render)"
     end = max(place for place, learned in enumerate(whole.loss_mask, start=1) if learned)

@@ -256,7 +256,7 @@ class _State:
         }
 
     def figures(self, trainer: Any) -> Mapping[str, float]:
-        """Loss, KL and mean rewards over all rows; accuracy: the share whose reward is above 0 as its label is true."""
+        """Loss, KL and mean rewards over all rows; label_accuracy: the share whose reward has the sign of its label."""
         import torch
 
         every_N = np.arange(len(self.rows))
@@ -268,7 +268,7 @@ class _State:
         return {
             "loss": self.spec.losses(ratios_N, good_N, kl).mean().item(),
             "kl": kl.item(),
-            "accuracy": ((rewards_N > 0) == good_N).double().mean().item(),
+            "label_accuracy": ((rewards_N > 0) == good_N).double().mean().item(),
             **{name: values.mean().item() for name, values in sides.items() if len(values)},
         }
 

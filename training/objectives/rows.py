@@ -35,6 +35,7 @@ from graftwork.training.objectives.protocol import Packing, Part, Rows
 if TYPE_CHECKING:
     import torch
 
+    from graftwork.prompts.template import Template
     from graftwork.training.spec import TrainSpec
 
 IGNORED = -100  # torch's cross-entropy leaves these targets out
@@ -439,7 +440,7 @@ def prepare(spec: "TrainSpec") -> PreparedData:
     """
     template = base_template(resolve(spec.base))
     train = spec.objective.read(spec, template, "train")
-    warnings, notes = list(train.warnings), list(train.notes)
+    warnings, notes = [*train.warnings, *_unwritten_names(train, template, "train")], list(train.notes)
     notes += train.keys.mixture_note("data.train") if train.keys else ()
     if len(train.contents) == 1:
         warnings.append("data.train: 1 row: every step repeats it, so its loss says nothing about other rows")
@@ -454,7 +455,7 @@ def prepare(spec: "TrainSpec") -> PreparedData:
                 "held-out rows are not trained on",
                 "name other rows, or leave data.eval out",
             )
-        warnings += held_out.warnings
+        warnings += [*held_out.warnings, *_unwritten_names(held_out, template, "eval")]
         if isinstance(spec.data.eval, float):
             count, of = len(held_out.contents), len(held_out.contents) + len(train.contents)
             notes.append(f"data.eval={spec.data.eval:g}: {count} of {of} rows held out by their content")
@@ -472,3 +473,7 @@ def prepare(spec: "TrainSpec") -> PreparedData:
         warnings=tuple(dict.fromkeys(warnings)),
         trained_tokens=train.trained_tokens,
     )
+
+
+def _unwritten_names(read: ReadPart, template: "Template", part: Part) -> tuple[str, ...]:
+    return read.keys.names_note(f"data.{part}", written=template.can.names) if read.keys else ()

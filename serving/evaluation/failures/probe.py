@@ -16,13 +16,13 @@ from graftwork.prompts.render import Message, Passage, PromptSpec, format_user_t
 from graftwork.retrieval import LexicalSpec, open_retriever
 from graftwork.retrieval.corpus import document_of
 from graftwork.scoring import GoldText, leaves, tokens
+from graftwork.serving.arms import arm_of_row
 from graftwork.serving.evaluation.answers import (
     AnswerSet,
     EvalAnswer,
     EvalRequest,
     Messages,
     answer_key,
-    arm_of_row,
     question,
 )
 from graftwork.serving.evaluation.failures.classify import Correctness, CorrectnessCheck, ProbeEvidence, repaired

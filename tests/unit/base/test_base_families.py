@@ -17,8 +17,12 @@ from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.spec import ServeSpec
 from graftwork.stages.base_check import CHECKED, check_base
+from graftwork.training.objectives.rows import prepare
+from graftwork.training.spec import TrainSpec
+from graftwork.training.worker_messages import TrainJob
 from tests import engines
 from tests.base_matrix import CORE, FAMILIES, PAGE, config_of, page, results
+from tests.ranks import Task, train_on
 
 CHECKS = results()
 CASES = [name if name in CORE else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
@@ -57,6 +61,36 @@ def test_the_engine_refuses_what_the_matrix_rejects(family: str, tmp_path: Path)
     model = load(base, QuantSpec(kind="none", dtype="float32"), device="cpu", purpose="serve").model
     with pytest.raises(BaseModelError):  # nor does the engine start where nobody checked
         NativeEngine(model, engines.spec(), "cpu")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("adapter", [{"rank": 4}, {"kind": "full"}], ids=["lora", "full"])
+def test_a_base_with_a_tower_trains_on_two_workers_as_on_one(adapter: dict[str, Any], tmp_path: Path) -> None:
+    """DDP waits for a gradient of every trained weight, and text gives none to the tower."""
+    base, rows = write_scaled_base(config_of("Gemma 3 4B"), tmp_path / "base"), tmp_path / "rows.jsonl"
+    texts = [
+        {"prompt": f"Code {code}?", "completion": f"{code} is large."} for code in ("ZPPP", "KJFK", "EDDF", "LFPG")
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    losses = []
+    for world in (1, 2):
+        spec = TrainSpec.model_validate(
+            {
+                "name": "t",
+                "root": str(tmp_path / f"root-{world}"),
+                "base": str(base),
+                "data": {"train": str(rows)},
+                "num_workers": world,
+                "gpus_per_worker": 0,
+                "quant": {"kind": "none", "dtype": "float32"},
+                "adapter": adapter,
+                "optim": {"rows_per_step": 4, "micro_batch": 1, "lr": 1e-3},
+            }
+        )
+        job = TrainJob(spec, prepare(spec), max_steps=3)
+        losses.append(train_on(world, {"run": Task(job)}, tmp_path / f"ranks-{world}")["run"].losses)
+    assert losses[0][2] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 QWEN = {
@@ -111,7 +145,9 @@ def test_base_check_reads_a_config_alone_and_a_folder(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     assert (found["model_type"], found["model_class"]) == ("qwen3", "Qwen3ForCausalLM")
-    assert found["stages"] == {stage: {"status": "supported", "reason": ""} for stage in CHECKED}
+    assert "its weights are plain" in found["stages"].pop("checkpoint")["reason"]
+    ran = [stage for stage in CHECKED if stage != "checkpoint"]
+    assert found["stages"] == {stage: {"status": "supported", "reason": ""} for stage in ran}
 
 
 @pytest.mark.parametrize(

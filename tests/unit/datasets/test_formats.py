@@ -322,6 +322,19 @@ def test_a_row_of_another_purpose_names_the_objective(
     assert hint in error.value.hint
 
 
+def test_a_missing_answer_names_the_columns(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 1: output: the field is missing") as error:
+        read(tmp_path, {"instruction": "i", "context": "c", "response": "r"})
+    assert "data.columns (columns: instruction, context, response)" in error.value.hint
+
+
+def test_calls_that_are_written_as_text_are_named(tmp_path: Path) -> None:
+    called = ("gpt", '<tool_call>{"name": "now"}</tool_call>')
+    with pytest.raises(DataError, match=r"conversations\[2\].tool_call_id: no call before it") as error:
+        read(tmp_path, {"conversations": sharegpt(("human", "u"), called, ("tool", "12:00"), ("gpt", "a"))})
+    assert "function_call" in error.value.hint
+
+
 def test_a_file_of_two_formats_names_both_rows(tmp_path: Path) -> None:
     uri = write(tmp_path / "rows.jsonl", *(record for _, record in CONVERSATIONS[1:3]))
     with pytest.raises(

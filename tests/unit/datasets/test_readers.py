@@ -120,6 +120,12 @@ def test_a_saved_dataset_dict_is_read_by_split(tmp_path: Path) -> None:
             list(read_records(uri))
 
 
+def test_a_field_of_a_csv_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text\n" + "x" * 200_000 + "\n")
+    assert [len(record["text"]) for _, record in read_records(str(path))] == [200_000]
+
+
 def test_a_json_file_is_an_array_of_objects(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     for text, found in (

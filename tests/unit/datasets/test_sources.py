@@ -65,6 +65,18 @@ def test_a_template_writes_text_or_turns_from_columns(tmp_path: Path) -> None:
     assert [turn.content for turn in of_turns.messages] == ['the "cat"', "le chat"]
 
 
+def test_a_template_makes_calls_of_columns_with_json_text(tmp_path: Path) -> None:
+    """The form of xLAM's data: a query, and its calls and functions as JSON text."""
+    calls = json.dumps([{"name": "now", "arguments": {"zone": "CET"}}])
+    tools = json.dumps([{"name": "now", "description": "d", "parameters": {"zone": {"type": "str"}}}])
+    uri = write(tmp_path / "rows.jsonl", {"query": 'the "time"', "answers": calls, "tools": tools})
+    turns = '[{"role": "user", "content": {{ query | tojson }}}, {"role": "assistant", "tool_calls": {{ answers }}}]'
+    [found] = iter_examples(source_of(uri, template={"messages": turns}), "conversations")
+    assert found.messages[0].content == 'the "time"'
+    assert [(call.name, call.arguments) for call in found.messages[1].tool_calls] == [("now", {"zone": "CET"})]
+    assert found.tools[0]["function"]["name"] == "now"
+
+
 @pytest.mark.parametrize(
     ("template", "at", "found"),
     [
@@ -88,6 +100,11 @@ def test_a_template_that_fails_names_row_and_key(tmp_path: Path, template: dict[
             {"train": "a", "template": {"prompt": "x"}, "columns": {"prompt": "x"}},
             "prompt is in columns and in template",
         ),
+        (
+            {"train": "a", "columns": {"promt": "x"}},
+            "columns.promt is no key of a row in any format; did you mean 'prompt'",
+        ),
+        ({"train": "a", "template": {"answer": "x"}}, "template.answer is no key of a row"),
         ({"train": []}, "empty list"),
         ({"train": [{"path": "a"}, {"path": "a"}]}, "a is named twice"),
         ({"train": [{"path": "a", "weight": 1}, {"path": "b"}]}, "some sources have a weight and some have none"),

@@ -10,6 +10,7 @@ from graftwork.prequantized.detect import find_format, without_format
 from graftwork.prequantized.format import PackedFormat
 from tests.packed_checkpoints import (
     PACKINGS,
+    Tensors,
     awq,
     bnb_4bit,
     bnb_int8,
@@ -51,7 +52,12 @@ def format_of(name: str) -> PackedFormat:
 
 
 def values(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return format_of(name).dequantise(PACKINGS[name].pack(sample_weight()), dtype)
+    return exact(name, PACKINGS[name].pack(sample_weight()), dtype)
+
+
+def exact(name: str, parts: Tensors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    packed = format_of(name)
+    return packed.dequantise(packed.prepare(parts), dtype)
 
 
 @pytest.mark.parametrize("name", REFERENCE_DIGESTS)
@@ -69,7 +75,7 @@ def test_gptq_v2_stores_the_same_weights_with_other_zero_points() -> None:
 def test_gptq_without_an_index_has_its_groups_in_order() -> None:
     parts = PACKINGS["gptq"].pack(sample_weight())
     del parts["g_idx"]
-    assert torch.equal(format_of("gptq").dequantise(parts, torch.float32), values("gptq"))
+    assert torch.equal(exact("gptq", parts), values("gptq"))
 
 
 def test_a_group_index_of_compressed_tensors_orders_the_scales() -> None:
@@ -77,7 +83,7 @@ def test_a_group_index_of_compressed_tensors_orders_the_scales() -> None:
     weight, order = sample_weight(), torch.randperm(96, generator=torch.Generator().manual_seed(3))
     parts = PACKINGS["ct int4 groups"].pack(weight[:, order])
     expected = torch.empty_like(weight)
-    expected[:, order] = format_of("ct int4 groups").dequantise(parts, torch.float32)
+    expected[:, order] = exact("ct int4 groups", parts)
     group = torch.empty(96, dtype=torch.int32)
     group[order] = (torch.arange(96) // 16).int()
     packed = PACKINGS["ct int4 groups"].pack(weight)["weight_packed"]
@@ -86,7 +92,7 @@ def test_a_group_index_of_compressed_tensors_orders_the_scales() -> None:
     q[:, order] = q_sorted.flatten(1).long()
     parts["weight_packed"] = (q.unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)).sum(-1).int()
     assert parts["weight_packed"].shape == packed.shape
-    found = format_of("ct int4 groups").dequantise({**parts, "weight_g_idx": group}, torch.float32)
+    found = exact("ct int4 groups", {**parts, "weight_g_idx": group})
     assert torch.equal(found, expected)
 
 
@@ -95,7 +101,7 @@ def test_4_bit_values_of_bitsandbytes_are_its_own(double: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(sample_weight().bfloat16(), quant_type="nf4", compress_statistics=double)
-    found = format_of("bnb nf4").dequantise(bnb_4bit(double=double)(sample_weight()), torch.float32)
+    found = exact("bnb nf4", bnb_4bit(double=double)(sample_weight()))
     state.dtype = torch.float32
     assert torch.equal(found, dequantize_4bit(packed, state))
 
@@ -131,7 +137,7 @@ def test_fp8_blocks_equal_those_of_transformers() -> None:
 
 def test_fp8_scales_may_be_powers_of_two_in_a_byte() -> None:
     weight, exponent = sample_weight().to(torch.float8_e4m3fn), torch.full((4, 3), 124, dtype=torch.uint8)
-    found = format_of("fp8 blocks").dequantise({"weight": weight, "weight_scale_inv": exponent}, torch.float32)
+    found = exact("fp8 blocks", {"weight": weight, "weight_scale_inv": exponent})
     assert torch.equal(found, weight.float() / 8)
 
 
@@ -196,3 +202,18 @@ def test_awq_may_have_one_scale_an_output() -> None:
     assert packed is not None
     found = packed.dequantise(awq(96)(sample_weight()), torch.float32)
     assert (found - sample_weight()).abs().amax() < 0.02
+
+
+@pytest.mark.parametrize("name", ["ct int8 rows", "fp8 blocks"])
+def test_weights_that_were_not_rounded_to_bytes_are_an_error(name: str) -> None:
+    parts = {**PACKINGS[name].pack(sample_weight()), "weight": sample_weight().bfloat16()}
+    with pytest.raises(ValueError, match="weight is stored as torch.bfloat16"):
+        exact(name, parts)
+
+
+def test_every_fp8_value_is_that_of_torch() -> None:
+    bytes_256 = torch.arange(256, dtype=torch.uint8)
+    for rows in (bytes_256[(bytes_256 & 0x7F) != 0x7F][None], bytes_256[None]):  # without NaN, and with
+        weight = rows.view(torch.float8_e4m3fn)
+        found = exact("fp8 tensor", {"weight": weight, "weight_scale": torch.tensor(1.0)})
+        assert torch.equal(found.view(torch.int32), weight.float().view(torch.int32))

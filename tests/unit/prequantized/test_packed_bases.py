@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from graftwork.base.support import base_support, check_local
 from graftwork.compat.packed_weights import PackedLinear
 from graftwork.errors import BaseModelError, ConfigError
 from graftwork.planning.memory import weight_bytes
-from graftwork.quantization import QuantSpec, default_dtype
+from graftwork.quantization import Precision, QuantSpec, default_dtype
 from graftwork.serving.quantize.measure import Material, measure
 from graftwork.serving.quantize.spec import QuantizeSpec
 from graftwork.serving.spec import ServeSpec
@@ -81,7 +83,7 @@ def test_dequantised_weights_are_those_of_the_format_in_each_dtype(plain: Path, 
         for key, weight in originals.items():
             expected = weight.to(dtype)
             if key.endswith("_proj.weight"):
-                expected = packed.dequantise(packing.pack(weight.float()), dtype)
+                expected = packed.dequantise(packed.prepare(packing.pack(weight.float())), dtype)
             assert weights[key].dtype == dtype
             assert torch.equal(weights[key], expected), key
         assert f"checkpoint={packed.label}" in loaded.reason
@@ -106,8 +108,9 @@ def test_kept_weights_give_the_logits_of_dequantised_ones_in_their_own_bytes(
     assert len(layers) == 14
     assert torch.equal(logits(kept), logits(load(folder, "none")))
     tensors = {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
-    stored = sum(t.nbytes for key, t in tensors.items() if "_proj" in key and not key.endswith("input_scale"))
-    held = sum(p.nbytes for layer in layers for name, p in layer.named_parameters() if name != "packed_input_scale")
+    dropped = ("input_scale", "weight_shape", *(() if "reordered" in name else ("g_idx",)))
+    stored = sum(t.nbytes for key, t in tensors.items() if "_proj" in key and not key.endswith(dropped))
+    held = sum(p.nbytes for layer in layers for p in layer.parameters())
     assert held == stored
     packed = resolve(folder).packed
     assert packed is not None
@@ -298,6 +301,49 @@ def test_kept_weights_are_not_sharded(tmp_path: Path, strategy: str) -> None:
         small_task(tmp_path, quant="checkpoint", strategy={"kind": strategy})
 
 
+MEASURED = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from graftwork.prequantized import convert
+from graftwork.prequantized.detect import find_format
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+convert.SHARD_BYTES, peak, before = 32 * 2**20, [0], anonymous()
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+source, target = map(Path, sys.argv[1:])
+config = json.loads((source / "config.json").read_text())
+target.mkdir()
+convert.write_plain(source, find_format(config), config, torch.float32, target)
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.long
+def test_dequantising_takes_the_memory_of_a_file_and_a_weight_not_of_the_base(tmp_path: Path) -> None:
+    """192 MiB packed in 12 files, 768 MiB plain; the process' own memory grows by two files of 32 MiB and a weight."""
+    folder, side, weight = tmp_path / "base", 2048, torch.zeros(4 * 2048, 2048, dtype=torch.float8_e4m3fn)
+    folder.mkdir()
+    for number in range(12):
+        parts = {"weight": weight, "weight_scale_inv": torch.ones(4 * side // 128, side // 128)}
+        tensors = {f"model.layers.{number}.up_proj.{part}": tensor for part, tensor in parts.items()}
+        save_file(tensors, folder / f"model-{number:05d}.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "plain")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    plain = sum(path.stat().st_size for path in (tmp_path / "plain").glob("*.safetensors"))
+    assert plain > 12 * 4 * weight.nbytes
+    assert 64 * 2**20 <= int(found.stdout) <= 200 * 2**20
+
+
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_two_ranks_train_on_kept_weights_as_one_process_does(tmp_path: Path) -> None:
@@ -321,7 +367,7 @@ def test_two_ranks_train_on_kept_weights_as_one_process_does(tmp_path: Path) -> 
 def test_quantize_measures_the_checkpoint_itself(plain: Path, tmp_path: Path) -> None:
     """Kept weights answer as dequantised ones of the same dtype do, in the bytes of the checkpoint."""
     folder = write_packed(plain, tmp_path / "packed", PACKINGS["gptq"])
-    own = "bf16" if default_dtype("cpu")[0] is torch.bfloat16 else "fp32"
+    own: Precision = "bf16" if default_dtype("cpu")[0] is torch.bfloat16 else "fp32"
     spec = QuantizeSpec.model_validate(
         {
             "name": "tiny",

@@ -5,15 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.errors import DataError, StorageError
+from graftwork.datasets.rows import DatasetRow, render_question
+from graftwork.errors import BaseModelError, ConfigError, DataError, StorageError
 from graftwork.prompts import render as chat
-from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
+from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec, ToolCall
 from graftwork.prompts.template import Template
 from graftwork.retrieval import LexicalSpec
 from graftwork.retrieval.index_store import IndexHome
 from graftwork.serving.api.errors import ApiError, PromptTooLong, as_api_errors
-from graftwork.serving.arms import build_prompt, messages_of, require_bytes, size_of, warm
-from graftwork.serving.spec import ArmSpec
+from graftwork.serving.arms import (
+    Catalog,
+    arm_of_row,
+    build_prompt,
+    check_arms,
+    messages_of,
+    require_bytes,
+    size_of,
+    warm,
+)
+from graftwork.serving.evaluation.answers import question
+from graftwork.serving.spec import ArmSpec, ServeSpec
+from tests.chat_templates import FAMILIES
 from tests.tiny import write_tiny_tokenizer
 
 ASKED = (Message("user", "Which airport has the ICAO code ZPPP?"),)
@@ -128,6 +140,54 @@ def test_a_turn_must_be_a_turn(turn: dict[str, str]) -> None:
         messages_of([turn])
 
 
+def test_a_row_of_a_comparison_is_asked_with_its_functions(tmp_path: Path) -> None:
+    """The prompt of an arm equals the one that training renders for the row, order of keys included."""
+    template = Template.load(FAMILIES["qwen3"].write(tmp_path))
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}, "description": "Find."}}
+    call = ToolCall("find", {"z": 1, "a": "é"}, "call00001")
+    turns = (
+        Message("user", "Where?"),
+        Message("assistant", "", (call,), reasoning="Look."),
+        Message("tool", "here", tool_call_id="call00001", name="find"),
+        Message("assistant", "There."),
+    )
+    row = DatasetRow("1", turns, tools=(tool,), template_kwargs={"enable_thinking": False})
+    asked = render_question(row, template, Prompt(), (), "keep")
+    arm = ArmSpec(name="base", tools=(json.dumps({**tool, "function": {"name": "other"}}),))
+    sent = json.loads(json.dumps(question(row)))
+    of_row = arm_of_row(arm, row)
+    assert build_prompt(of_row, messages_of(sent), template, max_seq_len=2048).ids == asked.ids
+    assert arm_of_row(arm, DatasetRow("2", turns)) is arm
+    assert ArmSpec.model_validate_json(of_row.model_dump_json()) == of_row
+    assert not {"tools", "chat_template_kwargs"} & ArmSpec(name="base").model_dump().keys()
+
+
+def test_an_arm_that_the_template_does_not_take_is_refused_at_the_start(tmp_path: Path, template: Template) -> None:
+    tool = json.dumps({"type": "function", "function": {"name": "find"}})
+    with pytest.raises(BaseModelError, match=r"leaves functions out.*"):
+        check_arms([ArmSpec(name="calls", tools=(tool,))], lambda: template)
+    for arm in (
+        ArmSpec(name="thinks", chat_template_kwargs={"enable_thinking": True}),
+        ArmSpec(name="thinks", prompt=PromptSpec(chat_template_kwargs={"enable_thinking": True})),
+    ):
+        with pytest.raises(ConfigError, match=r"arm 'thinks': chat_template_kwargs: enable_thinking"):
+            check_arms([arm], lambda: template)
+    takes = Template.load(FAMILIES["qwen3"].write(tmp_path))
+    check_arms([ArmSpec(name="calls", tools=(tool,), chat_template_kwargs={"enable_thinking": True})], lambda: takes)
+    check_arms([ArmSpec(name="plain")], lambda: pytest.fail("no template is needed"))
+
+
+def test_an_endpoint_sets_the_variables_of_its_base() -> None:
+    tree = {"base": "hub/base", "chat_template_kwargs": {"enable_thinking": False}, "arms": [{"name": "own"}]}
+    spec = ServeSpec.model_validate(tree)
+    catalog = Catalog(spec)
+    assert catalog.arm("base").chat_template_kwargs == {"enable_thinking": False}
+    assert catalog.arm("arm/own").chat_template_kwargs == {}
+    assert catalog.arm("base:task").chat_template_kwargs == {}
+    assert ServeSpec.model_validate(spec.model_dump(mode="json")) == spec
+    assert "chat_template_kwargs" not in ServeSpec.model_validate({"base": "hub/base"}).model_dump()
+
+
 def test_missing_arm_data_shows_when_it_is_warmed_up(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"nosuch\.jsonl"):
         warm(None, LexicalSpec(corpus=str(tmp_path / "nosuch.jsonl")))
@@ -190,9 +250,9 @@ def test_a_prompt_of_too_many_bytes_is_refused_before_it_is_tokenised(template: 
     room = 64 * longest
     require_bytes(size_of("a" * room), longest, 64)
     require_bytes(size_of((Message("user", "ä" * (room // 2)),)), longest, 64)
-    for question in ("a" * (room + 1), (Message("user", "ä" * (room // 2 + 1)),)):
+    for asked in ("a" * (room + 1), (Message("user", "ä" * (room // 2 + 1)),)):
         with pytest.raises(PromptTooLong, match=rf"(?s)64 tokens hold at most {room} bytes.*max_seq_len=64"):
-            require_bytes(size_of(question), longest, 64)
+            require_bytes(size_of(asked), longest, 64)
 
 
 def test_too_many_new_tokens_are_the_fault_of_max_tokens(template: Template) -> None:

@@ -1,12 +1,14 @@
 """`graftwork data show`: what is shown is what a run learns, counted as a person would."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from graftwork.base.load import resolve
@@ -16,6 +18,7 @@ from graftwork.errors import ConfigError, DataError
 from graftwork.prompts.render import Message, render
 from graftwork.training.dataset_report import report_on, spec_of_file, token_texts
 from graftwork.training.objectives.rows import TokenRows, prepare
+from tests.chat_templates import FAMILIES
 from tests.training import pair_task, task, write_rows
 
 
@@ -133,6 +136,87 @@ def test_calls_are_learned_and_results_and_turns_of_weight_0_are_not(folder: Pat
     assert text.index("Well.") < text.index("<tool_response>") < text.index("12:00") < text.index("Noon.")
 
 
+def test_a_name_that_the_template_does_not_write_is_reported(folder: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi", "name": "ann"}, {"role": "assistant", "content": "Hello."}]
+    spec = task(folder, num_workers=1, **{"data.train": write(tmp_path / "rows.jsonl", {"messages": turns})})
+    said = "data.train: name of turns (in 1 row) is left out: the chat template does not write it"
+    assert said in prepare(spec).warnings
+    assert said in report_on(spec).notes
+    template = "{% for m in messages %}<|im_start|>{{ m.name or m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    path = tmp_path / "named.jinja"
+    path.write_text(template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    named = report_on(spec.with_({"base.chat_template": str(path)}))
+    assert said not in named.notes
+    assert "ann" in "".join(token.text for token in named.rows[0].tokens)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "u", "chosen": [{"role": "assistant", "content": "b", "reasoning": "r"}], "rejected": "c"},
+        {"prompt": "u", "completion": [{"role": "assistant", "content": "b", "reasoning": "r"}], "label": True},
+        {"prompt": "u", "completion": [{"role": "assistant", "content": "b", "reasoning": "r"}]},
+    ],
+)
+def test_what_a_template_cannot_write_is_an_error_of_the_row(folder: Path, tmp_path: Path, record: Any) -> None:
+    uri = write(tmp_path / "rows.jsonl", record | {"id": "this"})
+    with pytest.raises(DataError, match=r"row this: messages\.reasoning_content"):
+        report_on(spec_of_file(uri, str(folder / "base")))
+
+
+TRL_FAMILIES = [
+    "llama3",
+    "qwen2_5",
+    "qwen3",
+    "qwen3_instruct_2507",
+    "qwen3_5_think",
+    "qwen3_8",
+    "gemma",
+    "gemma3",
+    "phi3",
+    "cohere",
+    "cohere2",
+    "glm4moe",
+]
+"""Families with a training template in TRL that writes no date and begins an answer as its prompt does."""
+
+
+@pytest.mark.parametrize("name", TRL_FAMILIES)
+def test_shown_tokens_are_those_of_transformers_and_trl(folder: Path, tmp_path: Path, name: str) -> None:
+    """Source: apply_chat_template(return_assistant_tokens_mask=True) on TRL's training template of the family.
+
+    TRL's mask also has what a template writes in front of an answer or behind its end token.
+    """
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    for file in (*base.glob("*token*"), *base.glob("*.jinja")):
+        file.unlink()
+    FAMILIES[name].write(base)
+    turns = [{"role": "user", "content": "Where is ZPPP?"}, {"role": "assistant", "content": "In Kunming."}]
+    if name not in ("qwen3", "qwen3_5_think", "qwen3_8", "glm4moe", "phi3"):  # these rewrite earlier turns
+        turns += [{"role": "user", "content": "And LFPG?"}, {"role": "assistant", "content": "In Paris."}]
+    uri = write(tmp_path / "rows.jsonl", {"messages": turns})
+    [row] = report_on(spec_of_file(uri, str(base))).rows
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    theirs = tokenizer.apply_chat_template(
+        turns,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        chat_template=FAMILIES[name].training_source,
+    )
+    assert [token.id for token in row.tokens] == theirs["input_ids"]
+    more = [bool(mask) and not token.trained for token, mask in zip(row.tokens, theirs["assistant_masks"], strict=True)]
+    assert all(mask for token, mask in zip(row.tokens, theirs["assistant_masks"], strict=True) if token.trained)
+    assert "".join(token.text for token, extra in zip(row.tokens, more, strict=True) if extra).replace("\n", "") in (
+        "",
+        "<think>",
+        "<|endoftext|>",
+        "<|END_OF_TURN_TOKEN|>" * 2,
+    )
+    learned = "".join(token.text if token.trained else "\0" for token in row.tokens)
+    answers = [run for run in learned.split("\0") if run]
+    assert [turn["content"] in run for turn, run in zip(turns[1::2], answers, strict=True)] == [True] * len(answers)
+
+
 def test_packed_rows_are_shown_one_by_one(folder: Path) -> None:
     plain, packed = (
         report_on(task(folder, num_workers=1, objective={"kind": "sft", "packing": packing}))
@@ -187,6 +271,10 @@ def test_a_spec_decides_how_a_file_is_read(folder: Path, tmp_path: Path) -> None
         text = "".join(token["text"] for token in as_json(*words)["rows"][0]["tokens"])
         assert "be brief" in text
         assert "u<|im_end|>" in text
+    held_out = write(tmp_path / "held-out.jsonl", {"q": "new", "a": "y"})
+    spec.write_text(spec.read_text().replace("data: {", f"data: {{eval: {held_out}, "))
+    named = as_json(f"{tmp_path}/../{tmp_path.name}/held-out.jsonl", "--spec", str(spec))
+    assert (named["source"], named["count"], named["eval"]) == (held_out, 1, None)
     with pytest.raises(DataError, match="no format that sft reads has the keys q, a"):
         as_json(uri)
 

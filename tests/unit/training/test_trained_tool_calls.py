@@ -7,30 +7,34 @@ from typing import Any
 
 import pytest
 
+from graftwork.artifacts.manifest import build_manifest
+from graftwork.artifacts.publish import require_base
 from graftwork.artifacts.registry import open_adapter
 from graftwork.base import load as base_model
 from graftwork.base import publish as base_publish
 from graftwork.base.source import BaseSpec
-from graftwork.errors import BaseModelError, ConfigError, DataError
+from graftwork.errors import ArtifactError, BaseModelError, ConfigError, DataError, StorageError
 from graftwork.prompts.render import Message, Prompt, PromptSpec, render
 from graftwork.storage.store import Store
 from graftwork.training.loop import run_steps
 from graftwork.training.run import PublishedModel, ResolvedRun, _job, _write_run_inputs, publish
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import read_steps
+from tests.adapters import facts
 from tests.chat_templates import FAMILIES
 from tests.replicas import answer, ask, replica_of
 from tests.tiny import write_tiny_base
 from tests.training import task
 
 TOOL = {"type": "function", "function": {"name": "paint", "description": "Mix.", "parameters": {"type": "object"}}}
+FILES = {name: {"sha256": "a" * 64, "size_bytes": 1} for name in ("adapter_config.json", "adapter_model.safetensors")}
 HELLO = (Message("user", "Hello"),)
 
 
 def write_rows(path: Path, count: int, asked: str = "Name", **row: Any) -> None:
     """Conversations of a call, its result and an answer with reasoning."""
     call = {"id": "call00001", "type": "function", "function": {"name": "paint", "arguments": '{"n": 1}'}}
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "Name a colour"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call00001", "content": "red"},
@@ -61,7 +65,7 @@ def trained(spec: TrainSpec) -> PublishedModel:
 
 def test_an_adapter_is_served_with_the_functions_and_variables_of_its_training(tmp_path: Path) -> None:
     """The lengths of the prompts tell them apart."""
-    prompt = {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
+    prompt: dict[str, Any] = {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
     spec = spec_of(tmp_path, "qwen3", {}, prompt=prompt, **{"data.thinking": "drop"})
     made = trained(spec)
     manifest = open_adapter(Store(spec.root), spec.name, made.version)
@@ -81,7 +85,7 @@ def test_an_adapter_is_served_with_the_functions_and_variables_of_its_training(t
     async def play() -> dict[str, int]:
         async with replica_of(Path(spec.base.uri), Path(spec.root), max_seq_len=512) as replica:
             tuned = f"{spec.name}@{made.version}"
-            own = {"tools": [TOOL, TOOL], "chat_template_kwargs": {"enable_thinking": True}}
+            own: dict[str, Any] = {"tools": [TOOL, TOOL], "chat_template_kwargs": {"enable_thinking": True}}
             requests = {
                 "base": ask("base"),
                 "tuned": ask("tuned", adapter=tuned),
@@ -135,6 +139,31 @@ def test_a_full_run_publishes_the_template_that_it_was_trained_with(tmp_path: Pa
     published = base_model.template(base_model.resolve(BaseSpec(uri=made.base)))
     assert published.digest == base_model.template(own).digest != base_model.template(plain).digest
     assert base_publish.find(Store(spec.root), spec.name, made.version) is not None
+
+
+def test_an_adapter_needs_the_template_of_its_training(tmp_path: Path) -> None:
+    folder = write_tiny_base(tmp_path / "base")
+    plain, hermes = (
+        base_model.resolve(BaseSpec(uri=str(folder), chat_template=asked)).digest for asked in (None, "hermes")
+    )
+    for trained_on, served_on in ((hermes, plain), (plain, hermes)):
+        manifest = build_manifest("task", {**facts(base_digest=trained_on), "files": FILES, "created_at": "now"})
+        require_base(manifest, trained_on)
+        with pytest.raises(ArtifactError, match=r"(?s)another chat template.*base\.chat_template as in run"):
+            require_base(manifest, served_on)
+
+
+def test_another_template_is_read_from_a_file(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base")
+    (tmp_path / "own.jinja").write_text(FAMILIES["qwen2_5"].source)
+    resolved = base_model.resolve(BaseSpec(uri=str(base), chat_template=str(tmp_path / "own.jinja")))
+    assert resolved.chat_template == FAMILIES["qwen2_5"].source
+    assert base_model.template(resolved).can.tools
+    with pytest.raises(StorageError, match=r"none\.jinja"):
+        base_model.resolve(BaseSpec(uri=str(base), chat_template=str(tmp_path / "none.jinja")))
+    (tmp_path / "own.jinja").write_bytes(b"\xff")
+    with pytest.raises(BaseModelError, match=r"base.chat_template=.*not UTF-8"):
+        base_model.resolve(BaseSpec(uri=str(base), chat_template=str(tmp_path / "own.jinja")))
 
 
 def test_what_a_row_asks_of_a_template_is_checked_before_training(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Preferences, reward models and distillation on two ranks, under every strategy: equal to one process."""
+"""Preferences, labelled answers, reward models and distillation on two ranks, by each strategy, equal one process."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import TrainJob
 from tests.ranks import Task, train_on
 from tests.tiny import write_tiny_base
-from tests.training import pair_task, task
+from tests.training import labelled_task, pair_task, task
 
-KINDS = ("dpo", "reward", "distill")
+KINDS = ("dpo", "cpo", "orpo", "kto", "reward", "distill")
 STRATEGIES = ("ddp", "zero2", "fsdp2")
 
 
@@ -27,6 +27,8 @@ def spec_of(folder: Path, kind: str, strategy: str) -> TrainSpec:
         "strategy.kind": strategy,
         "name": kind,
     }
+    if kind == "kto":
+        return labelled_task(folder, **usual, objective={"kind": kind, "undesirable_weight": 2.0})
     if kind != "distill":
         return pair_task(folder, **usual, objective={"kind": kind})
     return task(folder, **usual, objective={"kind": kind, "teacher": str(folder / "other")})

@@ -185,6 +185,20 @@ def test_every_key_of_a_stage_that_names_a_file_travels(here: Path) -> None:
         assert list(path_findings(sent.model_dump(mode="json"), shared=False)) == []
 
 
+def test_a_chat_template_travels_and_hermes_is_none(here: Path) -> None:
+    (here / "own.jinja").write_text("{{ messages }}")
+    sent = with_inputs(train(base={"uri": "hub/base", "chat_template": "own.jinja"}), "s3://bucket/a").spec
+    assert isinstance(sent, TrainSpec)
+    assert str(sent.base.chat_template).startswith("s3://bucket/a/inputs/")
+    (here / "hermes").write_text("no template")
+    named = train(base={"uri": "hub/base", "chat_template": "hermes"})
+    kept = with_inputs(named, "s3://bucket/a").spec
+    assert isinstance(kept, TrainSpec)
+    assert kept.base.chat_template == "hermes"
+    (here / "hermes").unlink()
+    assert not any("chat_template" in where for _, where in codes(named))
+
+
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The models that an annotation names, at any depth."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -322,7 +322,8 @@ def test_every_kind_has_an_example() -> None:
         assert spec.name == f"airport-card-{path.stem}"
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
         kinds.add(path.stem)
-    assert kinds == KINDS.keys() - {"lora"}, "LoRA's is examples/train-airport-card.yaml"
+    loras = {"lora", "names", "regex", "saved"}
+    assert kinds == KINDS.keys() - loras, "LoRA's is examples/train-airport-card.yaml"
 
 
 def test_all_weights_need_a_learning_rate_of_their_own(folder: Path) -> None:

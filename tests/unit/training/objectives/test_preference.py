@@ -25,7 +25,8 @@ from graftwork.training.objectives.rows import TokenRows, prepare
 from graftwork.training.objectives.trainer import TrainerContext, arguments, build
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, StepReport, TrainJob
-from tests.training import COLOURS, pair_task
+from tests.families import write_family
+from tests.training import labelled_task, pair_task, write_labelled
 
 WHOLE = {"quant.kind": "none", "optim.lr": 5e-3, "optim.micro_batch": 8, "num_workers": 1}
 """One forward pass a step, as TRL has it without accumulation."""
@@ -48,35 +49,6 @@ KTO_LOSSES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("answers")
-
-
-def write_labelled(path: Path, count: int, first: int = 0, form: int = 0) -> Path:
-    """JSONL of answers in one of three forms: two of three are right and have label true."""
-    lines = []
-    for number in range(first, first + count):
-        right, wrong = COLOURS[number % len(COLOURS)], COLOURS[(number + 1) % len(COLOURS)]
-        good = number % 3 != 0
-        answer, prompt = right if good else f"{wrong} {wrong}", f"Name colour {number % 10}"
-        asked, said = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
-        forms: list[dict[str, Any]] = [
-            {"prompt": prompt, "completion": answer},
-            {"messages": [asked, said]},
-            {"prompt": [asked], "completion": [said]},
-        ]
-        lines.append(json.dumps({"id": f"row{number}", **forms[form], "label": good}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def labelled_task(folder: Path, **changes: Any) -> TrainSpec:
-    """`pair_task` on 42 labelled answers, 9 held out."""
-    files = {f"data.{part}": folder / f"{part}-labelled.jsonl" for part in ("train", "eval")}
-    if not files["data.train"].exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_labelled(files["data.train"], 42)
-        write_labelled(files["data.eval"], 9, first=1000, form=1)
-    rows = {key: str(file) for key, file in files.items()}
-    return pair_task(folder, **{"objective": {"kind": "kto"}, **rows, **changes})
 
 
 def setting_of(spec: TrainSpec, folder: Path, steps: int = 3) -> TrainerContext:
@@ -222,6 +194,26 @@ def test_kto_losses_and_weights_are_trls(folder: Path, tmp_path: Path, objective
     assert difference(ours[1], theirs[1]) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.parametrize(
+    "objective", [{"kind": "cpo"}, {"kind": "orpo"}, {"kind": "kto"}], ids=lambda one: str(one["kind"])
+)
+def test_the_loss_of_a_router_is_added_as_in_trl(tmp_path: Path, objective: dict[str, Any]) -> None:
+    """A tiny Mixtral: its load-balancing loss is part of every step."""
+    write_family(tmp_path / "base", "mixtral")
+    made = labelled_task if objective["kind"] == "kto" else pair_task
+    setting = setting_of(made(tmp_path, objective=objective, **WHOLE), tmp_path)
+    setting.model.float()  # grouped products have no fp64
+    setting.model.config.output_router_logits = True
+    theirs = (trl_kto_trainer if objective["kind"] == "kto" else trl_pair_trainer)(setting, objective)
+    assert theirs.aux_loss_enabled
+    given = replace(setting.job, spec=setting.job.spec.model_copy(update={"init_from": "colours@latest"}))
+    ours = build(replace(setting, job=given)).trainer
+    expected, found = trained(theirs), trained(ours)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    assert difference(found[1], expected[1]) < 1e-4
+
+
 RUNS: list[dict[str, Any]] = [
     {"kind": "cpo", "loss_type": "simpo"},
     {"kind": "orpo"},
@@ -249,6 +241,7 @@ def run(job: TrainJob) -> tuple[list[dict[str, float]], LoopResult]:
 @pytest.mark.parametrize("objective", RUNS, ids=lambda objective: str(objective["kind"]))
 def test_a_step_is_the_same_whatever_the_micro_batch(folder: Path, objective: dict[str, Any]) -> None:
     """Means over answers, over tokens and of the KL are those of the step, not of its forward passes."""
+    accuracy = "eval_label_accuracy" if objective["kind"] == "kto" else "eval_accuracy"
     losses: list[list[float]] = []
     figures: list[list[dict[str, float]]] = []
     for micro_batch in (1, 8):
@@ -257,7 +250,7 @@ def test_a_step_is_the_same_whatever_the_micro_batch(folder: Path, objective: di
         losses.append([loss for _, loss in result.train_loss])
         figures.append(found)
     assert losses[0] == pytest.approx(losses[1], rel=2e-5)
-    assert figures[0][-1]["eval_accuracy"] == figures[1][-1]["eval_accuracy"]
+    assert figures[0][-1][accuracy] == figures[1][-1][accuracy]
     if objective["kind"] == "kto":
         estimates = [[step["kl"] for step in steps] for steps in figures]
         assert estimates[0] == pytest.approx(estimates[1], rel=1e-3, abs=1e-6)
@@ -281,7 +274,7 @@ def test_a_run_learns_good_answers_and_unlearns_bad_ones(folder: Path, objective
     spec = task_of(folder, objective, **{"optim.epochs": 6})
     seen, result = run(TrainJob(spec, prepare(spec)))
     last = seen[-1]
-    assert last["eval_accuracy"] >= 0.85
+    assert last["eval_label_accuracy" if objective["kind"] == "kto" else "eval_accuracy"] >= 0.85
     assert last["eval_rewards/chosen"] > last["eval_rewards/rejected"] + 0.05
     assert last["rewards/chosen"] > last["rewards/rejected"]
     assert result.train_loss[-1][1] < result.train_loss[0][1]
