@@ -56,7 +56,7 @@ class Catalog:
         """Answer to these arms from now on."""
         self.changes += 1
         self._named_arms = {f"arm/{arm.name}": arm for arm in spec.arms}
-        self._arms = {self.base: ArmSpec(name="base", max_new_tokens=None), **self._named_arms}
+        self._arms = {self.base: spec.base_arm, **self._named_arms}
 
     def arm(self, model: str) -> ArmSpec:
         """The arm behind a model name. Raises ApiError 404; whether its adapter exists is found out by the replica."""

@@ -187,7 +187,7 @@ def check_spec(spec: ServeSpec) -> None:
         warm(arm.prompt, arm.retriever)
         if arm.grammar is not None:
             check(read_grammar(arm.grammar))
-    check_arms(spec.arms, lambda: load.template(base))
+    check_arms([spec.base_arm, *spec.arms], lambda: load.template(base))
     if spec.embedder:
         resolve_embedder(spec.embedder)
 

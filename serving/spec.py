@@ -170,6 +170,8 @@ class ServeSpec(Spec):
     """Loaded at start; others of the store load when first asked for."""
     arms: tuple[ArmSpec, ...] = ()
     """Answered under the model name `arm/NAME`."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template for the base's own model name; arms have theirs, adapters those of training."""
     experiments: tuple[ExperimentSpec, ...] = ()
     """Started with the endpoint; on a cluster, other weights in a changed file move them as `experiment ramp` does."""
     embedder: EmbedderSpec | None = None
@@ -228,6 +230,15 @@ class ServeSpec(Spec):
                 f"a replica takes max_ongoing_requests={self.max_ongoing_requests}"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(handler(self))
+
+    @property
+    def base_arm(self) -> ArmSpec:
+        """The arm behind the base's own model name."""
+        return ArmSpec(name="base", max_new_tokens=None, chat_template_kwargs=self.chat_template_kwargs)
 
     @property
     def first_replicas(self) -> int:

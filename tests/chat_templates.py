@@ -68,6 +68,7 @@ FAMILIES = {
         Family("qwen3"),
         Family("qwen3_instruct_2507"),
         Family("qwen3_5_think"),
+        Family("qwen3_5_nothink"),
         Family("qwen3_8"),
         Family("gemma", "<end_of_turn>"),
         Family("gemma3", "<end_of_turn>"),

@@ -199,7 +199,7 @@ class TrainSpec(Spec):
                 del fields["optim"][key]
         if self.objective.kind == "dpo":
             fields["objective"]["loss"] = fields["objective"].pop("loss_type")  # its name in identities of older runs
-        for key in ("experts", "target_modules", "modules_to_save"):
+        for key in ("experts", "router", "target_modules", "modules_to_save"):
             if not fields["adapter"].get(key, True):
                 del fields["adapter"][key]
         fields["objective"].pop("teacher", None)  # pinned with the rows, by content

@@ -123,10 +123,22 @@ def expert_targets(asked: str, model: Any) -> list[str]:
         raise ConfigError(
             asked,
             f"{type(model).__name__} has no experts in parameters of three dimensions",
-            "adapter.experts adapts the fused experts of a mixture-of-experts base",
-            "leave adapter.experts out",
+            f"{asked.partition('=')[0]} is for mixture-of-experts bases with fused experts",
+            f"leave {asked.partition('=')[0]} out",
         )
     return sorted({".".join(one.name.rsplit(".", 2)[1:]) for one in found})
+
+
+def router_weights(model: Any) -> list[str]:
+    """Full names of the weights of routers: of modules next to the experts with one row an expert."""
+    counts = {one.module.rpartition(".")[0]: (one.module, one.experts) for one in expert_weights(model)}
+    found = []
+    for block, (inside, experts) in counts.items():
+        for name, weight in model.get_submodule(block).named_parameters():
+            full = f"{block}.{name}"
+            if name.endswith("weight") and weight.dim() == 2 and len(weight) == experts:
+                found += [] if full.startswith(f"{inside}.") or SHARED.search(full) else [full]
+    return found
 
 
 def is_stacked(module: str, targets: Iterable[str]) -> bool:

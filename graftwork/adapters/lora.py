@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.adapters.experts import adaptable_linears, expert_targets, expert_weights, is_stacked, split_targets
+from graftwork.adapters.experts import (
+    adaptable_linears,
+    expert_targets,
+    expert_weights,
+    is_stacked,
+    router_weights,
+    split_targets,
+)
 from graftwork.adapters.kind import ATTENTION_WORDS, FP32, MLP_WORDS, AdapterKind, Shape, ValueBytes, linears, within
 from graftwork.adapters.target_modules import TargetModules, check_target_modules, choose, matches, saved_modules
 from graftwork.errors import ConfigError
@@ -46,7 +53,7 @@ class LoraSpec(AdapterKind):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     targets: Targets = "all-linear"
-    """Linear layers that get an adapter; the head and a router of experts never do."""
+    """Linear layers that get an adapter; the head never does."""
     target_modules: TargetModules | None = None
     """Instead of `targets`: ends of names, `[q_proj, v_proj]`, or a regular expression of whole names, as in PEFT."""
     modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
@@ -54,6 +61,8 @@ class LoraSpec(AdapterKind):
     other where the base ties them."""
     experts: bool = False
     """Adapt the fused experts of a mixture-of-experts base too, each expert by an adapter of its own."""
+    router: bool = False
+    """Adapt the routers too, which then send tokens to other experts."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank): steady at high ranks (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
@@ -62,8 +71,9 @@ class LoraSpec(AdapterKind):
     @model_validator(mode="after")
     def _experts_take_plain_lora(self) -> Self:
         """PEFT 0.21 adds a LoRA of experts to their weights, so it cannot drop their inputs or scale their results."""
-        if self.experts and (self.dropout or self.dora):
-            raise ValueError(f"{'dora' if self.dora else 'dropout'} cannot take effect with experts=true: leave it out")
+        if (self.experts or self.router) and (self.dropout or self.dora):
+            key = "experts" if self.experts else "router"
+            raise ValueError(f"{'dora' if self.dora else 'dropout'} cannot take effect with {key}=true: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -97,7 +107,8 @@ class LoraSpec(AdapterKind):
 
     def describe(self) -> str:
         """Return the adapter in a few words."""
-        return f"{'rs' * self.rslora}LoRA{' with DoRA' * self.dora} r{self.rank}{' with experts' * self.experts}"
+        parts = "".join(f" with {key}" for key in ("experts", "router") if getattr(self, key))
+        return f"{'rs' * self.rslora}LoRA{' with DoRA' * self.dora} r{self.rank}{parts}"
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
@@ -143,6 +154,9 @@ class LoraSpec(AdapterKind):
         from peft import LoraConfig
 
         modules, parameters = self._targets_of(model)
+        if self.router:
+            expert_targets("adapter.router=true", model)  # refuses a dense base
+            parameters = [*parameters, *router_weights(model)]
         if parameters and self.dora:
             raise ConfigError(
                 "adapter.dora=true",
@@ -203,6 +217,7 @@ class LoraSpec(AdapterKind):
         magnitudes = sum(linear.count * linear.outputs for linear in model.adapted_linears(self.which))
         whole = len(self.modules_to_save) if not model.tied else bool(self.modules_to_save)
         added = model.adapter_params(self.rank, self.which, experts=self.experts)
+        added += self.router * model.expert_blocks * self.rank * (model.hidden + model.num_experts)
         return added + magnitudes * self.dora + whole * model.head_params
 
     def token_params(self, model: "ModelShape") -> float:

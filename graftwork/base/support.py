@@ -129,7 +129,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
     packed_form = find_format(config)
     kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
     if not kept.reason and facts.shape.expert_params:
-        kept = Support("its experts are 3-D parameters: kept are linear layers alone", UNPACKED)
+        kept = Support("its experts are 3-D parameters: kept are linear layers alone", "--set quant.kind=nf4")
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
     full, packed, pack = _training_support(facts)
     train = full
@@ -167,9 +167,12 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     targets, experts = getattr(spec.adapter, "targets", None), getattr(spec.adapter, "experts", False)
     if experts:
         support.require(support.experts, "adapter.experts=true")
-        if spec.strategy.kind in SHARDED_WEIGHTS:
-            whole = Support("PEFT adds the update to the experts' whole weights", "--set strategy.kind=zero2")
-            support.require(whole, f"adapter.experts=true with strategy.kind={spec.strategy.kind}")
+    asked = [key for key in ("experts", "router") if getattr(spec.adapter, key, False)]
+    if asked and not support.packed_experts:
+        support.require(Support("it has no experts", f"leave adapter.{asked[0]} out"), f"adapter.{asked[0]}=true")
+    if asked and spec.strategy.kind in SHARDED_WEIGHTS:
+        whole = Support("PEFT adds the update to whole weights", "--set strategy.kind=zero2")
+        support.require(whole, f"adapter.{asked[0]}=true with strategy.kind={spec.strategy.kind}")
     if targets is not None and not (experts and support.lora[targets].hint == ADAPT_EXPERTS):
         support.require(support.lora[targets], f"adapter.targets={targets}")
     if spec.quant.is_4bit and support.packed_experts and spec.strategy.kind in SHARDED_WEIGHTS:

@@ -56,8 +56,7 @@ def show(
         assert file is not None, "checked with the options"
         report = report_without_base(file)
     else:
-        held_out = file is not None and spec.data.eval == file
-        report = report_on(spec, "eval" if held_out else "train", rows)
+        report = report_on(spec, "eval" if _is_held_out(file, spec) else "train", rows)
     if as_json:
         print_json(asdict(report))
     else:
@@ -78,9 +77,15 @@ def _spec(file: str | None, spec_file: Path | None, base: str | None, sets: list
     spec = config.load(spec_file, sets, expect="train")
     assert isinstance(spec, TrainSpec)
     changes = {"base": base} if base is not None else {}
-    if file is not None and file != spec.data.eval:
+    if file is not None and not _is_held_out(file, spec):
         changes["data.train"] = file
     return spec.with_(changes) if changes else spec
+
+
+def _is_held_out(file: str | None, spec: "TrainSpec") -> bool:
+    from graftwork.datasets.rows import is_same_place
+
+    return file is not None and isinstance(spec.data.eval, str) and is_same_place(file, spec.data.eval)
 
 
 def _print(report: "DatasetReport") -> None:

@@ -165,6 +165,8 @@ FORMATS = (
 )
 """In the order of detection: a row is in the first format that serves the purpose and whose keys it has."""
 
+ROW_KEYS = frozenset({*LABELS, *(key for one in FORMATS for key in (*one.keys, *(k for ks in one.detect for k in ks)))})
+"""Keys that some format reads, besides `id`."""
 _OBJECTIVES: dict[Purpose, str] = {
     "conversations": "sft",
     "pairs": "dpo, orpo, cpo or reward",

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets.examples import Example, content_hash, identity_of, iter_examples
-from graftwork.datasets.formats import Purpose
+from graftwork.datasets.formats import ROW_KEYS, Purpose
 from graftwork.datasets.keys import DOCUMENT, KeyCheck
 from graftwork.datasets.readers import kind_of, local_path, no_rows, read_records, require_new
 from graftwork.datasets.sources import EvalSource, MixturePart, RowShape, RowSource, TrainSources
@@ -32,6 +32,7 @@ from graftwork.prompts.render import (
     training_rows,
 )
 from graftwork.prompts.template import Template
+from graftwork.spec_errors import did_you_mean
 from graftwork.storage.store import read_uri
 
 Need = Literal["train", "eval", "prompt"]
@@ -104,6 +105,13 @@ class DataSpec(Spec):
     def _check_shape(self) -> Self:
         if twice := sorted(self.columns.keys() & self.template.keys()):
             raise ValueError(f"{twice[0]} is in columns and in template; give it once")
+        known = {"id", *_ROW_KEYS, *ROW_KEYS}
+        for name, keys in (("columns", self.columns), ("template", self.template)):
+            if unknown := sorted(keys.keys() - known):
+                hint = did_you_mean(unknown[0], sorted(known))
+                raise ValueError(
+                    f"{name}.{unknown[0]} is no key of a row in any format" + (f"; {hint}" if hint else "")
+                )
         if self.columns or self.template:
             RowShape(self.columns, self.template)
         return self

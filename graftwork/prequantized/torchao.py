@@ -76,7 +76,7 @@ def _bytes(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
 
     q_OI, scale, zero = parts[DATA], parts[SCALE], parts.get(ZERO)
     if q_OI.dtype != torch.int8:
-        return multiply(q_OI, scale).to(dtype)
+        return multiply(q_OI, scale, dtype)
     wide = dtype if scale.dtype == torch.float32 else scale.dtype
     scale_OG = scale.reshape(q_OI.shape[0], -1) if scale.numel() > 1 else scale.reshape(1, 1)
     q_OGn: torch.Tensor = q_OI.to(wide).unflatten(1, (scale_OG.shape[1], -1))

@@ -51,12 +51,7 @@ def loss_mask(
     mask = [False] * len(tokens.ids)
     for turn in learned:
         if turn not in starts:
-            raise BaseModelError(
-                f"chat template of {template.base}",
-                f"its generation prompt is not how it writes the answer of turn {turn + 1}",
-                "an answer is learned right behind the prompt that asks for it",
-                "train on another base, or fix its chat_template.jinja",
-            )
+            raise _no_start(turn, conversation[turn], template)
         start, characters = starts[turn]
         end = _end_of_turn(tokens.ids, start, template)
         mask[start:end] = [True] * (end - start)
@@ -70,6 +65,21 @@ def loss_mask(
                 first, behind = tokens.spans[index]
                 mask[index] = not (first < reasoning[1] and behind > reasoning[0])
     return tuple(mask)
+
+
+def _no_start(turn: int, message: "Message", template: "Template") -> BaseModelError:
+    hint = "train on another base, or fix its chat_template.jinja"
+    if reasoning_of(message)[0]:
+        known = ", ".join(sorted(template.variables)) or "none"
+        hint = (
+            f"set data.thinking=drop, or prompt.chat_template_kwargs for a prompt with reasoning (variables: {known})"
+        )
+    return BaseModelError(
+        f"chat template of {template.base}",
+        f"its generation prompt is not how it writes the answer of turn {turn + 1}",
+        "an answer is learned right behind the prompt that asks for it",
+        hint,
+    )
 
 
 def _check_calls(text: str, start: int, message: "Message", template: "Template") -> None:

@@ -160,7 +160,7 @@ class AdapterPool:
                     dora = scales[site.name].dora if site.name in scales else None
                     if dora and member:
                         scales[site.name] = replace(scales[site.name], dora=replace(dora, a_RI=member.a_RI))
-        rest = (read.bottlenecks, read.experts, read.inputs, read.outputs, read.virtual_tokens)
+        rest = (read.bottlenecks, read.experts, read.routers, read.inputs, read.outputs, read.virtual_tokens)
         return LoadedAdapter(version, read.rank, groups, scales, *rest)
 
 

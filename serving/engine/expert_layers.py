@@ -1,4 +1,4 @@
-"""The base's fused experts, hooked once: a step with adapters of experts is computed here, any other by the model.
+"""The base's fused experts and routers, hooked once: steps with adapters of them are computed here, others by it.
 
 The base's part is that of transformers' experts interface (`use_experts_implementation`), expert by expert. PEFT adds
 the product of an adapter's halves to the weights of all experts; here each row adds its own adapter's delta to the
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from graftwork.adapters.experts import expert_weights, experts_problem
+from graftwork.adapters.experts import expert_weights, experts_problem, router_weights
 from graftwork.compat.hf import apply_gate
 from graftwork.serving.engine.adapters.format import ExpertLora
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
@@ -39,10 +39,10 @@ def expert_rows(
     """Return the tokens of each adapter of experts in one step: decoding tokens first, then prompts' segments."""
     rows: dict[LoadedAdapter, list[int]] = {}
     for row, weights in enumerate(decoding):
-        if weights is not None and weights.experts:
+        if weights is not None and (weights.experts or weights.routers):
             rows.setdefault(weights, []).append(row)
     for segment in segments:
-        if segment.weights.experts:
+        if segment.weights.experts or segment.weights.routers:
             rows.setdefault(segment.weights, []).extend(range(segment.first, segment.stop))
     tokens = max([len(decoding), *(segment.stop for segment in segments)], default=0)
     found = []
@@ -63,6 +63,9 @@ class ExpertLayers:
             module = model.get_submodule(name)
             if not experts_problem(module):
                 self._hook(name, module, module.forward)
+        for name in router_weights(model):
+            router = model.get_submodule(name.removesuffix(".weight"))
+            self._hook_router(name.removesuffix(".weight"), router, router.forward)
 
     def unhook(self) -> None:
         """Gives every module its own forward back."""
@@ -81,6 +84,28 @@ class ExpertLayers:
 
         module.forward = forward
         self._hooked.append(module)
+
+    def _hook_router(self, name: str, router: Any, base: Callable[..., Any]) -> None:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            adapters = [one for one in self.adapters if name in one.weights.routers]
+            result = base(x, *args, **kwargs)
+            if not adapters:
+                return result
+            x_TH, parts = x.reshape(-1, x.shape[-1]), list(result)
+            for one in adapters:
+                own_T = _padded(one.own_T, len(x_TH))
+                lora, plain = one.weights.routers[name], router.weight.data
+                a_RI, b_OR = lora.widened(plain.dtype)
+                router.weight.data = plain + (b_OR @ a_RI) * lora.scaling  # as PEFT adds it
+                try:
+                    for part, own in zip(parts, base(x_TH[own_T], *args, **kwargs), strict=True):
+                        part[own_T] = own
+                finally:
+                    router.weight.data = plain
+            return tuple(parts)
+
+        router.forward = forward
+        self._hooked.append(router)
 
 
 def _adapted(

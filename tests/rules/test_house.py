@@ -11,7 +11,7 @@ from benchmarks import house
 from benchmarks.house import ROOT
 from graftwork.cli import app
 
-MOST_MODULES = 336
+MOST_MODULES = 337
 SHORT_MODULES = {
     "graftwork/adapters/full.py",  # an adapter kind is a module
     "graftwork/adapters/ia3.py",

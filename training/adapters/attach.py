@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from graftwork.adapters.experts import adaptable_linears
 from graftwork.adapters.kind import AdapterKind
 from graftwork.base.packed_experts import as_parameters
 from graftwork.compat.hf import keep_targets
@@ -55,7 +56,8 @@ def _attach(model: Any, config: Any) -> Any:
     The config that is saved keeps the names that PEFT reads (`adapters.experts.split_targets`).
     """
     parameters = set(getattr(config, "target_parameters", None) or ())
-    weights = {name for name in parameters if name.endswith(".weight")}
+    linears = set(adaptable_linears(model)) if parameters else set()
+    weights = {name for name in parameters if name.removesuffix(".weight") in linears}
     if not weights:
         with as_parameters(model):
             return get_peft_model(model, config)

@@ -42,7 +42,7 @@ TRAIN_EFFICIENCY = 0.70
 UNPACK_PER_S = 1.0e9
 """nf4 weights that one core unpacks a second (bitsandbytes 0.50, AVX2)."""
 KEPT_UNPACK_PER_S = 40e6
-"""Weights of a kept checkpoint that one core dequantises a second: 19 to 80 by format, int8 by rows 150."""
+"""Weights of a kept checkpoint that one core dequantises a second: 19 to 60 by format, FP8 and int8 more."""
 DROPPED_PER_S = 38e6
 """Values that pass the adapters' dropout in one core's second: PyTorch draws them one by one on a CPU."""
 PASS_BLOCK_S = 2e-3

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from graftwork.adapters.experts import expert_weights
+from graftwork.adapters.experts import expert_weights, router_weights
 from graftwork.compat.hf import unpack_cpu_layout
 from graftwork.serving.engine.adapters.format import LinearShape
 from graftwork.serving.engine.kv_cache import KvShape
@@ -22,6 +22,7 @@ class BaseView:
     def __init__(self, model: Any, linears: Mapping[str, LinearShape], kv_shapes: Sequence[KvShape] = ()) -> None:
         self.linears, self.kv_shapes = linears, tuple(kv_shapes)
         self.experts = {one.name: one for one in expert_weights(model)}
+        self.routers = {name.removesuffix(".weight") for name in router_weights(model)}
         self._modules: dict[str, torch.nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.embedding: Any = model.get_input_embeddings()
         self.output: Any = model.get_output_embeddings()

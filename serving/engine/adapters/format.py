@@ -129,6 +129,8 @@ class AdapterWeights:
     bottlenecks: Mapping[str, SiteBottleneck] = field(default_factory=dict)
     experts: Mapping[str, ExpertLora] = field(default_factory=dict)
     """By parameter: `model.layers.0.mlp.experts.down_proj`."""
+    routers: Mapping[str, SiteWeights] = field(default_factory=dict)
+    """By router: `model.layers.0.mlp.gate`."""
     inputs: InputRows | None = None
     outputs: OutputRows | None = None
     virtual_tokens: VirtualTokens | None = None
@@ -136,7 +138,8 @@ class AdapterWeights:
     @property
     def rank(self) -> int:
         """Largest LoRA rank, or bottleneck, over its linears and experts; 0 without either."""
-        sizes = [site.rank for site in self.linears.values()] + [one.rank for one in self.experts.values()]
+        sizes = [site.rank for site in (*self.linears.values(), *self.routers.values())]
+        sizes += [one.rank for one in self.experts.values()]
         return max([*sizes, *(len(site.down_RO) for site in self.bottlenecks.values())], default=0)
 
 

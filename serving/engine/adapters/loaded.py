@@ -47,6 +47,7 @@ class LoadedAdapter:
     """DoRA and IA3: channels that are multiplied, by linear."""
     bottlenecks: Mapping[str, SiteBottleneck] = field(default_factory=dict)
     experts: Mapping[str, ExpertLora] = field(default_factory=dict)
+    routers: Mapping[str, SiteWeights] = field(default_factory=dict)
     inputs: InputRows | None = None
     outputs: OutputRows | None = None
     virtual_tokens: VirtualTokens | None = None
@@ -59,7 +60,8 @@ class LoadedAdapter:
     @property
     def decodes_by_lora(self) -> bool:
         """True: `groups` is all that a decoding token needs of it; what stands before the prompt is in its KV."""
-        return not (self.scales or self.bottlenecks or self.experts or self.inputs or self.outputs)
+        changes = (self.scales, self.bottlenecks, self.experts, self.routers, self.inputs, self.outputs)
+        return not any(changes)
 
 
 T = TypeVar("T")

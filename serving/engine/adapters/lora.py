@@ -120,7 +120,8 @@ def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadO
     inputs, outputs = replaced_rows(config, tensors, base, options.dtype)
     keep = frozenset({torch.bfloat16}) if options.narrow and not settings.use_dora else frozenset()
     experts = _experts(settings, targets.parameters, config, tensors, base, options, keep)
-    modules = _modules(tensors, alone=not experts)
+    routers = _routers(settings, targets.parameters, tensors, base, options, keep)
+    modules = _modules(tensors, alone=not (experts or routers))
     targets.check(modules, base.linears, config, tensors.path)
     sites = {module: _site(settings, module, tensors, base, options, keep) for module in modules}
     scales: dict[str, SiteScale] = {}
@@ -131,7 +132,7 @@ def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadO
             magnitude_O = tensors.take(key, (base.linears[module].out_features,), torch.float32)
             sites[module], scales[module] = rescaled(site, magnitude_O, base.weight(module), base.bias(module))
     tensors.require_empty(_EXPECTED)
-    return AdapterWeights(sites, scales, experts=experts, inputs=inputs, outputs=outputs)
+    return AdapterWeights(sites, scales, experts=experts, routers=routers, inputs=inputs, outputs=outputs)
 
 
 def _experts(
@@ -148,10 +149,10 @@ def _experts(
     for name, weight in base.experts.items():
         if targets and matches_module(targets, name):
             modules.setdefault(weight.module, []).append(name)
-    meant = [*base.experts, *(f"{name}.weight" for name in base.linears)]
+    meant = [*base.experts, *(f"{name}.weight" for name in (*base.linears, *base.routers))]
     for target in targets:
         if not any(matches_module((target,), name) for name in meant):
-            rule = "every target is a parameter of experts, or the weight of a linear"
+            rule = "every target is a parameter of experts, or the weight of a linear or of a router"
             raise config.make_error("target_parameters", rule, value=target)
     if modules and settings.use_dora:
         raise config.make_error("use_dora", "an adapter of experts is a plain LoRA")
@@ -166,6 +167,27 @@ def _experts(
             a_ERI = a.view(weight.experts, rank, weight.inputs)
             b_EOR = b.view(weight.outputs, rank, weight.experts).permute(2, 0, 1).contiguous()
             found[name] = ExpertLora(a_ERI, b_EOR, settings.scaling_of(name))
+    return found
+
+
+def _routers(
+    settings: LoraSettings,
+    targets: tuple[str, ...],
+    tensors: TensorFile,
+    base: BaseView,
+    options: ReadOptions,
+    keep: Collection[torch.dtype],
+) -> dict[str, SiteWeights]:
+    """The LoRA of routers by module. PEFT names a router's weight alone, so it is the module's only wrapper."""
+    found = {}
+    for name in sorted(base.routers):
+        if not targets or not matches_module(targets, f"{name}.weight"):
+            continue
+        rank, (outputs, inputs) = settings.rank_of(f"{name}.weight"), base.weight(name).shape
+        _require_rank(rank, name, tensors, options)
+        a_RI = tensors.take(f"{MODULE_PREFIX}{name}.lora_A.weight", (rank, inputs), options.dtype, keep)
+        b_OR = tensors.take(f"{MODULE_PREFIX}{name}.lora_B.weight", (outputs, rank), options.dtype, keep)
+        found[name] = SiteWeights(a_RI, b_OR, settings.scaling_of(f"{name}.weight"))
     return found
 
 

@@ -100,6 +100,11 @@ def test_a_template_that_fails_names_row_and_key(tmp_path: Path, template: dict[
             {"train": "a", "template": {"prompt": "x"}, "columns": {"prompt": "x"}},
             "prompt is in columns and in template",
         ),
+        (
+            {"train": "a", "columns": {"promt": "x"}},
+            "columns.promt is no key of a row in any format; did you mean 'prompt'",
+        ),
+        ({"train": "a", "template": {"answer": "x"}}, "template.answer is no key of a row"),
         ({"train": []}, "empty list"),
         ({"train": [{"path": "a"}, {"path": "a"}]}, "a is named twice"),
         ({"train": [{"path": "a", "weight": 1}, {"path": "b"}]}, "some sources have a weight and some have none"),

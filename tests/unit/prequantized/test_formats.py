@@ -209,3 +209,11 @@ def test_weights_that_were_not_rounded_to_bytes_are_an_error(name: str) -> None:
     parts = {**PACKINGS[name].pack(sample_weight()), "weight": sample_weight().bfloat16()}
     with pytest.raises(ValueError, match="weight is stored as torch.bfloat16"):
         exact(name, parts)
+
+
+def test_every_fp8_value_is_that_of_torch() -> None:
+    bytes_256 = torch.arange(256, dtype=torch.uint8)
+    for rows in (bytes_256[(bytes_256 & 0x7F) != 0x7F][None], bytes_256[None]):  # without NaN, and with
+        weight = rows.view(torch.float8_e4m3fn)
+        found = exact("fp8 tensor", {"weight": weight, "weight_scale": torch.tensor(1.0)})
+        assert torch.equal(found.view(torch.int32), weight.float().view(torch.int32))

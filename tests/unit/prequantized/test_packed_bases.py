@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,9 @@ def test_experts_in_mxfp4_load_as_in_transformers(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for key, weight in expected.items():
         assert torch.equal(found[key], weight), key
+    packed = load(tmp_path, "nf4", dtype="bfloat16")
+    assert packed.stored_bytes < 0.5 * sum(weight.nbytes for weight in expected.values())
+    assert torch.isfinite(packed.model(IDS % 64).logits).all()
     refused(tmp_path, "checkpoint", r"MXFP4 \(experts, groups of 32\): kept are linear layers alone")
 
 
@@ -231,6 +236,7 @@ def test_experts_in_fp8_load_as_in_transformers(tmp_path: Path) -> None:
     assert any(weight.dim() == 3 for weight in found.values())
     for key, weight in expected.items():
         assert torch.equal(found[key], weight.float()), key
+    assert load(folder, "nf4").stored_bytes < 0.4 * sum(weight.nbytes for weight in found.values())
     with pytest.raises(BaseModelError, match="is no linear layer of the model"):
         load(folder, "checkpoint")
     support = base_support(resolve(folder).config)
@@ -297,6 +303,49 @@ def test_vllm_does_not_get_a_quantised_checkpoint(plain: Path, tmp_path: Path) -
 def test_kept_weights_are_not_sharded(tmp_path: Path, strategy: str) -> None:
     with pytest.raises(ConfigError, match=rf"quant.kind=checkpoint can't go with strategy.kind={strategy}"):
         small_task(tmp_path, quant="checkpoint", strategy={"kind": strategy})
+
+
+MEASURED = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from graftwork.prequantized import convert
+from graftwork.prequantized.detect import find_format
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+convert.SHARD_BYTES, peak, before = 32 * 2**20, [0], anonymous()
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+source, target = map(Path, sys.argv[1:])
+config = json.loads((source / "config.json").read_text())
+target.mkdir()
+convert.write_plain(source, find_format(config), config, torch.float32, target)
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.long
+def test_dequantising_takes_the_memory_of_a_file_and_a_weight_not_of_the_base(tmp_path: Path) -> None:
+    """192 MiB packed in 12 files, 768 MiB plain; the process' own memory grows by two files of 32 MiB and a weight."""
+    folder, side, weight = tmp_path / "base", 2048, torch.zeros(4 * 2048, 2048, dtype=torch.float8_e4m3fn)
+    folder.mkdir()
+    for number in range(12):
+        parts = {"weight": weight, "weight_scale_inv": torch.ones(4 * side // 128, side // 128)}
+        tensors = {f"model.layers.{number}.up_proj.{part}": tensor for part, tensor in parts.items()}
+        save_file(tensors, folder / f"model-{number:05d}.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "plain")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    plain = sum(path.stat().st_size for path in (tmp_path / "plain").glob("*.safetensors"))
+    assert plain > 12 * 4 * weight.nbytes
+    assert 64 * 2**20 <= int(found.stdout) <= 200 * 2**20
 
 
 @pytest.mark.long

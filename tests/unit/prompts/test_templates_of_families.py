@@ -66,6 +66,7 @@ LEFT_OUT = {
 LEFT_OUT["functions alone"] = f"{LEFT_OUT['tools']}"
 LEFT_OUT["two calls"] += f" {LEFT_OUT['tools']}"
 LEFT_OUT["text and call"] += f" {LEFT_OUT['tools']}"
+LEFT_OUT["reasoning"] += " qwen3_5_nothink"
 LEFT_OUT["reasoning and calls"] = f"{LEFT_OUT['tools']} {LEFT_OUT['reasoning']}"
 """Families whose template leaves something of a conversation out, by conversation: they raise an error instead."""
 WRITTEN = [(name, case) for name in FAMILIES for case in CONVERSATIONS if name not in LEFT_OUT.get(case, "").split()]
@@ -147,6 +148,7 @@ def test_ids_equal_transformers_and_begin_with_the_prompt(
         assert whole.ids[: len(asked.ids)] == asked.ids
         assert whole.loss_mask[len(asked.ids)]
         assert not any(asked.loss_mask)
+        assert not any(RESULT.content in text for text in learned(whole, template))
         last = max(place for place, mask in enumerate(whole.loss_mask) if mask)
         assert whole.ids[last] in template.stop_ids
         past_is_written_otherwise = (
@@ -168,8 +170,8 @@ def test_nothing_is_left_out_silently(templates: dict[str, Template], name: str,
     if tools and name in LEFT_OUT["tools"].split():
         assert f"chat template of {name}" in text
         assert "base.chat_template=hermes" in text
-    elif name == "gemma4_v5":  # it writes the answer behind a result into the turn of the call
-        assert "its generation prompt is not how it writes the answer of turn 4" in text
+    elif name in ("gemma4_v5", "qwen3_5_nothink"):  # answers go into the turn of the call; the prompt closes reasoning
+        assert "its generation prompt is not how it writes the answer" in text
     elif case != "system":
         assert re.search(r"messages\.(tool_calls|reasoning_content)", text)
         assert "Hint: " in text
@@ -311,6 +313,16 @@ def test_a_variable_that_is_never_read_is_an_error(templates: dict[str, Template
         render((QUESTION,), templates["qwen3"], template_kwargs={"enable_thinkin": False}, generate=True)
     with pytest.raises(DataError, match="it reads: none"):
         render((QUESTION,), templates["llama3"], template_kwargs={"messages": []}, generate=True)
+
+
+def test_reasoning_behind_a_prompt_that_closes_it_needs_a_variable(templates: dict[str, Template]) -> None:
+    template = templates["qwen3_5_nothink"]
+    with pytest.raises(BaseModelError, match=r"(?s)data\.thinking=drop.*chat_template_kwargs.*enable_thinking"):
+        render((QUESTION, THOUGHT), template, generate=False)
+    thinks = render((QUESTION, THOUGHT), template, template_kwargs={"enable_thinking": True}, generate=False)
+    assert learned(thinks, template) == ["ZPPP begins with Z.\n</think>\n\nIt is Kunming.<|im_end|>"]
+    dropped = render((QUESTION, THOUGHT), template, thinking="drop", generate=False)
+    assert learned(dropped, template) == ["It is Kunming.<|im_end|>"]
 
 
 def test_a_variable_changes_where_turns_are_split(templates: dict[str, Template]) -> None:

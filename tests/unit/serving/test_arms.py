@@ -13,9 +13,18 @@ from graftwork.prompts.template import Template
 from graftwork.retrieval import LexicalSpec
 from graftwork.retrieval.index_store import IndexHome
 from graftwork.serving.api.errors import ApiError, PromptTooLong, as_api_errors
-from graftwork.serving.arms import arm_of_row, build_prompt, check_arms, messages_of, require_bytes, size_of, warm
+from graftwork.serving.arms import (
+    Catalog,
+    arm_of_row,
+    build_prompt,
+    check_arms,
+    messages_of,
+    require_bytes,
+    size_of,
+    warm,
+)
 from graftwork.serving.evaluation.answers import question
-from graftwork.serving.spec import ArmSpec
+from graftwork.serving.spec import ArmSpec, ServeSpec
 from tests.chat_templates import FAMILIES
 from tests.tiny import write_tiny_tokenizer
 
@@ -166,6 +175,17 @@ def test_an_arm_that_the_template_does_not_take_is_refused_at_the_start(tmp_path
     takes = Template.load(FAMILIES["qwen3"].write(tmp_path))
     check_arms([ArmSpec(name="calls", tools=(tool,), chat_template_kwargs={"enable_thinking": True})], lambda: takes)
     check_arms([ArmSpec(name="plain")], lambda: pytest.fail("no template is needed"))
+
+
+def test_an_endpoint_sets_the_variables_of_its_base() -> None:
+    tree = {"base": "hub/base", "chat_template_kwargs": {"enable_thinking": False}, "arms": [{"name": "own"}]}
+    spec = ServeSpec.model_validate(tree)
+    catalog = Catalog(spec)
+    assert catalog.arm("base").chat_template_kwargs == {"enable_thinking": False}
+    assert catalog.arm("arm/own").chat_template_kwargs == {}
+    assert catalog.arm("base:task").chat_template_kwargs == {}
+    assert ServeSpec.model_validate(spec.model_dump(mode="json")) == spec
+    assert "chat_template_kwargs" not in ServeSpec.model_validate({"base": "hub/base"}).model_dump()
 
 
 def test_missing_arm_data_shows_when_it_is_warmed_up(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from graftwork.adapters.lora import LoraSpec
 from graftwork.artifacts.verify import problems, read_folder
@@ -22,6 +24,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"rank": 4, "targets": "attention"},
     "experts": {"rank": 2, "targets": "mlp", "experts": True},
     "all": {"rank": 8, "alpha": 8, "rslora": True, "experts": True},
+    "router": {"rank": 3, "targets": "attention", "router": True},
 }
 """Different ranks, scales and targets; `all` has shared experts and dense blocks too."""
 
@@ -81,15 +84,36 @@ def test_many_tokens_of_one_adapter_go_expert_by_expert(tmp_path: Path) -> None:
     assert [answer.tokens] == engines.peft_greedy(base, adapter, [prompt], 8)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "phimoe"])
+def test_routers_alone_send_tokens_to_other_experts(kind: str, tmp_path: Path) -> None:
+    """PhiMoE's router is a linear layer whose result is a tuple."""
+    base = write_family(tmp_path / "base", kind)
+    adapter = write_adapters(base, tmp_path)["router"]
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    routers = {name: 20 * tensor for name, tensor in tensors.items() if ".self_attn." not in name}
+    assert routers
+    save_file({name: routers.get(name, torch.zeros_like(tensor)) for name, tensor in tensors.items()}, path)
+    prompts = [[n * k % 490 + 3 for n in range(30)] for k in (1, 7)]
+    engine = started(base, {"v": adapter})
+    names = (None, "v")
+    asked = [engines.request(f"{n}{v}", prompt, v, max_new_tokens=8) for n, prompt in enumerate(prompts) for v in names]
+    answers = [answer.tokens for answer in engines.ask(engine, *asked)]
+    engine.stop()
+    expected = [engines.peft_greedy(base, adapter if v else None, [prompt], 8)[0] for prompt in prompts for v in names]
+    assert answers == expected
+    assert expected[0] != expected[1]
+
+
 def test_a_target_that_is_neither_experts_nor_a_linear_is_refused(tmp_path: Path) -> None:
     base = write_family(tmp_path / "base", "mixtral")
     adapter = write_adapters(base, tmp_path)["experts"]
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["target_parameters"] = [*config["target_parameters"], "mlp.gate.weight"]
+    config["target_parameters"] = [*config["target_parameters"], "input_layernorm.weight"]
     path.write_text(json.dumps(config), encoding="utf-8")
     engine = started(base, {})
-    with pytest.raises(ArtifactError, match="target_parameters=.*mlp.gate.weight"):
+    with pytest.raises(ArtifactError, match="target_parameters=.*input_layernorm.weight"):
         engine.load_adapter("v", adapter)
     engine.stop()
 

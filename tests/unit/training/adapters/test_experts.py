@@ -13,6 +13,7 @@ from graftwork.adapters.experts import adaptable_linears
 from graftwork.adapters.lora import LoraSpec
 from graftwork.artifacts import verify
 from graftwork.base import load as base_model
+from graftwork.base.model_shape import ModelShape
 from graftwork.errors import ArtifactError, ConfigError
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.storage.store import RunPaths, Store
@@ -24,16 +25,17 @@ from graftwork.training.objectives.rows import prepare
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, TrainJob
 from tests import engines
-from tests.families import write_family
+from tests.families import config_of, write_family
 from tests.training import task, write_rows
 
 CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"rank": 4},
+    "olmoe": {"rank": 4, "router": True},
     "qwen3_moe": {"rank": 4, "experts": True},
     "glm4_moe": {"rank": 4, "experts": True},
     "deepseek_v3": {"rank": 4, "dropout": 0.1},
 }
-"""`adapter` by family: attention alone, with experts, with shared experts too, dropout on shared experts."""
+"""`adapter` by family: attention alone, with routers, experts, shared experts too, dropout on shared experts."""
 PROMPT = [1, 40, 41, 42, 300, 12]
 
 
@@ -64,7 +66,7 @@ def test_what_is_trained_is_served_as_peft_reads_it(kind: str, tmp_path: Path) -
     result, published = trained(spec, tmp_path / "published")
     assert result.train_loss[-1][1] < result.train_loss[0][1]
     tensors = load_file(published / "adapter_model.safetensors")
-    assert not any(".gate.lora" in name or "router" in name for name in tensors), "a router has an adapter"
+    assert any(".gate.lora" in name for name in tensors) is spec.adapter.router  # type: ignore[union-attr]
     on_experts = [name for name in tensors if ".experts." in name]
     assert bool(on_experts) is spec.adapter.experts  # type: ignore[union-attr]
     assert all(tensors[name].any() for name in tensors if "lora_B" in name), "a part of the adapter was not trained"
@@ -92,6 +94,17 @@ def test_training_goes_on_from_a_published_adapter_of_experts(tmp_path: Path) ->
     with torch.no_grad():
         ours, theirs = model.eval()(input_ids=ids).logits, reference(input_ids=ids).logits
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "glm4_moe", "gpt_oss"])
+def test_the_plan_counts_what_peft_trains(kind: str, tmp_path: Path) -> None:
+    base = write_family(tmp_path / "base", kind)
+    shape = ModelShape.from_config(config_of(kind))
+    for keys in ({}, {"experts": True}, {"router": True}, {"targets": "attention", "experts": True, "router": True}):
+        adapter = LoraSpec.model_validate({"rank": 3, **keys})
+        attached = attach(engines.load_model(base), adapter)
+        trained = sum(one.numel() for one in attached.parameters() if one.requires_grad)
+        assert adapter.trained_params(shape) == trained, keys
 
 
 def test_a_base_keeps_its_experts_and_routers(tmp_path: Path) -> None:
@@ -135,8 +148,9 @@ def test_dora_on_shared_experts_and_experts_of_a_dense_base_are_refused(tmp_path
     with pytest.raises(ConfigError, match=r"adapter.dora=true(.|\n)*set adapter.targets=attention"):
         LoraSpec(dora=True).peft_config(shared)
     dense = engines.load_model(write_family(tmp_path / "dense", "llama"))
-    with pytest.raises(ConfigError, match=r"adapter.experts=true(.|\n)*no experts"):
-        LoraSpec(experts=True).peft_config(dense)
+    for key in ("experts", "router"):
+        with pytest.raises(ConfigError, match=rf"adapter.{key}=true(.|\n)*no experts(.|\n)*leave adapter.{key} out"):
+            LoraSpec.model_validate({key: True}).peft_config(dense)
     mixtral = engines.load_model(write_family(tmp_path / "mixtral", "mixtral"))
     with pytest.raises(ConfigError, match=r"adapter.targets=mlp(.|\n)*experts and routers"):
         LoraSpec(targets="mlp").peft_config(mixtral)
@@ -153,4 +167,5 @@ def test_adapters_of_experts_are_not_merged(tmp_path: Path) -> None:
 def test_a_spec_without_experts_keeps_its_identity(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, "mixtral", {"rank": 4})
     assert "experts" not in json.dumps(spec.recipe())
+    assert "router" not in json.dumps(spec.recipe())
     assert spec.with_({"adapter.experts": True}).recipe() != spec.recipe()

@@ -30,6 +30,7 @@ STEPS = 5
 TRIALS: dict[str, dict[str, Any]] = {
     "first": {"adapter.rank": 4, "optim.lr": 5e-3},
     "decayed": {"adapter.rank": 4, "adapter.alpha": 8, "optim.lr": 2e-3, "optim.weight_decay": 0.1},
+    "stable": {"adapter.rank": 4, "optim.betas": [0.8, 0.9], "optim.schedule": "wsd", "optim.decay_ratio": 0.5},
     "wide": {"adapter.rank": 8, "adapter.rslora": True, "optim.schedule": "cosine", "optim.warmup_ratio": 0.3},
     "clipped": {
         "adapter.rank": 2,
@@ -152,6 +153,8 @@ def test_trials_that_differ_in_what_each_has_of_its_own_can_share(folder: Path) 
 @pytest.mark.parametrize(
     ("changes", "config", "reason"),
     [
+        ({"optim.kind": "muon"}, {}, "optim.kind=muon"),
+        ({"adapter.modules_to_save": ["lm_head"]}, {}, "adapter.modules_to_save"),
         ({"adapter.dora": True}, {}, "adapter.dora"),
         ({"adapter.dropout": 0.1}, {}, "adapter.dropout=0.1"),
         ({"adapter": {"kind": "ia3"}}, {}, "adapter.kind=ia3"),
