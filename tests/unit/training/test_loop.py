@@ -272,6 +272,9 @@ class HeadOnly(torch.nn.Module):
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.head
 
+    def get_decoder(self) -> torch.nn.Module:
+        return self
+
 
 def test_a_schedule_in_one_go_is_its_chain_of_segments(folder: Path, tmp_path: Path) -> None:
     """The second segment begins from the checkpoint of the first, as a member of a population does."""
