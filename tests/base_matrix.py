@@ -5,7 +5,7 @@
     python -m tests.base_matrix --write qwen3 gemma2      checks these, and leaves the others as they are
 
 A config is the class defaults of transformers with the facts below over them: those that decide the structure, from the
-config.json of the model that is named.
+config.json of the model that is named. Sizes are those of the defaults.
 """
 
 import json
