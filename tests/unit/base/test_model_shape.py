@@ -224,7 +224,7 @@ def test_an_entry_is_one_configs_alone(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_class_that_is_no_causal_language_model_is_refused() -> None:
-    config = {"model_type": "mistral3", "text_config": {**FAMILIES["mistral"], "model_type": "mistral"}}
+    config = {"model_type": "vit"}
     with pytest.raises(BaseModelError, match="cannot build it(.|\n)*Rule: (.|\n)*Hint: take a base"):
         ModelShape.from_config(config)
 
