@@ -129,7 +129,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
     packed_form = find_format(config)
     kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
     if not kept.reason and facts.shape.expert_params:
-        kept = Support("its experts are 3-D parameters: kept are linear layers alone", UNPACKED)
+        kept = Support("its experts are 3-D parameters: kept are linear layers alone", "--set quant.kind=nf4")
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
     full, packed, pack = _training_support(facts)
     train = full

@@ -216,6 +216,9 @@ def test_experts_in_mxfp4_load_as_in_transformers(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for key, weight in expected.items():
         assert torch.equal(found[key], weight), key
+    packed = load(tmp_path, "nf4", dtype="bfloat16")
+    assert packed.stored_bytes < 0.5 * sum(weight.nbytes for weight in expected.values())
+    assert torch.isfinite(packed.model(IDS % 64).logits).all()
     refused(tmp_path, "checkpoint", r"MXFP4 \(experts, groups of 32\): kept are linear layers alone")
 
 
@@ -233,6 +236,7 @@ def test_experts_in_fp8_load_as_in_transformers(tmp_path: Path) -> None:
     assert any(weight.dim() == 3 for weight in found.values())
     for key, weight in expected.items():
         assert torch.equal(found[key], weight.float()), key
+    assert load(folder, "nf4").stored_bytes < 0.4 * sum(weight.nbytes for weight in found.values())
     with pytest.raises(BaseModelError, match="is no linear layer of the model"):
         load(folder, "checkpoint")
     support = base_support(resolve(folder).config)

@@ -217,6 +217,28 @@ def test_shown_tokens_are_those_of_transformers_and_trl(folder: Path, tmp_path: 
     assert [turn["content"] in run for turn, run in zip(turns[1::2], answers, strict=True)] == [True] * len(answers)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # set by TRL 1.16 itself
+def test_prompt_and_completion_are_learned_as_by_trl(folder: Path, tmp_path: Path) -> None:
+    """Source: the labels that TRL 1.16's SFTTrainer builds; it learns the line end behind the end token too."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    turns = [("user", "Hi"), ("assistant", "Well."), ("user", "Time?")]
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    record = {"prompt": prompt, "completion": [{"role": "assistant", "content": "Noon."}]}
+    base = str(folder / "base")
+    [row] = report_on(spec_of_file(write(tmp_path / "rows.jsonl", record), base)).rows
+    settings = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_length=None, bf16=False)
+    rows = Dataset.from_list([record])
+    [theirs] = SFTTrainer(
+        model=base, args=settings, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(base)
+    ).train_dataset
+    assert [token.id for token in row.tokens] == theirs["input_ids"]
+    learned = [label != -100 for label in theirs["labels"]]
+    assert "".join(token.text for token, on in zip(row.tokens, learned, strict=True) if on) == "Noon.<|im_end|>\n"
+    assert "".join(token.text for token in row.tokens if token.trained) == "Noon.<|im_end|>"
+
+
 def test_packed_rows_are_shown_one_by_one(folder: Path) -> None:
     plain, packed = (
         report_on(task(folder, num_workers=1, objective={"kind": "sft", "packing": packing}))
