@@ -197,7 +197,10 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
             "bases are stored in the cache, $GRAFTWORK_CACHE or ~/.cache/graftwork",
             "free disk space, or set GRAFTWORK_CACHE to another folder",
         ) from error
-    find_format(config)
+    try:
+        find_format(config)
+    except BaseModelError as error:
+        raise BaseModelError(f"base {base.uri}: {error.subject}", error.problem, error.rule, error.hint) from error
     if base.sha256 and not base.uri.endswith(".gguf"):
         source.expect(base.uri, base.sha256, digest)
     stretched = source.stretch(base.uri, config, base.rope_scaling) if base.rope_scaling else {}

@@ -18,7 +18,7 @@ from graftwork.adapters.experts import expert_weights, experts_problem, router_w
 from graftwork.compat.hf import apply_gate
 from graftwork.serving.engine.adapters.format import ExpertLora
 from graftwork.serving.engine.adapters.loaded import LoadedAdapter
-from graftwork.serving.engine.lora_layers import LoraSegment
+from graftwork.serving.engine.lora_layers import LoraSegment, is_linear
 
 UP, DOWN = "gate_up_proj", "down_proj"
 _FEW_PAIRS = 64
@@ -65,6 +65,8 @@ class ExpertLayers:
                 self._hook(name, module, module.forward)
         for name in router_weights(model):
             router = model.get_submodule(name.removesuffix(".weight"))
+            if is_linear(router):  # inside of a router (Hunyuan), hooked with the other linears
+                continue
             self._hook_router(name.removesuffix(".weight"), router, router.forward)
 
     def unhook(self) -> None:

@@ -22,7 +22,7 @@ class BaseView:
     def __init__(self, model: Any, linears: Mapping[str, LinearShape], kv_shapes: Sequence[KvShape] = ()) -> None:
         self.linears, self.kv_shapes = linears, tuple(kv_shapes)
         self.experts = {one.name: one for one in expert_weights(model)}
-        self.routers = {name.removesuffix(".weight") for name in router_weights(model)}
+        self.routers = {name.removesuffix(".weight") for name in router_weights(model)} - set(linears)
         self._modules: dict[str, torch.nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.embedding: Any = model.get_input_embeddings()
         self.output: Any = model.get_output_embeddings()

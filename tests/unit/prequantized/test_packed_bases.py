@@ -394,3 +394,11 @@ def test_quantize_measures_the_checkpoint_itself(plain: Path, tmp_path: Path) ->
     assert kept.stored_bytes < 0.7 * same.stored_bytes
     assert "checkpoint=GPTQ int4 (groups of 16)" in kept.reason
     assert "checkpoint" not in QuantizeSpec.model_fields["precisions"].default
+
+
+def test_a_format_that_is_not_read_ends_every_command_with_the_base_and_the_key(plain: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(plain, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(BaseModelError, match=rf"base {folder}: quantization_config.quant_method: 'hqq'"):
+        resolve(folder)
