@@ -1,5 +1,6 @@
 """Adapters of every kind on a loaded base: attach one, load a published one, stack it on a frozen LoRA, disable it."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,15 +61,22 @@ def _attach(model: Any, config: Any) -> Any:
     weights = {name for name in parameters if name.removesuffix(".weight") in linears}
     if not weights:
         with as_parameters(model):
-            return get_peft_model(model, config)
+            return _peft_model(model, config)
     saved = sorted(config.target_modules), sorted(parameters)
     config.target_modules = {*config.target_modules, *(name.removesuffix(".weight") for name in weights)}
     config.target_parameters = sorted(parameters - weights) or None
     with keep_targets(), as_parameters(model):
-        attached = get_peft_model(model, config)
+        attached = _peft_model(model, config)
     config.target_modules, config.target_parameters = set(saved[0]), saved[1]
     config.lora_dropout = 0.0  # PEFT refuses it for parameters; the layers here have theirs
     return attached
+
+
+def _peft_model(model: Any, config: Any) -> PeftModel:
+    """PEFT's `get_peft_model` without the warning of a name that PEFT 0.21 reads and transformers 5.24 renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def load_adapter_weights(model: Any, adapter: Path) -> None:
