@@ -170,9 +170,32 @@ def test_bbq_trains_on_other_templates_and_in_balance() -> None:
 def test_what_is_not_there_is_said() -> None:
     with pytest.raises(
         DataError,
-        match="recipes are airport-card, airport-city, airport-pairs, bbq-gender, city-country, country-facts",
+        match="recipes are airport-card, airport-city, airport-pairs, airport-tools, bbq-gender, city-country, ",
     ):
         read_text("recipe://airports/train.jsonl")
     for file in ("corpus.jsonl", "", "../ua_parse.py"):
         with pytest.raises(DataError, match="its files are card.json, eval.jsonl, schema.json"):
             read_text(f"recipe://ua-parse/{file}")
+
+
+def test_calls_of_airport_tools_are_of_its_tools_and_their_results_hold_the_answer() -> None:
+    airports: list[str] = []
+    for split, size in {"train": 400, "valid": 48, "eval": 150}.items():
+        rows = read_rows(f"recipe://airport-tools/{split}.jsonl", need="eval" if split == "eval" else "train")
+        assert len(rows) == size
+        for row in rows:
+            schemas = {one["function"]["name"]: one["function"]["parameters"] for one in row.tools}
+            assert len(schemas) == 3
+            airports += row.id.removeprefix("tools-").split("-")
+            if split == "eval":
+                assert row.gold is not None
+                calls = [(call["name"], call["arguments"]) for call in row.gold["tool_calls"]]
+            else:
+                calls = [(call.name, call.arguments) for call in row.messages[1].tool_calls]
+                results = [json.loads(turn.content) for turn in row.messages if turn.role == "tool"]
+                assert len(results) == len(calls) == len(row.messages) - 3
+                assert any(str(value) in str(row.answer) for result in results for value in result.values())
+            for name, arguments in calls:
+                jsonschema.validate(arguments, schemas[name])
+                assert all(value in row.question[0].content for value in arguments.values())
+    assert len(set(airports)) == len(airports), "no airport is asked about twice"
