@@ -20,6 +20,7 @@ from graftwork.serving.evaluation.scorers.plugin import OwnSpec
 from graftwork.serving.evaluation.scorers.protocol import ModelReply, Scorer, ScorerKind
 from graftwork.serving.evaluation.scorers.sql import SqlSpec
 from graftwork.serving.evaluation.scorers.text_match import ExactScorer, ExactSpec, QaSpec, RegexSpec
+from graftwork.serving.evaluation.scorers.tool_calls import ToolCallsSpec
 
 
 def _expand_short_form(value: Any) -> Any:
@@ -36,6 +37,7 @@ _AnySpec = (
     | SqlSpec
     | OverlapSpec
     | ChoiceSpec
+    | ToolCallsSpec
     | LatencySpec
     | TokensSpec
     | CostSpec
