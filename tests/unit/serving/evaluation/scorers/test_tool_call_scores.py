@@ -15,7 +15,7 @@ from graftwork.serving.evaluation.scorers.protocol import ModelReply
 from graftwork.serving.evaluation.scorers.tool_calls import ToolCallsSpec
 
 SCORERS = load_scorers([ToolCallsSpec(kind="tool_calls")])
-RIGHT = [
+RIGHT: list[dict[str, Any]] = [
     {"name": "airport_by_icao", "arguments": {"icao": "KJFK"}},
     {"name": "search_airport", "arguments": {"name": "Heathrow", "city": "London"}},
 ]
