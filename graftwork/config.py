@@ -189,6 +189,11 @@ def _read(path: Path, sets: Sequence[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         found = "it is empty" if tree is None else "it is not a mapping"
         raise ConfigError(f"spec file {path}", found, "a spec is one YAML mapping of keys", "begin with 'kind: train'")
+    return with_sets(tree, sets)
+
+
+def with_sets(tree: dict[str, Any], sets: Sequence[str]) -> dict[str, Any]:
+    """`tree` with the changes `a.b=v` made in it, in order. Raises ConfigError."""
     for item in sets:
         key, sep, text = item.partition("=")
         if not sep or not key:
@@ -211,9 +216,10 @@ def validate(cls: type[SpecT], tree: Mapping[str, Any], where: str) -> SpecT:
     except pydantic.ValidationError as error:
         own = (e for e in error.errors() if e["type"] != "default_factory_not_called")  # for want of another key
         first, *rest = [explain_error(cls, dict(e), tree) for e in own]
-        asked, found, rule, hint = first
-        also = tuple(f"{asked}: {found}" + (f" ({hint})" if hint else "") for asked, found, _, hint in rest)
-        raise ConfigError(f"{where}: {asked}", found, rule, hint, also) from None
+        also = tuple(
+            f"{asked}: {found}" + (f" ({hint or rule})" if hint or rule else "") for asked, found, rule, hint in rest
+        )
+        raise ConfigError(f"{where}: {first[0]}", *first[1:], also) from None
 
 
 def _not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
@@ -289,6 +295,8 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
             if not parts:
                 node[part] = value
                 return
+            if parts and part == "base" and isinstance(node.get(part), str):  # the short form of `base.uri`
+                node[part] = {"uri": node[part]}
             node = node.setdefault(part, {})
         if parts and not isinstance(node, dict | list):
             raise ConfigError(

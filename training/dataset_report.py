@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graftwork import config
 from graftwork.base.load import resolve
 from graftwork.base.load import template as base_template
 from graftwork.datasets.examples import iter_examples, purpose_keys
@@ -88,11 +89,16 @@ class DatasetReport:
     rows: tuple[ShownRow, ...]
 
 
-def spec_of_file(path: str, base: str) -> TrainSpec:
-    """A spec with the defaults of the objective that the file's first row is for, and no limit of length."""
-    kind = _OBJECTIVE_OF[purpose_of(path)]
-    tree = {"name": "data", "base": base, "data": {"train": path}, "objective": {"kind": kind}, "max_length": LONGEST}
-    return TrainSpec.model_validate(tree if kind != "cpt" else {**tree, "max_length": 2048})
+def spec_of_file(path: str, base: str, sets: Sequence[str] = ()) -> TrainSpec:
+    """A spec with the defaults of the objective that the file's first row is for, and no limit of length.
+
+    sets: `key=value` changes of the spec; with any of `data` the objective is sft unless one names it.
+    """
+    of_data = any(one.startswith("data.") for one in sets)
+    kind = "sft" if of_data else _OBJECTIVE_OF[purpose_of(path)]
+    tree: dict[str, Any] = {"name": "data", "base": base, "data": {"train": path}, "objective": {"kind": kind}}
+    tree["max_length"] = LONGEST if kind != "cpt" else 2048
+    return config.validate(TrainSpec, config.with_sets(tree, sets), where="--set")
 
 
 def purpose_of(path: str) -> Purpose:
@@ -114,7 +120,7 @@ def report_without_base(path: str) -> DatasetReport:
     keys = purpose_keys(purpose)
     contents = [example.content_hash() for example in iter_examples(path, purpose, keys=keys)]
     read = ReadPart(TokenRows.from_pairs([]), 0, "", keys=keys)
-    note = "no base is given, so no tokens are shown"
+    note = "no base is given: add --base BASE or --spec FILE to see tokens and ignored keys of the run"
     return _report(path, _OBJECTIVE_OF[purpose], read, len(contents), _duplicates(contents), None, None, (note,), ())
 
 

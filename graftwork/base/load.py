@@ -169,7 +169,7 @@ def config_beside(base: BaseSpec, folder: Path) -> Path | None:
 
 def read_config(base: BaseSpec) -> Mapping[str, Any]:
     """The config of a base, with its changes by the spec; of `config_file` too. Raises BaseModelError, StorageError."""
-    file = config_file(base)
+    file = config_file(base) or source.config_from_hub(base.uri)
     if file is None:
         return resolve(base).config
     config = source.read_config_file(file, base.uri)

@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -156,6 +157,17 @@ def from_hub(uri: str) -> Path | None:
     return _from_hub(hub["id"], hub["revision"]) if hub else None
 
 
+def config_from_hub(uri: str) -> Path | None:
+    """config.json behind a Hugging Face id, without its weights; None: it is no such id. Raises BaseModelError."""
+    hub = _HUB_ID.fullmatch(uri)
+    if hub is None or Path(uri).expanduser().exists():
+        return None
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(hub["id"]):
+        return Path(hf_hub_download(hub["id"], "config.json", revision=hub["revision"]))
+
+
 def is_uncached_hub_id(uri: str) -> bool:
     """True of a Hugging Face id of which the hub's cache on this machine has nothing. Loads no library of the hub."""
     hub = _HUB_ID.fullmatch(uri)
@@ -295,18 +307,25 @@ def _from_store(uri: str, on_progress: Progress | None) -> Path:
 def _from_hub(hub_id: str, revision: str | None) -> Path:
     """The folder of transformers' own cache; HF_HUB_OFFLINE and the hub's other settings apply."""
     from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in _NEEDED_SUFFIXES]
+    with _hub_errors(hub_id):
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    """Raise the hub's errors as BaseModelError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=[f"*{suffix}" for suffix in _NEEDED_SUFFIXES])
-        )
+        yield
     except LocalEntryNotFoundError as error:
         raise BaseModelError(
             f"base {hub_id}",
             "it is not in the Hugging Face cache and the hub is out of reach",
             _FORMS,
-            "allow the network once, or point `base:` at a folder",
+            "allow the network once, or name a folder",
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -31,10 +31,13 @@ one more, `checkpoint`."""
 
 
 class StrategyKeys(Protocol):
-    """Key of `strategy` that a base can rule out."""
+    """Keys of `strategy` that a base can rule out."""
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def context_parallel(self) -> int: ...
 
 
 class AdapterKeys(Protocol):
@@ -46,6 +49,9 @@ class AdapterKeys(Protocol):
 
 class TrainingRun(Protocol):
     """Keys of a training spec that a base can rule out; `TrainSpec` has them."""
+
+    @property
+    def max_length(self) -> int: ...
 
     @property
     def quant(self) -> QuantSpec: ...
@@ -180,6 +186,7 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
             "packed experts are not sharded: each worker holds all of them", "--set strategy.kind=zero2"
         )
         support.require(unsharded, f"quant.kind={spec.quant.kind} with strategy.kind={spec.strategy.kind}")
+    _check_context_parallel(spec, config)
     names = getattr(spec.adapter, "target_modules", None)
     if names not in (None, "all-linear"):
         facts = facts_of(config)
@@ -187,6 +194,26 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("pack", "objective.packing=best_fit")
     return support
+
+
+def _check_context_parallel(spec: TrainingRun, config: Mapping[str, Any]) -> None:
+    """Raise BaseModelError where attention is not computed over parts of a row (`training.context_parallel`)."""
+    size = spec.strategy.context_parallel
+    if size == 1:
+        return
+    text = config.get("text_config") or config
+    heads, window = int(text.get("num_attention_heads") or 0), text.get("sliding_window")
+    problem, hint = "", "set strategy.context_parallel=1"
+    if heads % size:
+        whole = next(n for n in range(min(size, heads), 0, -1) if heads % n == 0)
+        problem, hint = f"the base has {heads} attention heads", f"set a divisor of it: {whole}"
+    elif text.get("attn_logit_softcapping") or text.get("model_type") == "gpt_oss":
+        problem = "the base's attention has soft-capping or sinks"
+    elif window and text.get("use_sliding_window", True) and spec.max_length > window:
+        problem, hint = f"the base's attention has a sliding window of {window} tokens", f"set max_length={window}"
+    if problem:
+        rule = "a worker computes an equal number of heads, as a causal softmax over all tokens"
+        raise BaseModelError(f"strategy.context_parallel={size}, max_length={spec.max_length}", problem, rule, hint)
 
 
 def check_serving(spec: Any) -> None:

@@ -71,9 +71,9 @@ def _spec(file: str | None, spec_file: Path | None, base: str | None, sets: list
     if spec_file is None:
         if file is None:
             raise ConfigError("data show", "neither FILE nor --spec is given", "name the rows", "add a FILE")
-        if sets:
-            raise ConfigError(f"--set {sets[0]}", "no --spec is given", "--set changes a spec", "add --spec FILE")
-        return spec_of_file(file, base) if base is not None else None
+        if sets and base is None:
+            raise ConfigError(f"--set {sets[0]}", "no base is given", "--set changes a spec", "add --base or --spec")
+        return spec_of_file(file, base, sets) if base is not None else None
     spec = config.load(spec_file, sets, expect="train")
     assert isinstance(spec, TrainSpec)
     changes = {"base": base} if base is not None else {}

@@ -392,7 +392,12 @@ def _label(row: _FormatRow) -> bool:
         )
     value = row.record[given[0]]
     if not (is_number(value, 0) or is_number(value, 1)):
-        raise DataError(f"{row.where}: {given[0]}", f"found {value!r}", "a label is true or false")
+        raise DataError(
+            f"{row.where}: {given[0]}",
+            f"found {value!r}",
+            "a label is true or false",
+            "write true for a good answer, false for a bad one",
+        )
     return is_number(value, 1)
 
 

@@ -248,7 +248,9 @@ def _json(text: str, at: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(at, f"it is not JSON ({error})", "the text is a JSON value", "write the text again") from None
+        raise DataError(
+            at, f"it is not JSON ({error})", "it is JSON, or its text", 'for example {"city": "Oslo"}'
+        ) from None
 
 
 def _joined(parts: list[Any], at: str) -> str:

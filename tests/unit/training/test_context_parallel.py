@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from graftwork.errors import ConfigError
+from graftwork.base import load as base_model
+from graftwork.base.support import check_training
+from graftwork.errors import BaseModelError, ConfigError
 from graftwork.training.context_parallel import ContextParallelRows
 from graftwork.training.loop import run_steps
 from graftwork.training.objectives.rows import IGNORED, TokenRows, prepare
@@ -80,3 +82,21 @@ def test_two_and_four_ranks_train_as_one_process_does(tmp_path: Path) -> None:
 def test_what_parts_of_rows_cannot_compute_is_refused(tmp_path: Path, changes: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(found)):
         spec_of(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "found"),
+    [
+        ({"strategy.context_parallel": 2, "num_workers": 2}, {"num_attention_heads": 9}, "9 attention heads"),
+        ({"max_length": 512}, {"sliding_window": 256}, "sliding window of 256 tokens"),
+        ({}, {"attn_logit_softcapping": 50.0}, "soft-capping or sinks"),
+    ],
+)
+def test_a_base_whose_attention_has_no_parts_is_refused_before_a_worker_starts(
+    tmp_path: Path, changes: dict[str, Any], config: dict[str, Any], found: str
+) -> None:
+    spec = spec_of(tmp_path, **changes)
+    known = json.loads((base_model.resolve(spec.base).folder / "config.json").read_text())
+    check_training(spec, known)
+    with pytest.raises(BaseModelError, match=found):
+        check_training(spec, {**known, "hidden_size": 36, "head_dim": 4, "num_key_value_heads": 1, **config})

@@ -327,3 +327,16 @@ def test_missing_arguments_are_named() -> None:
         as_json()
     with pytest.raises(ConfigError, match="--set changes a spec"):
         as_json("rows.jsonl", "--set", "seed=1")
+
+
+def test_set_changes_the_spec_of_a_file_shown_with_a_base(folder: Path, tmp_path: Path) -> None:
+    """Keys of `data` for other column names, and of a base that is given by its short form."""
+    base = str(folder / "base")
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+    uri = write(tmp_path / "rows.jsonl", {"question": "Where?", "answer": "Here.", "tools": tools})
+    columns = "data.columns={prompt: question, completion: answer}"
+    found = as_json(uri, "--base", base, "--set", columns, "--set", "base.chat_template=hermes")
+    [row] = found["rows"]
+    text = "".join(token["text"] for token in row["tokens"])
+    assert '"name": "now"' in text
+    assert "".join(token["text"] for token in row["tokens"] if token["trained"]).startswith("Here.")
