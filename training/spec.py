@@ -26,7 +26,7 @@ class CheckpointSpec(Spec):
     """What becomes of the checkpoints that `checkpoint_every` makes."""
 
     keep_last: int = Field(default=2, ge=1)
-    """Newest complete checkpoints kept; one would do, the second is for the disk that lies."""
+    """Newest complete checkpoints kept; the second in case the newest is corrupt."""
     keep_best: int = Field(default=0, ge=0)
     """Checkpoints kept besides, by `metric`."""
     metric: str = "eval_loss"
@@ -75,7 +75,7 @@ class OptimSpec(Spec):
     """adamw_8bit, paged_adamw_8bit: bitsandbytes' AdamW with 8-bit states, paged ones on GPUs alone. adafactor: arXiv
     1804.04235 at a given rate. muon: torch's Muon on matrices, AdamW on all other weights."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = optimizers.BETAS
-    """Decays of AdamW's moments."""
+    """Beta coefficients of AdamW."""
     eps: float = Field(default=optimizers.EPS, gt=0)
     """Added to the root of AdamW's second moment."""
     lr: float = Field(default=2e-3, gt=0)

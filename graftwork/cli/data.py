@@ -94,7 +94,8 @@ def _print(report: "DatasetReport") -> None:
     )
     for path, name in report.files.items() if len(report.files) > 1 else ():
         echo(f"  {path}: {name}")
-    repeated = f"{report.duplicates} rows repeat the content of another" if report.duplicates else "no row twice"
+    rows = "1 row repeats" if report.duplicates == 1 else f"{report.duplicates} rows repeat"
+    repeated = f"{rows} the content of another" if report.duplicates else "no row twice"
     echo(f"duplicates: {repeated}")
     if report.eval is not None:
         echo(f"held-out rows: {report.eval['rows']}, {report.eval['overlap']} of them also among the training rows")

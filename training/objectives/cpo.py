@@ -33,7 +33,7 @@ class CpoSpec(Spec):
 
     kind: Literal["cpo"] = "cpo"
     beta: float = Field(default=0.1, gt=0)
-    """Factor of the log probabilities."""
+    """Scale of the difference in log probabilities."""
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
     """sigmoid: CPO; hinge: SLiC (arXiv 2305.10425); ipo: arXiv 2310.12036; simpo: a margin between mean log
     probabilities."""

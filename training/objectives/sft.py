@@ -69,7 +69,7 @@ class AnswersSpec(Spec):
 
 
 class SftSpec(Spec):
-    """Supervised finetuning: the loss falls on the assistant's turns, by the mask of `chat.render`."""
+    """Supervised finetuning: the loss falls on the assistant's turns, by the mask of `graftwork.prompts.render`."""
 
     kind: Literal["sft"] = "sft"
     packing: Packing = "none"
