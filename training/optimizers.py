@@ -50,6 +50,11 @@ def check(optim: "OptimSpec", run: "TrainSpec") -> None:
             "optim.betas and optim.eps can't take effect with optim.kind=adafactor: it has no first moment, and its "
             "decay depends on the step (arXiv 1804.04235). Leave them out"
         )
+    if kind == "muon" and getattr(run.adapter, "rank", 2) == 1:
+        raise ValueError(
+            "optim.kind=muon can't be combined with adapter.rank=1: its factors are vectors, and Muon steps matrices. "
+            "Set adapter.rank=2 or optim.kind=adamw"
+        )
     if kind == "muon" and not run.adapter.trains_matrices:
         raise ValueError(
             f"optim.kind=muon can't go with adapter.kind={run.adapter.kind}: Muon steps matrices, and the adapter has "

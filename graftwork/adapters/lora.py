@@ -103,7 +103,7 @@ class LoraSpec(AdapterKind):
 
     @property
     def adds_up(self) -> bool:
-        return not (self.dora or self.experts or self.modules_to_save)
+        return not (self.dora or self.experts or self.router or self.modules_to_save)
 
     def describe(self) -> str:
         """Return the adapter in a few words."""

@@ -73,8 +73,8 @@ def choose_linears(targets: TargetModules, linears: Sequence["Linear"], model_na
 
 
 def _names(linear: "Linear") -> list[str]:
-    """Full names of the layers that a pattern stands for; layers are numbered from 0."""
-    return [_STAR.sub(f".{number}", linear.name, count=1) for number in range(linear.count)]
+    """Full names of the layers that a pattern stands for."""
+    return [_STAR.sub(f".{number}", linear.name, count=1) for number in linear.blocks or range(linear.count)]
 
 
 def saved_modules(asked: Sequence[str], model: Any) -> tuple[list[str], bool]:

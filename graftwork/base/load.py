@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WORTH_BYTES = 64 * 2**20
 """Weights of a base from which on its quantised form is cached: smaller ones are quantised in no time."""
 _DIGEST = "digest.txt"
-_PLAIN_FORM = 1
+_PLAIN_FORM = 2
 """Of the files that `cache_dequantised` writes; raise it when the computation of a format's values changes."""
 
 

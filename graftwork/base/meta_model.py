@@ -7,8 +7,7 @@ import importlib
 import json
 import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -310,8 +309,18 @@ def _sizes(module: Any) -> tuple[int, int]:
 
 def _group_linears(found: Iterable[tuple[str, int, int]], *, outside: bool = False) -> tuple[Linear, ...]:
     """Equal layers of different blocks as one entry, in the model's order. outside: of the text decoder."""
-    counts = Counter((_pattern(name), inputs, outputs) for name, inputs, outputs in found)
-    return tuple(Linear(*key, count, "outside" if outside else _part(key[0])) for key, count in counts.items())
+    blocks: dict[tuple[str, int, int], list[int]] = {}
+    for name, inputs, outputs in found:
+        number = _NUMBER.search(name)
+        blocks.setdefault((_pattern(name), inputs, outputs), []).append(int(number[0][1:]) if number else -1)
+    return tuple(
+        Linear(*key, len(at), "outside" if outside else _part(key[0]), tuple(at) if _are_blocks(at) else ())
+        for key, at in blocks.items()
+    )
+
+
+def _are_blocks(numbers: Sequence[int]) -> bool:
+    return len(set(numbers)) == len(numbers) and -1 not in numbers
 
 
 def _part(name: str) -> Literal["attention", "mlp", "other"]:

@@ -6,7 +6,7 @@ versions of transformers and PEFT, so that a plan of a known base imports neithe
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import Any, Literal, cast
 
@@ -35,6 +35,8 @@ class Linear:
     """Layers of that name in the whole model."""
     part: Literal["attention", "mlp", "other", "outside"]
     """`outside`: of the text decoder, in a tower for images or sound."""
+    blocks: tuple[int, ...] = field(default=(), compare=False)
+    """Numbers in place of the first `*`, one a layer; empty where several layers have one."""
 
     @property
     def params(self) -> int:

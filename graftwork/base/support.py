@@ -134,6 +134,8 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         )
     packed_form = find_format(config)
     kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
+    if not kept.reason and "text_config" in config:
+        kept = Support("it has towers, and layers have other names in its files", UNPACKED)
     if not kept.reason and facts.shape.expert_params:
         kept = Support("its experts are 3-D parameters: kept are linear layers alone", "--set quant.kind=nf4")
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
@@ -207,6 +209,8 @@ def _check_context_parallel(spec: TrainingRun, config: Mapping[str, Any]) -> Non
     if heads % size:
         whole = next(n for n in range(min(size, heads), 0, -1) if heads % n == 0)
         problem, hint = f"the base has {heads} attention heads", f"set a divisor of it: {whole}"
+    elif facts_of(config).shape.router_loss:
+        problem = "the base has a router loss, which is over whole rows"
     elif text.get("attn_logit_softcapping") or text.get("model_type") == "gpt_oss":
         problem = "the base's attention has soft-capping or sinks"
     elif window and text.get("use_sliding_window", True) and spec.max_length > window:

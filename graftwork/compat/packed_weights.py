@@ -4,6 +4,7 @@ Upstream: `register_quantizer`, and `HfQuantizer._process_model_before_weight_lo
 `_process_model_after_weight_loading`, which a quantizer overrides; checked with transformers 5.24.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,6 @@ from graftwork.prequantized.convert import PackedFiles
 from graftwork.prequantized.format import PackedFormat
 
 NAME = "graftwork-packed"
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
-"""Held as bytes in memory: communication between ranks has no such types, and a cast of the model would change them."""
 
 
 class PackedLinear(nn.Linear):
@@ -40,10 +39,11 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a plain weight
         self.in_features, self.out_features = size
         self.packed_format, self.dtype = packed, dtype
-        self.part_types = {name: part.dtype for name, part in parts.items()}
+        self.part_types = {name: (part.dtype, part.shape) for name, part in parts.items()}
         for name, part in parts.items():
             stored = part.detach().contiguous()
-            held = stored.view(torch.uint8) if stored.dtype in FLOAT8 else stored
+            # bytes: DeepSpeed casts parameters of floating dtypes, and ranks cannot send those of 8 bits
+            held = stored.reshape(-1).view(torch.uint8) if stored.is_floating_point() else stored
             self.register_parameter(_attribute(name), nn.Parameter(held, requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -51,9 +51,9 @@ class PackedLinear(nn.Linear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The exact values [O, I], computed at each use."""
         parts: dict[str, torch.Tensor] = {name: getattr(self, _attribute(name)).data for name in self.part_types}
-        for name, stored in self.part_types.items():
-            if stored in FLOAT8:
-                parts[name] = parts[name].view(stored)
+        for name, (dtype, shape) in self.part_types.items():
+            if dtype.is_floating_point:
+                parts[name] = parts[name].view(dtype).view(shape)
         with torch.no_grad():
             return self.packed_format.dequantise(parts, self.dtype)
 
@@ -94,6 +94,14 @@ class PackedLoadConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transf
         self.files, self.packed, self.dtype = files, packed, dtype
 
 
+def _is_unread(model: Any, module: str) -> bool:
+    """Return whether transformers leaves the module's tensors out, as those of layers for multi-token prediction.
+
+    Upstream: `PreTrainedModel._keys_to_ignore_on_load_unexpected`.
+    """
+    return any(re.search(pattern, f"{module}.weight") for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
 class PackedParts(nn.Module):
     """Tensors of one layer under their names in the checkpoint, while it is loaded."""
 
@@ -124,9 +132,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = self.quantization_config.files
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        if missing := [module for module in files.modules if module not in linears]:
+        if missing := [module for module in files.modules if module not in linears and not _is_unread(model, module)]:
             raise ValueError(f"{missing[0]} is packed in the checkpoint, and is no linear layer of the model")
-        for module, parts in files.modules.items():
+        for module, parts in ((name, parts) for name, parts in files.modules.items() if name in linears):
             plain = linears[module]
             plain.bias = None if plain.bias is None else nn.Parameter(plain.bias, requires_grad=False)
             model.set_submodule(module, PackedParts(plain, {part: files.shape(name) for part, name in parts.items()}))

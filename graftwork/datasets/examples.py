@@ -73,7 +73,7 @@ def iter_examples(
     file, an id that came before, no rows at all); StorageError.
     """
     source, keys = RowSource.of(source), keys or purpose_keys(purpose)
-    if source.weights:
+    if source.weights and source.side == "train":
         found = _mixed(source, purpose, keys)
     else:
         found = itertools.chain.from_iterable(_side(source, part, purpose, keys) for part in source.parts)

@@ -79,7 +79,8 @@ def local_path(uri: str) -> Path:
 
 def shards(uri: str, folder: Path) -> list[Path]:
     """The data files of a folder, by name. Raises DataError where there are none."""
-    found = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path.name))
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("dataset_info"))
+    found = sorted(path for path in files if _reader(path.name))
     if not found:
         endings = ", ".join(READERS)
         raise DataError(uri, "the folder has no data files", f"a data file ends in {endings}", "check the path")
@@ -177,11 +178,12 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
 
 
 def _delimiter(header: str, uri: str) -> str:
-    """Of comma, semicolon, tab and bar the one that gives the header the most fields; a `.tsv` has tabs."""
+    """The comma where it parts the header, else of semicolon, tab and bar the best at it; a `.tsv` has tabs."""
     if uri.lower().removesuffix(".gz").endswith(".tsv"):
         return "\t"
     # csv.Sniffer takes a space or a letter for the separator of some headers (CPython 3.12)
-    return max(",;\t|", key=lambda separator: len(next(csv.reader([header], delimiter=separator), ())))
+    fields = {one: len(next(csv.reader([header], delimiter=one), ())) for one in ",;\t|"}
+    return "," if fields[","] > 1 else max(fields, key=fields.__getitem__)
 
 
 def _parquet(uri: str, path: Path) -> Iterator[Record]:
@@ -256,6 +258,10 @@ def _saved(uri: str, folder: Path, split: str | None) -> Iterator[Record]:
     yield from enumerate(map(_without_fillers, found), start=1)
 
 
+_TURNS = frozenset({"input", "completion", "chosen", "rejected", "preferred_output", "non_preferred_output"})
+"""Keys whose value may be one turn, or an object of turns and tools."""
+
+
 def _without_fillers(record: Mapping[str, Any]) -> dict[str, Any]:
     """A row of Arrow without the nulls that fill the objects in its lists up to the same keys, as TRL advises.
 
@@ -267,7 +273,13 @@ def _without_fillers(record: Mapping[str, Any]) -> dict[str, Any]:
             return {key: kept(inner) for key, inner in value.items() if inner is not None}
         return [kept(inner) for inner in value] if isinstance(value, list) else value
 
-    return {key: kept(value) if isinstance(value, list) else value for key, value in record.items()}
+    def lists_kept(value: Any) -> Any:
+        """An object of a column may have nulls of its own; those in its lists are fillers."""
+        if isinstance(value, dict):
+            return {key: kept(inner) if isinstance(inner, list) else inner for key, inner in value.items()}
+        return kept(value)
+
+    return {key: kept(value) if key in _TURNS else lists_kept(value) for key, value in record.items()}
 
 
 def _hub_parts(uri: str) -> tuple[str, str | None, str, str | None]:

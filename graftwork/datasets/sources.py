@@ -100,6 +100,10 @@ class RowSource:
             yield number, shape.apply(record, where) if shape else record, where
 
 
+_PROMPTS = frozenset({"messages", "conversations", "instruction", "prompt", "text"})
+"""Keys of which one holds what a row asks; where the spec makes one of them, the file's others are not read."""
+
+
 class RowShape:
     """`data.columns` and `data.template`, compiled. Raises ConfigError for a template that is not Jinja."""
 
@@ -120,9 +124,10 @@ class RowShape:
                 raise _no_column(where, f"data.columns.{key}={column}", f"no column {column!r}", record)
             made[key] = record[column]
         for key, template in self.templates.items():
-            made[key] = self._render(key, template, {**record, **made}, where)
+            made[key] = self._render(key, template, record, where)
         rest = {key: value for key, value in record.items() if key not in self._read or key in _KEPT}
-        return {f"{key} (of the file)" if key in made else key: value for key, value in rest.items()} | made
+        hidden = {*made, *(_PROMPTS if _PROMPTS & made.keys() else ())}
+        return {f"{key} (of the file)" if key in hidden else key: value for key, value in rest.items()} | made
 
     def _render(self, key: str, template: "jinja2.Template", record: Mapping[str, Any], where: str) -> Any:
         import jinja2
@@ -159,7 +164,14 @@ def _environment() -> "jinja2.Environment":
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    def finalize(value: Any) -> Any:
+        if value is None:
+            raise jinja2.TemplateRuntimeError("a value is null: write {{ column or '' }}, or leave such rows out")
+        return value
+
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=finalize
+    )
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment
 

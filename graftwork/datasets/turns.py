@@ -85,6 +85,9 @@ class TurnReader:
             previous = value[index - 1].get("from") if index and isinstance(value[index - 1], dict) else None
             if sharegpt and turn.get("from") in _CALL_ROLES and previous in _CALL_ROLES:
                 first = messages.pop()  # calls of one turn
+                if first.trained != message.trained:
+                    at = f"{self.where}: {field}[{index}]"
+                    raise DataError(at, "its weight differs from the call before", "calls of one turn have one weight")
                 message = replace(first, tool_calls=first.tool_calls + message.tool_calls)
             messages.append(message)
         return tuple(messages)

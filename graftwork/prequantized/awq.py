@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import torch
 
 BITS = 4
-PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Place in its word of each of eight outputs."""
 SCALE_BYTES = 2
 
 
@@ -55,5 +53,7 @@ def dequantise(parts: Parts, dtype: "torch.dtype") -> "torch.Tensor":
 
 def _ordered(words: "torch.Tensor") -> "torch.Tensor":
     """Return the values of words [N, O / 8] in the order of the outputs: [N, O]."""
-    values_N8: torch.Tensor = unpack_columns(words, BITS).unflatten(1, (-1, 8))
-    return values_N8[:, :, list(PLACES)].flatten(1)
+    pairs_N24: torch.Tensor = unpack_columns(words, BITS).unflatten(
+        1, (-1, 2, 4)
+    )  # a word holds outputs 0 2 4 6 1 3 5 7
+    return pairs_N24.transpose(2, 3).flatten(1)

@@ -1,6 +1,7 @@
 """Conversion of a packed checkpoint to one of plain weights, a file at a time, and the packed tensors of its layers."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2**30
 """Plain weights that are held before they are written: the peak of memory, with the largest weight's own."""
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+"""Stop tokens and sampling; transformers writes a poorer one next to the weights that it saves."""
 
 
 class PackedFiles:
@@ -25,13 +28,23 @@ class PackedFiles:
 
         self.place: dict[str, Path] = {}
         """File of each tensor."""
-        for path in sorted(folder.glob("*.safetensors")):
+        dtypes: dict[str, str] = {}
+        for path in _weight_files(folder):
             with safe_open(path, "pt") as file:
                 if packed.check_file is not None:
                     packed.check_file(file.metadata() or {})
                 self.place.update(dict.fromkeys(file.keys(), path))
+                dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         self.modules = packed.group(self.place)
         """Packed layers: part -> name of the tensor."""
+        taken = {name for parts in self.modules.values() for name in parts.values()}
+        if bare := [name for name, dtype in dtypes.items() if dtype in _FLOAT8 and name not in taken]:
+            raise BaseModelError(
+                f"base {folder}: {bare[0]}",
+                f"it is stored as {dtypes[bare[0]]} and has no scale",
+                f"a packed weight has a tensor next to it whose name ends in {' or '.join(packed.marks)}",
+                "take a complete checkpoint, or the unquantised one",
+            )
 
     def read(self, name: str) -> "torch.Tensor":
         """Return one tensor on the CPU."""
@@ -48,6 +61,20 @@ class PackedFiles:
         with safe_open(self.place[name], "pt") as file:
             part: torch.Tensor = file.get_tensor(name)
         return part.to("meta")
+
+
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+"""Names of safetensors for the dtypes that say nothing without a scale."""
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: one, those of the index, or all where there is neither."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / Path(name).name for name in sorted(set(named))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def write_plain(
@@ -76,6 +103,8 @@ def write_plain(
     flush()
     (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
     (target / "config.json").write_text(json.dumps(without_format(config), indent=1), encoding="utf-8")
+    if (folder / GENERATION).is_file():
+        shutil.copyfile(folder / GENERATION, target / GENERATION)
 
 
 def _plain_tensors(folder: Path, packed: PackedFormat, dtype: "torch.dtype") -> Iterator[tuple[str, "torch.Tensor"]]:

@@ -46,7 +46,7 @@ def _calls(text: str, functions: Mapping[str, Any]) -> Iterator[ToolCall]:
     elif listed := _LIST.match(text):
         for value in _read(text, listed.end())[0]:
             yield _json_call(value)
-    elif (alone := _OBJECT.fullmatch(text)) and "parameters" in text:
+    elif '"parameters"' in text and (alone := _OBJECT.fullmatch(text.strip())):
         value, end = _read(alone.group(1), 0)
         if not alone.group(1)[end:].strip() and {"name", "parameters"} <= value.keys():
             yield _json_call(value)
@@ -78,12 +78,14 @@ def _json_call(value: Any) -> ToolCall:
 
 def _typed(pairs: Sequence[tuple[str, str]], function: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments from text: JSON, but a string where the tool's schema says so or where it is no JSON."""
-    properties = function.get("parameters", {}).get("properties", {})
+    properties = (function.get("parameters") or {}).get("properties") or {}
     found: dict[str, Any] = {}
     for key, text in ((key.strip(), text) for key, text in pairs):
+        schema = properties.get(key)
+        is_text = isinstance(schema, Mapping) and schema.get("type") == "string"
         try:
-            found[key] = text if properties.get(key, {}).get("type") == "string" else json.loads(text)
-        except ValueError:
+            found[key] = text if is_text else json.loads(text)
+        except (ValueError, RecursionError):
             found[key] = text
     return found
 
@@ -98,5 +100,5 @@ def _read(text: str, start: int) -> tuple[Any, int]:
     start += len(text[start:]) - len(text[start:].lstrip())
     try:
         return _JSON.raw_decode(text, start)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedCall(f"the call is not JSON ({error})") from None

@@ -33,6 +33,8 @@ class FeedbackFilter:
     """Empty: all."""
     versions: Collection[str] = ()
     """Adapter versions, each by its first digits; empty: all, the base's own answers too."""
+    is_primary: bool = True
+    """`metric` is the experiment's primary one, whose range is known."""
 
     @classmethod
     def of_spec(
@@ -51,13 +53,20 @@ class FeedbackFilter:
                 rule = f"a version is named by its first {SHORTEST_VERSION} digits or more"
                 raise ConfigError(f"--version {version}", f"{len(version)} digits", rule, "graftwork adapters ls")
         primary = spec.primary
-        ranged = metric in (None, primary.name) and primary.kind == "bounded"
+        ranged = metric in (None, primary.name)
         middle = (primary.low + primary.high) / 2 if ranged else 0.5
         lower = metric in (None, primary.name) and primary.better == "lower"
-        return cls(metric or primary.name, middle, lower, tuple(arms), tuple(versions))
+        return cls(metric or primary.name, middle, lower, tuple(arms), tuple(versions), ranged)
 
     def label(self, score: float) -> bool | None:
         """Return True for a good answer, False for a bad one, None for neither."""
+        if not self.is_primary and not 0 <= score <= 1:
+            raise ConfigError(
+                f"--metric {self.metric}",
+                f"found a score of {score:g}",
+                "scores of another metric than the primary one are within 0..1, with the middle 0.5",
+                "make it the primary metric of the experiment, with its low and high",
+            )
         if score == self.middle:
             return None
         return (score > self.middle) != self.lower_is_better

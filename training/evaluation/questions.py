@@ -127,6 +127,13 @@ def _task_item(row: DatasetRow, context: Sequence[Passage], spec: TrainSpec, tem
     kept, _ = fit_passages(context, template, prompt, spec.data.context.context_tokens if spec.data.context else None)
     asked = render_question(row, template, prompt, kept, spec.data.thinking).ids
     whole = render_row(row, template, prompt, kept, spec.data.thinking)[-1]
+    if not any(whole.loss_mask[len(asked) :]):
+        raise DataError(
+            f"row {row.id}: messages",
+            "its last turn has weight 0",
+            "outcomes measure the last turn of each held-out row",
+            "leave the row out of data.eval",
+        )
     last = len(whole.ids) - next(n for n, trained in enumerate(reversed(whole.loss_mask)) if trained)
     return Item(row.id, tuple(asked), (tuple(whole.ids[len(asked) : last]),), write)
 

@@ -8,6 +8,7 @@ equal.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from pydantic import Field, model_validator
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets.examples import iter_examples
 from graftwork.datasets.keys import KeyCheck
+from graftwork.errors import DataError
 from graftwork.training.objectives.dpo import answered
 from graftwork.training.objectives.preference import Inputs, RowLosses, answer_logps, answer_trainer, reference_logps
 from graftwork.training.objectives.protocol import Part, Traits, check_pairs, nothing_left, too_long
@@ -62,6 +64,11 @@ class KtoSpec(Spec):
 
     def check(self, run: TrainSpec) -> None:
         check_pairs(run, self.kind)
+        if self.loss_type == "kto" and run.data.thinking == "mask":
+            raise ValueError(
+                "data.thinking=mask can't be combined with objective.loss_type=kto: a row's reasoning would be part "
+                "of the prompt of a mismatched answer. Set data.thinking=keep or drop"
+            )
         if self.loss_type == "kto" and run.optim.rows_per_step < 2:
             raise ValueError(
                 "optim.rows_per_step=1 can't go with objective.loss_type=kto: the KL is estimated from prompts of a "
@@ -126,12 +133,12 @@ class LabelledRows:
     def __len__(self) -> int:
         return len(self.answers)
 
-    @property
+    @functools.cached_property
     def lengths_N(self) -> NDArray[np.int64]:
         """Tokens of prompt and answer."""
         return self.answers.lengths_N
 
-    @property
+    @functools.cached_property
     def scored_N(self) -> NDArray[np.int64]:
         """Tokens of the answer."""
         return self.answers.scored_N
@@ -235,8 +242,9 @@ class _State:
             return torch.zeros((), device=trainer.accelerator.device)
         places_R = self.places_SR[step]
         used_U, counts_U = np.unique(places_R, return_counts=True)
-        logps_P = answer_logps(trainer, self.mixed, used_U, self.pad_id, self.micro, sides=1)[:, 0]
-        ratios_U = (logps_P - self.mixed_reference_P)[used_U].astype(np.float64)
+        used = replace(self.mixed, pairs_P2=self.mixed.pairs_P2[used_U])
+        logps_U = answer_logps(trainer, used, np.arange(len(used)), self.pad_id, self.micro, sides=1)[:, 0]
+        ratios_U = (logps_U - self.mixed_reference_P[used_U]).astype(np.float64)
         mean = float((ratios_U * counts_U).sum() / len(places_R))
         return torch.tensor(max(mean, 0.0), dtype=torch.float32, device=trainer.accelerator.device)
 
@@ -293,6 +301,13 @@ def read_labelled(spec: TrainSpec, template: Template, part: Part, objective: Kt
         assert row.label is not None, "an example that was read with its label"
         contents.append(row.content_hash())
         raw.update(canonical_json([row.id, row.content_hash()]).encode() + b"\n")
+        if row.messages[-1].thinking == "mask":
+            raise DataError(
+                f"{row.where}: thinking_mode",
+                "found 'mask'",
+                "an answer of kto is learned whole: its reasoning would be part of the prompt of a mismatched answer",
+                "set keep or drop",
+            )
         asked = replace(row, messages=row.messages[:-1])
         found = answered(asked, row.messages[-1], template, prompt, spec.data.thinking)
         if len(found[0]) <= spec.max_length:

@@ -54,6 +54,10 @@ class OrpoSpec(Spec):
         return -self.beta * torch.nn.functional.logsigmoid(chosen_N - rejected_N), self.beta * means_N2
 
 
+NEAREST = -1e-8
+"""Largest log p that has odds in fp32: of p = 1 they are infinite."""
+
+
 def log_odds(logps: torch.Tensor) -> torch.Tensor:
     """Return log(p / (1 - p)) of probabilities p, given as log p.
 
@@ -62,4 +66,5 @@ def log_odds(logps: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
+    logps = logps.clamp(max=NEAREST)
     return logps - torch.log(-torch.expm1(logps))

@@ -23,6 +23,7 @@ from graftwork.datasets.rows import (
     render_row,
 )
 from graftwork.datasets.rows import fingerprint as data_fingerprint
+from graftwork.errors import DataError
 from graftwork.prompts.render import Prompt, fit_passages
 from graftwork.training.objectives.protocol import (
     Packing,
@@ -88,6 +89,11 @@ class SftSpec(Spec):
         if run.data.eval is None:
             raise ValueError("objective.answers is set but data.eval is not given, so it cannot take effect")
         check_generates(run, "objective.answers")
+        if run.data.thinking == "mask":
+            raise ValueError(
+                "objective.answers can't be combined with data.thinking=mask: it would be part of the prompt "
+                "of the generated answer. Set data.thinking=keep or drop"
+            )
 
     def read(self, spec: TrainSpec, template: Template, part: Part) -> ReadPart:
         """The rows that fit, as ids and loss masks. Raises DataError, StorageError.
@@ -158,6 +164,8 @@ class SftSpec(Spec):
             room = context.context_tokens if context else None
             passages, without = fit_passages(draw(row) if draw else (), template, prompt, room)
             left_out += len(without)
+            if self.answers is not None:
+                _check_answer(row)
             for rendered in render_row(row, template, prompt, passages, spec.data.thinking):
                 if len(rendered.ids) <= spec.max_length:
                     writer.add(rendered.ids, rendered.loss_mask)
@@ -194,6 +202,19 @@ class SftSpec(Spec):
     def build(self, setting: TrainerContext) -> BuiltTrainer:
         """Build a trainer on the rows; held-out rows give the mean loss, and the generated answers where asked for."""
         return sft_trainer(setting, self.answers)
+
+
+def _check_answer(row: DatasetRow) -> None:
+    """Raise DataError for a held-out row whose last turn is not learned whole, so that no answer can be generated."""
+    last = row.messages[-1]
+    if not last.trained or last.thinking == "mask":
+        key, value = ("thinking_mode", "mask") if last.trained else ("weight", 0)
+        raise DataError(
+            f"row {row.id}: messages[{len(row.messages) - 1}].{key}",
+            f"found {value!r}",
+            "objective.answers generates the last turn of each held-out row and compares it with the whole turn",
+            "change the key, or leave the row or objective.answers out",
+        )
 
 
 def sft_trainer(setting: TrainerContext, answers: AnswersSpec | None = None) -> BuiltTrainer:

@@ -31,11 +31,6 @@ class BaseView:
         self.vocab_size, self.hidden_size = (int(size) for size in self.embedding.weight.shape)
 
     @property
-    def transposed(self) -> bool:
-        """True: the linears store [in, out], as GPT-2's do."""
-        return any(isinstance(self._modules[name], Conv1D) for name in self.linears)
-
-    @property
     def tied(self) -> bool:
         """True: the output layer's weight is the embedding itself."""
         return self.output is not None and self.output.weight is self.embedding.weight

@@ -115,8 +115,6 @@ class LoraSettings:
 def read(config: ConfigFile, tensors: TensorFile, base: BaseView, options: ReadOptions) -> AdapterWeights:
     """Return a LoRA or DoRA adapter, with the embedding and output rows that were trained with it."""
     settings, targets = LoraSettings.from_config(config), Targets.from_config(config)
-    if config.values.get("fan_in_fan_out") and not base.transposed:
-        raise config.make_error("fan_in_fan_out", "the linears of this base store [out, in]")
     inputs, outputs = replaced_rows(config, tensors, base, options.dtype)
     keep = frozenset({torch.bfloat16}) if options.narrow and not settings.use_dora else frozenset()
     experts = _experts(settings, targets.parameters, config, tensors, base, options, keep)

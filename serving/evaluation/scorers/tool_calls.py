@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets.rows import DatasetRow
-from graftwork.errors import DataError
+from graftwork.errors import ConfigError, DataError
 from graftwork.metrics import Metric
 from graftwork.prompts.render import Tool, ToolCall
 from graftwork.prompts.tool_calls import MalformedCall, parse_tool_calls
@@ -72,14 +72,33 @@ def _key(call: ToolCall) -> tuple[str, str]:
 
 def _is_accepted(call: ToolCall, tools: Sequence[Tool]) -> bool:
     """The call is of one of the tools, and its JSON schema accepts the arguments."""
-    functions = [tool["function"] for tool in tools if tool["function"]["name"] == call.name]
-    return bool(functions) and AnswerSchema(functions[0].get("parameters") or {}, call.name).holds(call.arguments)
+    named = next((tool for tool in tools if tool["function"]["name"] == call.name), None)
+    try:
+        return named is not None and _schema_of(named, "").holds(call.arguments)
+    except RecursionError:  # a schema that refers to itself
+        return False
+
+
+def _schema_of(tool: Tool, row_id: str) -> AnswerSchema:
+    """The schema of a function's arguments. Raises DataError where it is none."""
+    name, tree = tool["function"]["name"], tool["function"].get("parameters") or {}
+    try:
+        return AnswerSchema(tree)
+    except ConfigError as error:
+        raise DataError(
+            f"row {row_id!r}: tools: parameters of {name!r}",
+            error.problem,
+            "the arguments of a function have a JSON schema",
+            "types are object, array, string, number, integer, boolean and null",
+        ) from error
 
 
 def _right_calls(row: DatasetRow) -> list[ToolCall]:
     """Raises DataError for a row without tools or without right calls."""
     if not row.tools:
         raise DataError(f"row {row.id!r}: tools", "missing or empty", "tool_calls scores calls of the row's tools")
+    for tool in row.tools:
+        _schema_of(tool, row.id)
     if row.gold is None or "tool_calls" not in row.gold:
         if row.messages[-1].tool_calls:
             return list(row.messages[-1].tool_calls)

@@ -474,3 +474,37 @@ def test_a_key_that_groups_held_out_answers_is_read_whatever_its_name(spec: Trai
     found = prepare(grouped)
     assert found.eval is not None
     assert len(found.eval) == 4
+
+
+def test_fillers_of_arrow_are_left_out_of_turns_in_objects_and_of_gold(tmp_path: Path) -> None:
+    def call(name: str, key: str) -> dict[str, Any]:
+        return {"id": "c1", "type": "function", "function": {"name": name, "arguments": {key: "1"}}}
+
+    rows = [
+        {
+            "prompt": "q",
+            "completion": {"role": "assistant", "content": None, "tool_calls": [call(name, key)]},
+            "gold": {"tool_calls": [{"name": name, "arguments": {key: "1"}}], "note": None},
+        }
+        for name, key in (("f", "x"), ("g", "y"))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = [record for _, record in read_records(str(tmp_path / "rows.parquet"))]
+    for record, key in zip(found, "xy", strict=True):
+        assert record["completion"]["tool_calls"][0]["function"]["arguments"] == {key: "1"}
+        assert record["gold"] == {
+            "tool_calls": [{"name": {"x": "f", "y": "g"}[key], "arguments": {key: "1"}}],
+            "note": None,
+        }
+
+
+def test_a_comma_parts_a_header_whatever_stands_in_its_names(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion (short; clear; kind)\na,b\n")
+    [(_, record)] = read_records(str(tmp_path / "rows.csv"))
+    assert record == {"prompt": "a", "completion (short; clear; kind)": "b"}
+
+
+def test_the_description_of_a_folder_is_no_part_of_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    assert len(list(read_records(str(tmp_path)))) == 1

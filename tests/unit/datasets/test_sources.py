@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,28 @@ def test_sources_may_have_different_formats_and_a_run_reports_what_it_takes(tmp_
     found = prepare(mixed)
     assert len(found.train) == 12 + 4
     assert any("12 of 48 rows" in note and "4 of 4 rows" in note for note in found.notes)
+
+
+def test_a_template_reads_the_files_columns_and_no_null(tmp_path: Path) -> None:
+    uri = write(tmp_path / "rows.jsonl", {"prompt": "2+2", "answer": "4", "note": None})
+    twice = {"prompt": "Solve: {{ prompt }}", "completion": "{{ prompt }} = {{ answer }}"}
+    [row] = iter_examples(source_of(uri, template=twice), "conversations")
+    assert [turn.content for turn in row.messages] == ["Solve: 2+2", "2+2 = 4"]
+    with pytest.raises(DataError, match=r"row 1: data.template.completion: .*null"):
+        list(iter_examples(source_of(uri, template={**twice, "completion": "{{ note }}"}), "conversations"))
+    shown = {**twice, "completion": "{{ note or '-' }}"}
+    [row] = iter_examples(source_of(uri, template=shown), "conversations")
+    assert row.messages[1].content == "-"
+
+
+def test_columns_win_over_turns_of_the_file(tmp_path: Path) -> None:
+    uri, keys = write(tmp_path / "rows.jsonl", {**chat(1), "q": "Q", "a": "A"}), KeyCheck()
+    [row] = iter_examples(source_of(uri, columns={"prompt": "q", "completion": "a"}), "conversations", keys=keys)
+    assert [turn.content for turn in row.messages] == ["Q", "A"]
+    assert any("messages (of the file)" in line for line in keys.note("data.train"))
+
+
+def test_weights_hold_for_the_training_side_of_a_share(tmp_path: Path) -> None:
+    source = mixture(tmp_path, {"many": 500, "few": 5}, {"many": 0.99, "few": 0.01})
+    held_out = replace(source, share=0.05, side="eval")
+    assert set(names(list(iter_examples(held_out, "conversations")))) >= {"m"}

@@ -276,6 +276,38 @@ def test_a_weight_without_its_scales_is_named(plain: Path, tmp_path: Path) -> No
     assert not list((tmp_path / "cache" / "dequantised").glob("[0-9a-f]*")), "nothing is kept of it"
 
 
+@pytest.mark.parametrize("kind", ["none", "checkpoint"])
+def test_a_float8_weight_without_a_scale_is_named(plain: Path, tmp_path: Path, kind: str) -> None:
+    folder = write_packed(plain, tmp_path / "packed", PACKINGS["fp8 blocks"])
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, kind, r"model.layers.1.mlp.up_proj.weight: it is stored as F8_E4M3 and has no scale")
+
+
+def test_the_files_of_the_checkpoint_are_read_and_its_stop_tokens_are_kept(plain: Path, tmp_path: Path) -> None:
+    folder = write_packed(plain, tmp_path / "packed", PACKINGS["fp8 blocks"])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    save_file({"model.norm.weight": torch.full((7,), torch.nan)}, folder / "consolidated.safetensors")
+    values = logits(load(folder, "none"))
+    assert bool(values.isfinite().all())
+    [written] = (tmp_path / "cache" / "dequantised").glob("*/generation_config.json")
+    assert json.loads(written.read_text()) == {"eos_token_id": [2, 0]}
+
+
+def test_kept_values_survive_a_cast_of_all_parameters(plain: Path, tmp_path: Path) -> None:
+    """As DeepSpeed casts a model to bf16: packed weights and their scales stay as they are in the file."""
+    for name in ("fp8 blocks", "awq"):
+        model = load(write_packed(plain, tmp_path / name, PACKINGS[name]), "checkpoint").model
+        layers = [module for module in model.modules() if type(module).__name__ == "PackedLinear"]
+        before = [layer.weight for layer in layers]
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
+        assert layers
+        assert all(torch.equal(one, layer.weight) for one, layer in zip(before, layers, strict=True))
+
+
 def test_plain_weights_under_the_settings_of_a_format_are_an_error(plain: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(plain, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())

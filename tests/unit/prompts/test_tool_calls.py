@@ -1,6 +1,7 @@
 """Calls read back from what chat templates write, with special tokens and without them."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,16 @@ def test_plain_answers_and_json_answers_hold_no_call(text: str) -> None:
 def test_a_broken_call_is_no_plain_text(text: str) -> None:
     with pytest.raises(MalformedCall):
         parse_tool_calls(text, TOOLS)
+
+
+@pytest.mark.parametrize("parameters", [None, {"properties": None}, {"properties": {"code": True}}, {}])
+def test_arguments_of_a_tool_without_a_schema_are_read(parameters: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "find", "parameters": parameters}}]
+    text = "<tool_call>find\n<arg_key>code</arg_key>\n<arg_value>12</arg_value>\n</tool_call>"
+    assert [dict(call.arguments) for call in parse_tool_calls(text, tools)] == [{"code": 12}]
+
+
+def test_a_long_answer_is_read_in_linear_time() -> None:
+    began = time.process_time()
+    assert parse_tool_calls("{" + "\n" * 200_000 + "x" + "\n" * 200_000) == ()
+    assert time.process_time() - began < 5

@@ -266,3 +266,14 @@ def test_a_worker_lies_on_one_node(spec: TrainSpec) -> None:
     wide = spec.with_({"cpus_per_worker": 2.0})
     assert room_for(wide, [{"CPU": 3.0}, {"CPU": 3.0}, {"memory": 1e9}]) == 2
     assert room_for(wide.with_({"gpus_per_worker": 1.0}), [{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}]) == 2
+
+
+def test_values_of_a_frozen_part_make_no_trained_tensor_up(tmp_path: Path) -> None:
+    """Fused experts are saved as one tensor an expert; a tower that is not trained is saved with the decoder."""
+    trained: Shapes = Counter({(8, 8): 4, (3, 6, 5): 1})
+    saved = {f"expert{n}": torch.ones(6, 5) for n in range(3)} | {f"layer{n}": torch.ones(8, 8) for n in range(4)}
+    save_file(saved | {"tower": torch.ones(100, 100)}, tmp_path / "model.safetensors")
+    assert faults_of_weights(tmp_path, trained) == []
+    del saved["layer3"]
+    save_file(saved | {"tower": torch.ones(100, 100)}, tmp_path / "model.safetensors")
+    assert "e.g. 1 of shape (8, 8)" in faults_of_weights(tmp_path, trained)[0]

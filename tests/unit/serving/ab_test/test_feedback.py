@@ -198,7 +198,7 @@ def test_stars_and_times_are_labelled_by_the_middle_of_their_range(tmp_path: Pat
     spec = ExperimentSpec.model_validate({**CARDS, "primary": primary, "endpoint": "http://localhost:1"})
     keep = FeedbackFilter.of_spec(spec, None, (), ())
     assert [keep.label(stars) for stars in (1.0, 2.0, 3.0, 4.0)] == [False, False, None, True]
-    assert FeedbackFilter.of_spec(spec, "thumbs", (), ()) == FeedbackFilter("thumbs", 0.5)
+    assert FeedbackFilter.of_spec(spec, "thumbs", (), ()) == FeedbackFilter("thumbs", 0.5, is_primary=False)
     lower = FeedbackFilter("seconds", 2.0, lower_is_better=True)
     assert [lower.label(seconds) for seconds in (1.0, 3.0)] == [True, False]
 

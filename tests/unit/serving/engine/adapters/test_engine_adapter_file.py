@@ -64,7 +64,6 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
         ("use_bdlora", {"nblocks": 2}),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"beta": 1e-4}),
-        ("fan_in_fan_out", True),
         ("megatron_config", {"a": 1}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),

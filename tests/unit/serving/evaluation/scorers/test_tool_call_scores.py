@@ -78,3 +78,19 @@ def test_the_recipes_rows_are_scored_by_their_own_calls(tmp_path: Path) -> None:
         assert scores(row.gold["tool_calls"], row) == [1, 1, 1, 1]
     assert sizes == {1, 2}
     assert len(rows) == 150
+
+
+def test_schemas_are_read_before_answers_are_paid_for() -> None:
+    wrong = {"type": "function", "function": {"name": "f", "parameters": {"type": "dict", "properties": {}}}}
+    row = DatasetRow("r4", (Message("user", "?"),), gold={"tool_calls": []}, tools=(wrong,))
+    with pytest.raises(DataError, match="row 'r4': tools: parameters of 'f'"):
+        SCORERS.check([row])
+
+
+def test_degenerate_answers_are_wrong_and_no_error() -> None:
+    for text in (
+        "[" * 3000,
+        "<tool_call>" + '{"name":' * 2000,
+        '<tool_call>\n{"name": "f", "arguments": ' + "[" * 3000,
+    ):
+        assert set(SCORERS.score(ModelReply.to(row_of(), text)).values()) == {0}
