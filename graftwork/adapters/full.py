@@ -42,8 +42,8 @@ class FullSpec(AdapterKind):
             )
 
     def trained_params(self, model: "ModelShape") -> int:
-        """Return the values of the base."""
-        return model.params
+        """Return the values of the text decoder and the head."""
+        return model.params - model.outside_params
 
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return the bytes of the inputs of all linears: all weights need them, a frozen block does not."""

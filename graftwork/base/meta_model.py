@@ -77,7 +77,10 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
         try:
             adapted[which] = _adapted_linears(build(config), which)
         except Exception as error:  # PEFT on a model of any architecture
-            adapted[which], unattached[which] = (), _first_line(error)
+            adapted[which], unattached[which] = (
+                (),
+                _first_line(error).partition(" Incompatible modules")[0],
+            )  # a set of names
     text = {*text_linears(model)}
     grouped = tuple(
         one
@@ -122,6 +125,8 @@ def _shape(
     head_dim = int(text.to_dict().get("head_dim") or hidden // heads)
     inner = [x.inputs for x in linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS)]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    parts = [part for part in (model.get_decoder(), head) if part is not None]
+    inside = {id(parameter) for part in parts for parameter in part.parameters()}
     found = expert_weights(model)
     experts = _group_linears((one.name, one.inputs, one.outputs) for one in found for _ in range(one.experts))
     return ModelShape(
@@ -134,6 +139,7 @@ def _shape(
         vocab=int(text.vocab_size),
         tied=head is not None and head.weight is embedding.weight,
         params=sum(parameter.numel() for parameter in model.parameters()),
+        outside_params=sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside),
         linears=linears,
         adapted=adapted,
         kv_values=2 * layers * kv_heads * head_dim,

@@ -66,6 +66,8 @@ class ModelShape:
     """The linear layers that get a LoRA, by `adapter.targets`; empty where PEFT cannot attach one."""
     kv_values: int
     """Values that one token leaves as keys and values in all layers."""
+    outside_params: int = 0
+    """Of these, outside of the text decoder and the head: frozen whatever is trained."""
     file_bytes: int = 2
     """Bytes of a weight in the checkpoint's file."""
     packed_params: int = 0

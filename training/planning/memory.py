@@ -175,7 +175,7 @@ def shared(spec: TrainSpec, model: ModelShape, value_bytes: int) -> Shared:
     """
     trained, plain = spec.adapter.trained_params(model), spec.quant.resident == "dequantised"
     base_bytes = weight_bytes(model, spec.quant, value_bytes, dequantised=plain)
-    frozen_bytes = 0 if spec.adapter.trains_base else base_bytes
+    frozen_bytes = model.outside_params * FP32 if spec.adapter.trains_base else base_bytes
     kind, workers, cuda = spec.strategy.kind, spec.num_workers, spec.gpus > 0
     if kind == "ddp":
         buckets = trained * FP32 if workers > 1 else 0
