@@ -56,6 +56,7 @@ def test_a_cancellation_waits_for_the_pods(
     limit = 120 + MARGIN_S + (300 if redis else 0)
     assert re.search(rf"delete RayJob {job.job_id}-a1: \d+ s of at most {limit} s: finalizers: ", said), said
     assert backend.resubmit(job.job_id).attempt == 2
+    until(lambda: clusters(slow))  # made after `clear` it would stay for the next test
     slow.clear()
 
 
