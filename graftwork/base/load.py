@@ -158,7 +158,7 @@ def config_file(base: BaseSpec) -> Path | None:
     return path / "config.json" if alone else None
 
 
-def config_beside(base: BaseSpec, folder: Path) -> Path | None:
+def config_next_to_spec(base: BaseSpec, folder: Path) -> Path | None:
     """config.json in the folder of a spec file whose base is a Hugging Face id that is not in this machine's cache.
 
     A plan from it downloads nothing. None: the base is here, or there is no such file.
@@ -259,11 +259,7 @@ def load(
             "the base must be a causal language model that the installed transformers knows",
         ) from error
     if quant.is_packed and (dequantise or not cached):
-        # copy what stayed plain (embedding, norms) out of the checkpoint's file mapping: one tensor in it keeps every
-        # page resident that was read for quantising. SmolLM2-135M at nf4 938 MiB, after it 641
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.device.type == "cpu":
-                parameter.data = parameter.data.clone()
+        _leave_mapping(model)
     if resolved.extra_tokens:
         grow(model, resolved.extra_tokens)
     stored = weight_bytes(model)
@@ -279,6 +275,16 @@ def load(
     packed = f"; checkpoint={resolved.packed.label}" if resolved.packed else ""
     reason = f"dtype={str(dtype).removeprefix('torch.')} ({dtype_reason}); {form_reason}{packed}"
     return LoadedBase(model, dtype, reason, stored, weight_bytes(model) if dequantise else stored)
+
+
+def _leave_mapping(model: Any) -> None:
+    """Copy what stayed plain (embedding, norms) out of the checkpoint's file mapping.
+
+    One tensor in it keeps every page resident that was read for quantising: SmolLM2-135M at nf4 938 MiB, after it 641.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _replaced_template(folder: Path, asked: str) -> str:

@@ -251,10 +251,10 @@ def check_local(spec: Spec, folder: Path | None = None) -> None:
 
     `folder`: of the spec's file, in which a config.json stands for a base that is not here.
     """
-    from graftwork.base.load import config_beside, config_file, read_config
+    from graftwork.base.load import config_file, config_next_to_spec, read_config
 
     kind, base = getattr(spec, "kind", ""), getattr(spec, "base", None)
-    if base is not None and folder and (file := config_beside(base, folder)):
+    if base is not None and folder and (file := config_next_to_spec(base, folder)):
         spec = spec.with_({"base.uri": str(file)})
         base = getattr(spec, "base", None)
     if base is None or not (Path(base.uri).is_dir() or config_file(base)):

@@ -56,7 +56,7 @@ def show(
         assert file is not None, "checked with the options"
         report = report_without_base(file)
     else:
-        report = report_on(spec, "eval" if _is_held_out(file, spec) else "train", rows)
+        report = report_on(spec, "eval" if _names_eval_rows(file, spec) else "train", rows)
     if as_json:
         print_json(asdict(report))
     else:
@@ -77,12 +77,12 @@ def _spec(file: str | None, spec_file: Path | None, base: str | None, sets: list
     spec = config.load(spec_file, sets, expect="train")
     assert isinstance(spec, TrainSpec)
     changes = {"base": base} if base is not None else {}
-    if file is not None and not _is_held_out(file, spec):
+    if file is not None and not _names_eval_rows(file, spec):
         changes["data.train"] = file
     return spec.with_(changes) if changes else spec
 
 
-def _is_held_out(file: str | None, spec: "TrainSpec") -> bool:
+def _names_eval_rows(file: str | None, spec: "TrainSpec") -> bool:
     from graftwork.datasets.rows import is_same_place
 
     return file is not None and isinstance(spec.data.eval, str) and is_same_place(file, spec.data.eval)

@@ -133,7 +133,7 @@ def _mixed(source: RowSource, purpose: Purpose, keys: KeyCheck) -> Iterator[Exam
             )
         keys.taken[part.path] = count, rows
 
-    def drawn(number: int) -> Iterator[tuple[float, int, Example]]:
+    def draw(number: int) -> Iterator[tuple[float, int, Example]]:
         order = sorted(range(there[number]), key=lambda row: _rank(source.seed, number, row))
         wanted, place = set(order[: taken[number]]), 0
         for row, example in enumerate(_side(source, source.parts[number], purpose, keys)):
@@ -141,7 +141,7 @@ def _mixed(source: RowSource, purpose: Purpose, keys: KeyCheck) -> Iterator[Exam
                 yield (place + 0.5) / taken[number], number, example
                 place += 1
 
-    for _, _, example in heapq.merge(*map(drawn, range(len(source.parts))), key=lambda item: item[:2]):
+    for _, _, example in heapq.merge(*map(draw, range(len(source.parts))), key=lambda item: item[:2]):
         yield example
 
 

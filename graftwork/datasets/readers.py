@@ -268,18 +268,18 @@ def _without_fillers(record: Mapping[str, Any]) -> dict[str, Any]:
     The arguments of a call would have the names of all functions, and turns the keys of all turns.
     """
 
-    def kept(value: Any) -> Any:
+    def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: kept(inner) for key, inner in value.items() if inner is not None}
-        return [kept(inner) for inner in value] if isinstance(value, list) else value
+            return {key: strip(inner) for key, inner in value.items() if inner is not None}
+        return [strip(inner) for inner in value] if isinstance(value, list) else value
 
-    def lists_kept(value: Any) -> Any:
+    def strip_lists(value: Any) -> Any:
         """An object of a column may have nulls of its own; those in its lists are fillers."""
         if isinstance(value, dict):
-            return {key: kept(inner) if isinstance(inner, list) else inner for key, inner in value.items()}
-        return kept(value)
+            return {key: strip(inner) if isinstance(inner, list) else inner for key, inner in value.items()}
+        return strip(value)
 
-    return {key: kept(value) if key in _TURNS else lists_kept(value) for key, value in record.items()}
+    return {key: strip(value) if key in _TURNS else strip_lists(value) for key, value in record.items()}
 
 
 def _hub_parts(uri: str) -> tuple[str, str | None, str, str | None]:

@@ -125,12 +125,12 @@ def pair_trainer(setting: TrainerContext, objective: PairLoss, nll: float, *, on
 
     def evaluate() -> Mapping[str, float]:
         assert isinstance(data.eval, PairRows), "called where the spec has data.eval, whose rows `read` returned"
-        return held_out(trainer, objective, data.eval, data.pad_id, micro_batch, nll, on_prompt)
+        return evaluate_pairs(trainer, objective, data.eval, data.pad_id, micro_batch, nll, on_prompt)
 
     return BuiltTrainer(trainer, evaluate)
 
 
-def held_out(
+def evaluate_pairs(
     trainer: Any, objective: PairLoss, rows: PairRows, pad_id: int, micro: int, nll: float, on_prompt: bool
 ) -> Mapping[str, float]:
     """Loss, its cross-entropy, accuracy (the chosen answer has the higher reward) and rewards over all pairs."""
