@@ -26,11 +26,19 @@ MERGE = "application/merge-patch+json"
 
 
 @pytest.fixture(scope="module")
-def slow() -> Iterator[KubeCluster]:
-    """Its pods end slowly, as with a checkpoint in their preStop hook."""
-    with kube_cluster(ray=False) as kube:
-        kube.fake_operator.pods_end_s, kube.fake_operator.cleanup_s = PODS_END_S, CLEANUP_S
-        yield kube
+def kube() -> Iterator[KubeCluster]:
+    with kube_cluster(ray=False) as one:
+        yield one
+
+
+@pytest.fixture
+def slow(kube: KubeCluster) -> Iterator[KubeCluster]:
+    """Its pods end slowly, as with a checkpoint in their preStop hook. Each test finds it empty."""
+    kube.fake_operator.pods_end_s, kube.fake_operator.cleanup_s = PODS_END_S, CLEANUP_S
+    yield kube
+    kube.fake_operator.pods_end_s = kube.fake_operator.cleanup_s = 0.0
+    kube.clear()
+    until(lambda: not kube.job_names() and not clusters(kube))
 
 
 def clusters(kube: KubeCluster) -> list[str]:
@@ -56,8 +64,7 @@ def test_a_cancellation_waits_for_the_pods(
     limit = 120 + MARGIN_S + (300 if redis else 0)
     assert re.search(rf"delete RayJob {job.job_id}-a1: \d+ s of at most {limit} s: finalizers: ", said), said
     assert backend.resubmit(job.job_id).attempt == 2
-    until(lambda: clusters(slow))  # made after `clear` it would stay for the next test
-    slow.clear()
+    until(lambda: clusters(slow))
 
 
 def test_the_trials_of_a_sweep_end_together(slow: KubeCluster, tmp_path: Path) -> None:
