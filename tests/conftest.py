@@ -1,5 +1,6 @@
 """Set before any test imports Triton or starts a process. How `make test` orders the files for its processes."""
 
+import gc
 import os
 import signal
 
@@ -27,3 +28,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many test processes as ther
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over modules and test items: each training run collects, for a second otherwise."""
+    gc.collect()
+    gc.freeze()
