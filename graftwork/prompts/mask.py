@@ -1,5 +1,6 @@
 """Token ids of a rendered conversation, and the loss mask over them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ def loss_mask(
         start, characters = starts[turn]
         end = _end_of_turn(tokens.ids, start, template)
         mask[start:end] = [True] * (end - start)
-        _check_calls(tokens.text, characters, conversation[turn], template)
+        _check_calls(tokens.ids[start:end], conversation[turn], template)
         following = [at for _, at in starts.values() if at > characters]
         reasoning = _place_of_reasoning(
             tokens.text, characters, min(following, default=None), conversation[turn], template
@@ -70,10 +71,9 @@ def loss_mask(
 def _no_start(turn: int, message: "Message", template: "Template") -> BaseModelError:
     hint = "train on another base, or fix its chat_template.jinja"
     if reasoning_of(message)[0]:
-        known = ", ".join(sorted(template.variables)) or "none"
-        hint = (
-            f"set data.thinking=drop, or prompt.chat_template_kwargs for a prompt with reasoning (variables: {known})"
-        )
+        hint = f"set data.thinking=drop, or {_variable_hint(template)}"
+    elif known := _reasoning_variables(template):
+        hint = f"set a variable of prompt.chat_template_kwargs for answers without reasoning (the template reads {known})"
     return BaseModelError(
         f"chat template of {template.base}",
         f"its generation prompt is not how it writes the answer of turn {turn + 1}",
@@ -82,10 +82,21 @@ def _no_start(turn: int, message: "Message", template: "Template") -> BaseModelE
     )
 
 
-def _check_calls(text: str, start: int, message: "Message", template: "Template") -> None:
-    """Raise DataError for a call that the template has left out of the turn that starts there."""
+def _variable_hint(template: "Template") -> str:
+    if known := _reasoning_variables(template):
+        return f"a variable of prompt.chat_template_kwargs that keeps it (the template reads {known})"
+    return "write it into the content of the turn"
+
+
+def _reasoning_variables(template: "Template") -> str:
+    return ", ".join(name for name in sorted(template.variables) if re.search("think|thought|reason", name))
+
+
+def _check_calls(learned: Sequence[int], message: "Message", template: "Template") -> None:
+    """Raise DataError for a call that is not in the learned ids of its turn."""
+    text = template.decode(learned, skip_special=False) if message.tool_calls else ""
     for call in message.tool_calls:
-        if call.name not in text[start:] and (call.id is None or call.id not in text[start:]):
+        if call.name not in text and (call.id is None or call.id not in text):
             rule = "a call is learned as the template of the base writes it"
             problem = f"the chat template of {template.base} leaves the call of {call.name!r} out of this turn"
             raise DataError("messages.tool_calls", problem, rule, "set base.chat_template=hermes")
@@ -104,7 +115,7 @@ def _place_of_reasoning(
             "messages.reasoning_content",
             f"the chat template of {template.base} leaves it out of this turn",
             "reasoning is learned as the template of the base writes it",
-            "set data.thinking=drop, or write it into the content of the turn",
+            f"set data.thinking=drop, or {_variable_hint(template)}",
         )
     return at, at + len(reasoning)
 

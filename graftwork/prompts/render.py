@@ -202,7 +202,8 @@ def render(
     if not generate:
         reasoning = (conversation[last].reasoning or "").strip()
         text = answer_behind(prompts[last], text, turns, reasoning, template, write)
-        text += template.closing(calls=bool(conversation[last].tool_calls))
+        closing = template.closing(calls=bool(conversation[last].tool_calls))
+        text += "" if text.endswith(closing) else closing
     tokens = TokenisedText(template, spans=any(one.thinking == "mask" for one in conversation))
     starts = {at: tokens.extend_to(asked) for at, asked in prompts.items() if text.startswith(asked)}
     tokens.extend_to(text)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import BaseModelError, DataError
-from graftwork.prompts.capabilities import Turn, written_call
+from graftwork.prompts.capabilities import Turn, refusal_of_calls, written_call
 from graftwork.spec_errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -116,8 +116,13 @@ def turns_of(messages: Sequence["Message"], template: "Template", tools: Sequenc
     can = template.can
     if tools and not can.tools:
         raise _no_tools(template, f"it leaves functions out ({len(tools)} given)", "tools")
-    if can.calls is None and any(message.tool_calls or message.role == "tool" for message in messages):
-        raise _no_tools(template, "it leaves calls or their results out", "tool_calls")
+    has_calls = any(message.tool_calls or message.role == "tool" for message in messages)
+    if has_calls and can.calls_need_tools and not tools:
+        rule = f"the chat template of {template.base} writes calls only where functions are given"
+        raise DataError("messages.tool_calls", "the row has calls and no tools", rule, "add tools to the row")
+    if can.calls is None and has_calls:
+        found = refusal_of_calls(template)
+        raise _no_tools(template, found or "it leaves calls or their results out", "tool_calls")
     return [_turn_of(message, template) for message in messages]
 
 
@@ -195,7 +200,9 @@ def answer_behind(
             return text
         if think in extra and close not in extra:
             return prompt + (rest if rest.startswith(close) else f"{reasoning}\n{close}\n\n{rest}")
-        return prompt + rest.removeprefix(close) if not reasoning and extra.endswith((close, ">")) else text
+        pairs = len(template.control_ids(extra)) % 2 == 0
+        closed = extra.endswith(close) or (extra.endswith(">") and (pairs or extra in text))
+        return prompt + rest.removeprefix(close) if closed and not reasoning else text
     cue = (prompt[len(asked) :] if prompt.startswith(asked) else "") or template.last_control(prompt)
     others = (
         [*turns[:-2], {**turns[-2], "content": "zq"}, turns[-1]],
