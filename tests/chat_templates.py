@@ -74,7 +74,9 @@ class Family:
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in PLAIN_TOKENS])
         tokenizer.save(str(path))
         settings = json.loads((folder / "tokenizer_config.json").read_text())
-        settings |= {"eos_token": self.eos, "pad_token": "<|endoftext|>"} | dict.fromkeys(["bos_token"] * len(begin), "<s>")
+        settings |= {"eos_token": self.eos, "pad_token": "<|endoftext|>"} | dict.fromkeys(
+            ["bos_token"] * len(begin), "<s>"
+        )
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         ids = [tokenizer.token_to_id(token) for token in (self.eos, *self.more_eos)]
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
@@ -143,7 +145,7 @@ FAMILIES = {
 }
 """Templates of the installed TRL."""
 _CHATML, _LLAMA, _COHERE = "<|im_end|>", "<|eot_id|>", "<|END_OF_TURN_TOKEN|>"
-_BY_END = {
+_BY_END: dict[Source, dict[str, dict[str, str]]] = {
     "axolotl": {
         "</s>": {
             "mistral_v1": "functions reasoning",

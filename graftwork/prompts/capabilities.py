@@ -61,7 +61,7 @@ FunctionsPlace = Literal["tools", "xml_tools", "system"]
 def place_functions(
     turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], place: FunctionsPlace
 ) -> tuple[Sequence[Turn], dict[str, Any]]:
-    """Return turns and variables of a template that reads functions there (`xml_tools`: SmolLM3; system: Phi-4-mini)."""
+    """Return turns and variables of a template that reads functions there (SmolLM3: `xml_tools`; Phi-4-mini: system)."""
     if place != "system" or not tools:
         return turns, {"tools": None, place: list(tools) or None} if place != "system" else {"tools": None}
     opening = turns[0] if turns and turns[0]["role"] == "system" else {"role": "system", "content": ""}
@@ -227,9 +227,10 @@ def _end(template: Renderer, eos_ids: frozenset[int]) -> tuple[int, bool]:
     if eos_ids.isdisjoint(following):
         raise BaseModelError(
             f"chat template of {template.base}",
-            f"it ends an answer with {behind!r}",
+            f"it ends an answer with {behind!r}, in which the tokenizer has no special token",
             "an answer ends with a special token, or generation could not stop",
-            "use a base whose chat template closes the assistant's turn",
+            "add the end token to tokenizer.json as a special one, or use a base whose template and tokenizer belong "
+            "together",
         )
     return following[0], False
 
@@ -240,9 +241,7 @@ def _call_end(template: Renderer, form: CallForm, closes: bool, known: frozenset
     Where the next turn's first token ends an answer, it ends calls too.
     """
     asked, result = [_ASKED, _called(form)[0]], _called(form)[1]
-    found = template.control_ids(
-        _behind(_text(template, asked if closes else [*asked, result], tools=True), _VALUE)
-    )
+    found = template.control_ids(_behind(_text(template, asked if closes else [*asked, result], tools=True), _VALUE))
     return next((token for token in found if token in known), found[-1] if found else min(known))
 
 

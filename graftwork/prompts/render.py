@@ -191,7 +191,8 @@ def render(
     conversation, first_own = _assemble(messages, prompt, context, thinking, template)
     functions = tuple(tools) or prompt.tools
     variables = template_variables(template, prompt.template_kwargs, template_kwargs)
-    turns = turns_of(conversation, template, functions)
+    first = len(conversation) - len(messages)
+    turns = turns_of(conversation, template, functions, first)
 
     def write(some: Sequence[Turn], asks: bool) -> str:
         return template.sealed_text(some, generate=asks, tools=functions, variables=variables)
@@ -212,7 +213,9 @@ def render(
     with_tools = bool(functions) or any(one.tool_calls for one in conversation)
     own = [at for at in prompts if at >= first_own and conversation[at].trained]
     learned = own if template.prefix_holds(tools=with_tools, variables=variables) else [at for at in own if at == last]
-    return Rendered(tuple(tokens.ids), loss_mask(tokens, starts, learned, conversation, template), template.stop_ids)
+    return Rendered(
+        tuple(tokens.ids), loss_mask(tokens, starts, learned, conversation, first, template), template.stop_ids
+    )
 
 
 def training_rows(

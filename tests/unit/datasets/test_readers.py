@@ -246,7 +246,7 @@ def spec(folder: Path) -> TrainSpec:
 
 
 REJECTED = [
-    (row(reasoning_content="because"), "reasoning_content", "remove the key"),
+    (row(reasoning_content="because"), "reasoning_content", "into the assistant's turn"),
     (row(images=["x.png"]), "images", "remove the key"),
     (row(documents=[{"text": "t"}]), "documents", "remove the key"),
     (row(history=[["q", "a"]]), "history", "remove the key"),

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from graftwork.errors import BaseModelError, DataError
 from graftwork.prompts.render import Message, Prompt, Rendered, Tool, ToolCall, message_fields, render, training_rows
 from graftwork.prompts.template import Template, hermes_template
+from graftwork.prompts.tool_calls import parse_tool_calls
 from tests.chat_templates import FAMILIES, PACKAGED, QUICK
 from tests.tiny import write_tiny_tokenizer
 
@@ -169,7 +170,7 @@ def test_ids_equal_transformers_and_begin_with_the_prompt(
         texts = learned(whole, template)
         assert not any(RESULT.content in text for text in texts)
         answer = row[-1]
-        calls = (call.id if template.can.call_ids else call.name for call in answer.tool_calls)
+        calls = (call.id or "" if template.can.call_ids else call.name for call in answer.tool_calls)
         for part in (answer.content, answer.reasoning or "", *calls):
             assert part in texts[-1]
         last = max(place for place, mask in enumerate(whole.loss_mask) if mask)
@@ -196,10 +197,10 @@ _REASONS = {
     "answers": _PROMPT_DIFFERS,  # the prompt opens reasoning with a token of the family's own
     "functions": "it leaves functions out.*(\n.*)*base.chat_template=hermes",
     "calls": "(it leaves calls or their results out|object is unsafe).*(\n.*)*base.chat_template=hermes",
-    "parallel": r"messages\.tool_calls: a turn of 2 calls",
-    "text": rf"messages\.tool_calls: (a turn with text and a call|.* out of this turn)|{_PROMPT_DIFFERS}",
-    "reasoning": rf"messages\.reasoning_content: .* leaves it out of this turn|{_PROMPT_DIFFERS}",
-    "reasoning-with-calls": r"messages\.tool_calls: .* out of this turn",
+    "parallel": r"messages\[1\]\.tool_calls: a turn of 2 calls",
+    "text": rf"messages\[\d\]\.tool_calls: (a turn with text and a call|.* out of this turn)|{_PROMPT_DIFFERS}",
+    "reasoning": rf"messages\[\d\]\.reasoning_content: .* leaves it out of this turn|{_PROMPT_DIFFERS}",
+    "reasoning-with-calls": r"messages\[\d\]\.tool_calls: .* out of this turn",
     "system": "System role not supported.*(\n.*)*into the first user turn",
 }
 """Error by the part that the template leaves out."""
@@ -465,6 +466,13 @@ def test_calls_and_results_out_of_order_are_named(templates: Mapping[str, Templa
         render(messages, templates["qwen2_5"], generate=messages[-1].role != "assistant")
 
 
+def test_a_tokenizer_without_the_end_token_of_the_template_is_an_error(tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path, FAMILIES["llama3"].source)
+    found = r"(?s)ends an answer with '<\|eot_id\|>', in which the tokenizer has no special token.*tokenizer\.json"
+    with pytest.raises(BaseModelError, match=found):
+        Template.load(folder)
+
+
 def test_results_without_ids_answer_the_calls_in_order(templates: Mapping[str, Template]) -> None:
     calls = tuple(ToolCall(call.name, call.arguments) for call in (CALL, SECOND))
     messages = (QUESTION, Message("assistant", "", calls), Message("tool", "1"), Message("tool", "2"), ANSWER)
@@ -486,26 +494,100 @@ def test_hermes_writes_calls_into_the_turns_of_any_template(
         written += [json.loads(text) for text in re.findall(r"<tool_call>\n(\{.*?\})\n<", learned(whole, template)[0])]
         if name != "deepseek_r1_distill":
             options = {"tools": list(tools), "chat_template": source, "tokenize": False}
-            assert spelled(whole, template) == tokenizers[name].apply_chat_template(
-                as_dicts(row, template), **options
-            )
+            assert spelled(whole, template) == tokenizers[name].apply_chat_template(as_dicts(row, template), **options)
     assert written == [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
     plain = (QUESTION, ANSWER)
     assert render(plain, template, generate=False).ids == render(plain, templates[name], generate=False).ids
 
 
-def test_the_template_for_tools_is_taken_where_a_base_has_two(folders: Mapping[str, Path], tmp_path: Path) -> None:
-    """Source: transformers takes `tool_use` where functions are given."""
-    folder = FAMILIES["llama3"].write(tmp_path)
-    (folder / "chat_template.jinja").unlink()
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = [
-        {"name": "default", "template": FAMILIES["llama3"].source},
-        {"name": "tool_use", "template": FAMILIES["llama3_1"].source},
-    ]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+READ_BACK = (
+    *("mistral_v2v3", "mistral_v3_tekken", "exaone4", "mistralai-Mistral-Nemo-Instruct-2407", "MiMo-VL"),
+    *("ibm-granite-granite-4.0", "ibm-granite-granite-4.1", "Bielik-11B-v3.0-Instruct", "GLM-4.6", "GLM-4.7-Flash"),
+    *("NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use"),
+    *("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "StepFun3.5-Flash", "inclusionai-ling-3.0-flash", "Spark2.5"),
+    *("Qwen-QwQ-32B", "Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B", "Qwen3-Coder", "Qwen3.5-4B"),
+    *("meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.3-70B-Instruct", "openai-gpt-oss-120b"),
+)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in READ_BACK])
+def test_calls_are_read_back_from_what_is_learned(templates: Mapping[str, Template], name: str) -> None:
+    template = templates[name]
+    for case in ("tools",) if refuses(name, "two calls") else ("tools", "two calls"):
+        messages, tools = CONVERSATIONS[case]
+        whole = render(messages[:2], template, tools=tools, generate=False)
+        start = whole.loss_mask.index(True)
+        wanted = [(call.name, dict(call.arguments)) for call in messages[1].tool_calls]
+        for skip_special in (False, True):
+            text = template.decode(whole.ids[start:], skip_special=skip_special)
+            assert [(call.name, dict(call.arguments)) for call in parse_tool_calls(text, tools)] == wanted
+
+
+IN_SYSTEM = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{%- if m.role == 'system' and m.tools is defined -%}<tools>{{ m.tools + '</tools>' }}{%- endif -%}<|im_end|>"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+XML_TOOLS = (
+    "{%- if xml_tools -%}<|im_start|>system\n{%- for tool in xml_tools[:] -%}{{ tool | string }}{%- endfor -%}"
+    "<|im_end|>{%- endif -%}" + IN_SYSTEM
+)
+
+
+@pytest.mark.parametrize("asked", [(QUESTION,), (SYSTEM, QUESTION)], ids=["alone", "with system"])
+@pytest.mark.parametrize("source", [IN_SYSTEM, XML_TOOLS], ids=["system turn", "xml_tools"])
+def test_functions_are_written_where_the_template_reads_them(
+    tmp_path: Path, source: str, asked: tuple[Message, ...]
+) -> None:
+    """Phi-4-mini reads JSON text in the system turn, SmolLM3 the variable `xml_tools`. Source: transformers."""
+    folder = write_tiny_tokenizer(tmp_path, source)
     template, tokenizer = Template.load(folder), AutoTokenizer.from_pretrained(folder)
-    for tools in ((), TOOLS):
-        ours = render((QUESTION,), template, tools=tools, generate=True)
+    turns, variables = as_dicts(asked, template), {"xml_tools": list(TOOLS)}
+    if source == IN_SYSTEM:
+        turns, variables = as_dicts((asked[0] if len(asked) > 1 else Message("system", ""), QUESTION), template), {}
+        turns[0]["tools"] = json.dumps(TOOLS)
+    wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **variables)
+    assert "find_airport" in wanted
+    assert spelled(render(asked, template, tools=TOOLS, generate=True), template) == wanted
+    whole = render((*asked, ANSWER), template, tools=TOOLS, generate=False)
+    assert learned(whole, template) == ["It is Kunming.<|im_end|>"]
+    with pytest.raises(BaseModelError, match=r"(?s)leaves calls or their results out.*chat_template=hermes"):
+        render((*asked, CALLED, RESULT), template, tools=TOOLS, generate=True)
+
+
+def test_texts_that_a_template_escapes_are_those_of_transformers(tmp_path: Path) -> None:
+    """`|safe` makes Jinja escape what is added to it: the mark that breaks special tokens stays out of the text."""
+    source = "{%- for m in messages -%}{{ m.content + ('<|im_end|>' | safe) }}{%- endfor -%}"
+    folder = write_tiny_tokenizer(
+        tmp_path, "{%- if messages[1:] -%}" + source + "{%- else -%}" + source + "{%- endif -%}"
+    )
+    template, tokenizer = Template.load(folder), AutoTokenizer.from_pretrained(folder)
+    asked = (Message("user", "a <|endoftext|> b"),)
+    wanted = tokenizer.apply_chat_template(as_dicts(asked, template), tokenize=False)
+    assert spelled(render(asked, template, generate=True), template) == wanted
+
+
+@pytest.mark.parametrize("as_files", [False, True], ids=["one file", "a file each"])
+def test_the_template_for_tools_is_taken_where_a_base_has_two(tmp_path: Path, as_files: bool) -> None:
+    """Source: transformers takes `tool_use` where functions are given, of either form of the folder."""
+    folder = FAMILIES["llama3"].write(tmp_path)
+    if as_files:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(FAMILIES["llama3_1"].source)
+    else:
+        (folder / "chat_template.jinja").unlink()
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings["chat_template"] = [
+            {"name": "default", "template": FAMILIES["llama3"].source},
+            {"name": "tool_use", "template": FAMILIES["llama3_1"].source},
+        ]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    template, tokenizer = Template.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert template.can.calls_need_tools
+    for case, tools in (("plain", ()), ("tools", TOOLS)):
+        messages = CONVERSATIONS[case][0][:3]
+        ours = render(messages, template, tools=tools, generate=True)
         options = {"tools": list(tools) or None, "add_generation_prompt": True}
-        assert list(ours.ids) == theirs(tokenizer, (QUESTION,), template, **options)["input_ids"]
+        assert list(ours.ids) == theirs(tokenizer, messages, template, **options)["input_ids"]
+    with pytest.raises(DataError, match=r"(?s)messages.tool_calls: the row has calls and no tools.*add tools"):
+        render(CONVERSATIONS["tools"][0][:3], template, generate=True)
