@@ -327,7 +327,7 @@ REJECTED = [
     (
         row({**USER, "content": [{"type": "image_url", "image_url": "u"}]}, ANSWER),
         r"messages\[0\].content\[0\].type",
-        "the key",
+        "leave the row out",
     ),
     (row(USER, {**ANSWER, "refusal": "no"}), r"messages\[1\].refusal", "remove the key"),
     (row({"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}), r"messages\[0\].role", "conversations"),
