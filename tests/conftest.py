@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 FIRST = (
     "tests/docs/test_demo.py",
@@ -34,6 +35,8 @@ def prepare_process() -> None:
 
 
 prepare_process()
+settings.register_profile("loaded", suppress_health_check=[HealthCheck.too_slow])  # a second of a machine at work
+settings.load_profile("loaded")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

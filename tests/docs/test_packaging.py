@@ -157,10 +157,11 @@ if TYPE_CHECKING:
 
     def probe(cluster: ClusterSpec, serving: ServeSpec, training: TrainSpec, tuning: TuneSpec) -> None:
         """`make check` fails at a comment that ignores nothing, which is where mypy does not know the class."""
-        a: int = cluster  # type: ignore[assignment]
-        b: int = serving  # type: ignore[assignment]
-        c: int = training  # type: ignore[assignment]
-        d: int = tuning  # type: ignore[assignment]
+        cluster_of: int = cluster  # type: ignore[assignment]
+        serving_of: int = serving  # type: ignore[assignment]
+        training_of: int = training  # type: ignore[assignment]
+        tuning_of: int = tuning  # type: ignore[assignment]
+        print(cluster_of, serving_of, training_of, tuning_of)
 
 
 @pytest.mark.long
