@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 from graftwork.base.load import load, read_config, resolve
 from graftwork.base.scaled import scale_down, write_scaled_base
 from graftwork.base.source import BaseSpec
-from graftwork.base.support import base_support, check_serving
+from graftwork.base.support import STAGES, base_support, check_serving
 from graftwork.cli import app
 from graftwork.errors import BaseModelError
 from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.spec import ServeSpec
-from graftwork.stages.base_check import CHECKED, check_base
+from graftwork.stages.base_check import check_base
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import TrainJob
@@ -44,7 +44,7 @@ def test_the_page_shows_the_committed_matrix() -> None:
 def test_a_stage_that_fails_is_rejected_by_the_config_alone(family: str) -> None:
     """No stage of the matrix failed while it ran: what does not work is refused before compute is spent."""
     stages = CHECKS[family]["stages"]
-    assert [*stages] == [*CHECKED]
+    assert [*stages] == [*STAGES]
     for stage, found in stages.items():
         assert "on the scaled-down base" not in found["reason"], stage
         assert bool(found["reason"]) or found["status"] == "supported", stage
@@ -146,7 +146,7 @@ def test_base_check_reads_a_config_alone_and_a_folder(tmp_path: Path) -> None:
     found: dict[str, Any] = json.loads(done.stdout)
     assert (found["model_type"], found["model_class"]) == ("qwen3", "Qwen3ForCausalLM")
     assert "its weights are plain" in found["stages"].pop("checkpoint")["reason"]
-    ran = [stage for stage in CHECKED if stage != "checkpoint"]
+    ran = [stage for stage in STAGES if stage != "checkpoint"]
     assert found["stages"] == {stage: {"status": "supported", "reason": ""} for stage in ran}
 
 
