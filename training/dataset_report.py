@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graftwork import config
-from graftwork.base.load import resolve
-from graftwork.base.load import template as base_template
+from graftwork.base.load import prompt_template
 from graftwork.datasets.examples import iter_examples, purpose_keys
 from graftwork.datasets.formats import LABELS, Purpose, detect
 from graftwork.datasets.sources import RowSource
@@ -129,7 +128,7 @@ def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetRe
 
     The dataset is read by the run's objective, as it is before training.
     """
-    template = base_template(resolve(spec.base))
+    template = prompt_template(spec.base)
     read = spec.objective.read(spec, template, part)
     held_out = None
     if spec.data.eval is not None and part == "train":
@@ -143,7 +142,11 @@ def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetRe
     counts = _count(read, whole, spec.max_length)
     shown = tuple(_shown(read, template, rows))
     name, keys = f"data.{part}", read.keys
-    more = (*keys.mixture_note(name), *keys.names_note(name, written=template.can.names)) if keys else ()
+    more = (
+        (*keys.mixture_note(name), *keys.template_notes(name, names=template.can.names, specials=template.specials))
+        if keys
+        else ()
+    )
     notes = (*read.notes, *more, *read.warnings)
     source = str(data_of(spec, part)[0])
     count, duplicates = len(read.contents), _duplicates(read.contents)

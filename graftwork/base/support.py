@@ -18,9 +18,10 @@ from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
 Stage = Literal["plan", "train LoRA", "train full", "packing", "serve", "serve adapters"] | QuantKind
-STAGES: tuple[Stage, ...] = ("plan", *METHODS, "train LoRA", "train full", "packing", "serve", "serve adapters")
-"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving; `checkpoint` is that of a
-quantised checkpoint."""
+FORMS: tuple[QuantKind, ...] = tuple(kind for kind, method in METHODS.items() if not method.keeps_checkpoint)
+STAGES: tuple[Stage, ...] = ("plan", *FORMS, "train LoRA", "train full", "packing", "serve", "serve adapters")
+"""Of every base. `plan`: of training. `FORMS`: values of `quant.kind`, in training and in serving; a quantised
+checkpoint has one more, `checkpoint`."""
 
 
 class StrategyKeys(Protocol):
@@ -90,12 +91,18 @@ class BaseSupport:
     packed_experts: bool = False
     """4-bit methods pack experts next to linear layers."""
 
+    @property
+    def names(self) -> tuple[Stage, ...]:
+        """The stages of this base, in the order of a report."""
+        kept: tuple[Stage, ...] = ("checkpoint",) if self.packed else ()
+        place = 1 + len(FORMS)
+        return (*STAGES[:place], *kept, *STAGES[place:])
+
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
-        stages = [stage for stage in STAGES if self.packed or stage != "checkpoint"]
-        known = ", ".join(stage for stage in stages if not self.stages[stage].reason)
+        known = ", ".join(stage for stage in self.names if not self.stages[stage].reason)
         reasons = "".join(
-            f"; not {stage}: {self.stages[stage].reason}" for stage in stages if self.stages[stage].reason
+            f"; not {stage}: {self.stages[stage].reason}" for stage in self.names if self.stages[stage].reason
         )
         form = f" packed as {self.packed}" if self.packed else ""
         return f"base {self.model_type} ({self.model_class}){form} supports {known}{reasons}"

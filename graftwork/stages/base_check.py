@@ -21,7 +21,7 @@ from graftwork.base.load import ResolvedBase, load, resolve
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.scaled import VOCAB, write_scaled_base
 from graftwork.base.source import BaseSpec
-from graftwork.base.support import STAGES, BaseSupport, Stage, base_support
+from graftwork.base.support import BaseSupport, Stage, base_support
 from graftwork.errors import GraftworkError, RunError
 from graftwork.planning.hardware import GPUS, Machine
 from graftwork.planning.memory import RowSizes
@@ -85,7 +85,7 @@ def check_base(config: Mapping[str, Any]) -> BaseCheck:
         check = _Check(config, support, Path(folder))
         with _no_logs():
             check.run()
-        stages = {stage: check.found.get(stage, StageStatus("untested", "not run")) for stage in STAGES}
+        stages = {stage: check.found.get(stage, StageStatus("untested", "not run")) for stage in support.names}
     return BaseCheck(support.model_type, support.model_class, stages)
 
 
@@ -112,7 +112,7 @@ class _Check:
             self.base = resolve(BaseSpec(uri=str(write_scaled_base(self.config, self.folder / "base"))))
         except Exception as error:  # code of any architecture
             untested = StageStatus("untested", f"no scaled-down base could be made ({_first_line(error)})")
-            self.found |= {stage: untested for stage in STAGES if stage not in self.found}
+            self.found |= {stage: untested for stage in self.support.names if stage not in self.found}
             return
         hint = "" if self.targets in (None, "all-linear") else f"adapter.targets={self.targets}"
         self._try("train LoRA", self._train_lora, hint)

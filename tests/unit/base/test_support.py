@@ -198,7 +198,7 @@ def test_a_plan_shows_the_stages_that_support_the_base(folders: dict[str, str], 
         [plan] = plan_spec(spec, Path())
         return next(note for note in plan.assumptions if note.startswith("base "))
 
-    whole = f"base qwen3 (Qwen3ForCausalLM) supports {', '.join(stage for stage in STAGES if stage != 'checkpoint')}"
+    whole = f"base qwen3 (Qwen3ForCausalLM) supports {', '.join(STAGES)}"
     assert line(train_spec(folders["qwen3"], rows)) == whole
     served = line(ServeSpec.model_validate({"base": folders["gpt2"], "quant": {"kind": "none"}}))
     assert "; not plan: activations are not predicted for an activation function" in served
