@@ -157,7 +157,7 @@ def test_a_quantised_base_has_a_row_for_its_own_form(tmp_path: Path) -> None:
         "untested", "the copy's weights are plain: `graftwork quantize` measures it"
     )
     rest = {stage: one for stage, one in stages.items() if stage != "checkpoint"}
-    assert rest == dict.fromkeys(StageStatus("supported"))
+    assert rest == dict.fromkeys(STAGES, StageStatus("supported"))
 
 
 @pytest.mark.parametrize(
