@@ -154,10 +154,9 @@ def table(checks: Mapping[str, Any]) -> str:
     from graftwork.stages.base_check import CHECKED
 
     reasons: list[str] = []
-    shown = [stage for stage in CHECKED if stage != "checkpoint"]  # of bases whose config.json has a quantization
-    lines = [f"| model | model_type | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
+    lines = [f"| model | model_type | {' | '.join(CHECKED)} |", f"|---|---|{'---|' * len(CHECKED)}"]
     for family, check in checks.items():
-        cells = [_cell(check["stages"][stage], reasons) for stage in shown]
+        cells = [_cell(check["stages"][stage], reasons) for stage in CHECKED]
         lines.append(f"| {family} | {check['model_type']} | {' | '.join(cells)} |")
     notes = "".join(f"\n{number}. {reason}" for number, reason in enumerate(reasons, 1))
     return "\n".join(lines) + f"\n\nReasons and notes:\n{notes}\n"

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
 Status = Literal["supported", "rejected", "untested"]
 TRAIN, FULL, PACKING, SERVE, ADAPTERS = "train LoRA", "train full", "packing", "serve", "serve adapters"
-CHECKED = ("plan", *METHODS, TRAIN, FULL, PACKING, SERVE, ADAPTERS)
-"""Stages of a check; `METHODS` are the values of `quant.kind`."""
+FORMS = tuple(kind for kind, method in METHODS.items() if not method.keeps_checkpoint)
+CHECKED = ("plan", *FORMS, TRAIN, FULL, PACKING, SERVE, ADAPTERS)
+"""Stages of every base. A quantised checkpoint has one more, `checkpoint`, a value of `quant.kind` as `FORMS` are."""
 NEW_TOKENS = 8
 PROMPT_LENGTHS = (3, 20, 41, 60)
 """Tokens of the prompts: shorter and longer than the sliding window and the chunks of the scaled-down base."""
@@ -87,8 +88,15 @@ def check_base(config: Mapping[str, Any]) -> BaseCheck:
         check = _Check(config, support, Path(folder))
         with _no_logs():
             check.run()
-        stages = {stage: check.found.get(stage, StageStatus("untested", "not run")) for stage in CHECKED}
+        stages = {stage: check.found.get(stage, StageStatus("untested", "not run")) for stage in stages_of(support)}
     return BaseCheck(support.model_type, support.model_class, stages)
+
+
+def stages_of(support: BaseSupport) -> tuple[str, ...]:
+    """Return the stages of a check of this base, in the order of the report."""
+    kept = [kind for kind, method in METHODS.items() if method.keeps_checkpoint and support.packed]
+    place = 1 + len(FORMS)
+    return (*CHECKED[:place], *kept, *CHECKED[place:])
 
 
 @dataclass
@@ -115,7 +123,7 @@ class _Check:
             self.base = resolve(BaseSpec(uri=str(write_scaled_base(self.config, self.folder / "base"))))
         except Exception as error:  # code of any architecture
             untested = StageStatus("untested", f"no scaled-down base could be made ({_first_line(error)})")
-            self.found |= {stage: untested for stage in CHECKED if stage not in self.found}
+            self.found |= {stage: untested for stage in stages_of(self.support) if stage not in self.found}
             return
         hint = "" if self.targets in (None, "all-linear") else f"adapter.targets={self.targets}"
         self._try(TRAIN, stages["train"], self._train_lora, hint)

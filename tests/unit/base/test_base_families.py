@@ -16,7 +16,7 @@ from graftwork.errors import BaseModelError
 from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.spec import ServeSpec
-from graftwork.stages.base_check import CHECKED, check_base
+from graftwork.stages.base_check import CHECKED, StageStatus, check_base
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import TrainJob
@@ -145,9 +145,19 @@ def test_base_check_reads_a_config_alone_and_a_folder(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     assert (found["model_type"], found["model_class"]) == ("qwen3", "Qwen3ForCausalLM")
-    assert "its weights are plain" in found["stages"].pop("checkpoint")["reason"]
-    ran = [stage for stage in CHECKED if stage != "checkpoint"]
-    assert found["stages"] == {stage: {"status": "supported", "reason": ""} for stage in ran}
+    assert found["stages"] == {stage: {"status": "supported", "reason": ""} for stage in CHECKED}
+
+
+def test_a_quantised_base_has_a_row_for_its_own_form(tmp_path: Path) -> None:
+    """Plain bases have none: `checkpoint` is no value that their specs could have."""
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    stages = check_base({**QWEN, "quantization_config": settings}).stages
+    assert [*stages] == [*CHECKED[:4], "checkpoint", *CHECKED[4:]]
+    assert stages["checkpoint"] == StageStatus(
+        "untested", "the copy's weights are plain: `graftwork quantize` measures it"
+    )
+    rest = {stage: one for stage, one in stages.items() if stage != "checkpoint"}
+    assert rest == dict.fromkeys(CHECKED, StageStatus("supported"))
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_a_bad_prompt_or_completion_is_named(tmp_path: Path, record: Any, at: st
 
 
 def test_the_nearest_field_is_suggested(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="rename 'message' to 'messages'"):
+    with pytest.raises(DataError, match="data.columns={messages: message}"):
         read_rows(write(tmp_path / "rows.jsonl", {"message": [QUESTION, ANSWER]}), need="train")
 
 
