@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 
 FIRST = (
     "tests/docs/test_demo.py",
+    "tests/docs/test_extending.py",
     "tests/unit/compat/",  # some skip themselves once this process has the Ray of tests/ray
     "tests/ray/test_train.py",
     "tests/ray/",
@@ -35,7 +36,7 @@ def prepare_process() -> None:
 
 
 prepare_process()
-settings.register_profile("loaded", suppress_health_check=[HealthCheck.too_slow])  # a second of a machine at work
+settings.register_profile("loaded", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("loaded")
 
 
