@@ -143,7 +143,11 @@ def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetRe
     counts = _count(read, whole, spec.max_length)
     shown = tuple(_shown(read, template, rows))
     name, keys = f"data.{part}", read.keys
-    more = (*keys.mixture_note(name), *keys.names_note(name, written=template.can.names)) if keys else ()
+    more = (
+        (*keys.mixture_note(name), *keys.template_notes(name, names=template.can.names, specials=template.specials))
+        if keys
+        else ()
+    )
     notes = (*read.notes, *more, *read.warnings)
     source = str(data_of(spec, part)[0])
     count, duplicates = len(read.contents), _duplicates(read.contents)

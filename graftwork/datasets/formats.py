@@ -2,11 +2,12 @@
 
 Sources of the formats: OpenAI's fine-tuning guide (messages; input, preferred_output, non_preferred_output), TRL 1.16
 (docs/source/dataset_formats.md: prompt, completion, chosen, rejected, label), ShareGPT and Alpaca as LLaMA-Factory's
-`dataset_info.json` describes them (instruction and input are joined by a line break, in ms-swift too).
+`dataset_info.json` describes them (instruction and input are joined by a line break, in ms-swift too), ms-swift's guide
+to custom datasets (rejected_response, rejected_messages).
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ class _FormatRow:
         at = f"{self.where}: {key}"
         others = ", ".join(name for name in self.record if name != "id")
         hint = f"add it, or name its column in data.columns (columns: {others})"
+        if key in (named := _other_names(self.record, (key, "input", "system"))):
+            hint = _set_columns(named)
         value, given = self.record.get(key), key in self.record
         return require_text(value, at, key, given, may_be_empty=may_be_empty, hint=hint)
 
@@ -100,7 +103,7 @@ def _trl_pair(row: _FormatRow) -> dict[str, Any]:
         row.record.get("prompt", ""), list
     ):  # whole conversations; TRL then takes their common turns and no text of `prompt`
         row.keys.ignore(*(key for key in ("prompt", "messages") if row.has(key)))
-        return _pair(row, *_common_turns(row))
+        return _pair(row, *_common_turns(row, "chosen", "rejected"))
     if row.has("messages"):
         turns = row.context_reader.turns(row.record["messages"], "messages")
         row.keys.ignore(*(["prompt"] if row.has("prompt") else []))
@@ -118,6 +121,13 @@ def _sharegpt_pair(row: _FormatRow) -> dict[str, Any]:
 def _alpaca_pair(row: _FormatRow) -> dict[str, Any]:
     answers = (_answer(row, key) for key in ("chosen", "rejected"))
     return _pair(row, _alpaca_prompt(row), *answers, label="instruction")
+
+
+def _swift_pair(row: _FormatRow) -> dict[str, Any]:
+    if row.has("rejected_messages"):
+        return _pair(row, *_common_turns(row, "messages", "rejected_messages"))
+    turns = row.reader.turns(row.record["messages"], "messages")
+    return _pair(row, turns[:-1], _require_answer(row, "messages", turns), _answer(row, "rejected_response"))
 
 
 def _openai_pair(row: _FormatRow) -> dict[str, Any]:
@@ -156,6 +166,9 @@ FORMATS = (
         ("pairs",),
         _alpaca_pair,
     ),
+    Format(
+        "swift_preference", (("messages",), ("rejected_response", "rejected_messages")), _CHAT, ("pairs",), _swift_pair
+    ),
     Format("trl_preference", (("chosen", "rejected"),), ("prompt", "messages", *_CHAT), ("pairs",), _trl_pair),
     Format("openai", (("messages",),), _CHAT, _CONVERSATION, _openai),
     Format("sharegpt", (("conversations",),), _CHAT, _CONVERSATION, _sharegpt),
@@ -174,9 +187,18 @@ _OBJECTIVES: dict[Purpose, str] = {
     "documents": "cpt",
     "prompts": "grpo",
 }
-_COLUMNS = (("question", "answer"), ("query", "response"), ("input", "output"), ("problem", "solution"))
-"""Pairs of column names that datasets often have, for a hint."""
-_NEAR = ("messages", "conversations", "instruction", "prompt", "completion")
+_SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("question", "query", "problem", "input", "user"),
+    "completion": ("answer", "response", "solution", "output", "assistant"),
+    "instruction": ("query", "question"),
+    "output": ("response", "answer"),
+    "input": ("context",),
+    "system": ("system_prompt",),
+    "chosen": ("accepted",),
+}
+"""Names that columns of datasets often have instead, for a hint."""
+_ALONE = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+"""Keys that make a row to learn from."""
 
 
 def detect(record: Mapping[str, Any], purpose: Purpose, where: str) -> Format:
@@ -213,6 +235,11 @@ def _conversation(row: _FormatRow, messages: tuple[Message, ...], label: str) ->
             "a row to learn from ends with the assistant's turn",
             "add the answer as the last turn",
         )
+    asked = next(place for place, one in enumerate(messages) if one.role == "user")
+    early = next((place for place, one in enumerate(messages[:asked]) if one.role == "assistant" and one.trained), None)
+    if row.purpose == "conversations" and early is not None:
+        problem, rule = "the assistant's turn comes before the user's first", "an answer is learned behind a question"
+        raise DataError(f"{row.where}: {label}[{early}]", problem, rule, "give it the weight 0, or take it out")
     if row.purpose == "unpaired" and not messages[-1].trained:
         at, rule = f"{row.where}: {label}", "the last turn is the answer that has the label"
         raise DataError(at, "the last turn has weight 0", rule, "remove the weight")
@@ -257,11 +284,12 @@ def _prompt(row: _FormatRow) -> tuple[Message, ...]:
     if isinstance(value, list):
         return row.context_reader.turns(value, "prompt")
     if value is None and row.purpose == "pairs":
+        named = _other_names(row.record, ("prompt", "chosen", "rejected"))
         raise DataError(
             f"{row.where}: prompt",
             f"the field is missing (found {', '.join(row.record)})",
             "a preference has `prompt` or `messages`, or whole conversations as `chosen` and `rejected`",
-            "add the field, or name its column in data.columns",
+            _set_columns(named) if "prompt" in named else "add the field, or name its column in data.columns",
         )
     return (Message("user", row.text("prompt")),)
 
@@ -305,23 +333,24 @@ def _answer(row: _FormatRow, key: str, *, sharegpt: bool = False) -> Message:
     return turn
 
 
-def _common_turns(row: _FormatRow) -> tuple[tuple[Message, ...], Message, Message]:
-    """The turns that both whole conversations begin with, and the last turn of each."""
-    sides = [row.reader.turns(row.record[key], key) for key in ("chosen", "rejected")]
-    shared = sides[0][:-1]
-    if [turn_content(one) for one in shared] != [turn_content(one) for one in sides[1][:-1]]:
+def _common_turns(row: _FormatRow, better: str, worse: str) -> tuple[tuple[Message, ...], Message, Message]:
+    """The turns that the whole conversations of two keys begin with, and the last turn of each."""
+    chosen, rejected = (row.reader.turns(row.record[key], key) for key in (better, worse))
+    if [turn_content(one) for one in chosen[:-1]] != [turn_content(one) for one in rejected[:-1]]:
         raise DataError(
-            f"{row.where}: rejected",
-            "its turns differ from those of chosen before the last one",
+            f"{row.where}: {worse}",
+            f"its turns differ from those of {better} before the last one",
             "two conversations of a pair differ in their last turn",
             "end both at the first answer that differs",
         )
-    for key, turns in zip(("chosen", "rejected"), sides, strict=True):
-        if turns[-1].role != "assistant":
-            raise DataError(
-                f"{row.where}: {key}", f"it ends with the {turns[-1].role}'s turn", "it ends with an answer"
-            )
-    return shared, sides[0][-1], sides[1][-1]
+    return chosen[:-1], _require_answer(row, better, chosen), _require_answer(row, worse, rejected)
+
+
+def _require_answer(row: _FormatRow, key: str, turns: tuple[Message, ...]) -> Message:
+    """The last turn. Raises DataError where it is not the assistant's."""
+    if turns[-1].role != "assistant":
+        raise DataError(f"{row.where}: {key}", f"it ends with the {turns[-1].role}'s turn", "it ends with an answer")
+    return turns[-1]
 
 
 def _alpaca_prompt(row: _FormatRow) -> tuple[Message, ...]:
@@ -406,20 +435,33 @@ def _unlearned(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return tuple(replace(one, trained=False) if one.role == "assistant" else one for one in messages)
 
 
+def _other_names(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
+    """Columns that seem to hold missing keys: key -> column."""
+    found = {}
+    for key in keys:
+        names = [name for name in _SYNONYMS.get(key, ()) if name in record]
+        names += difflib.get_close_matches(key, [name for name in record if name not in ROW_KEYS], n=1, cutoff=0.8)
+        if names and key not in record:
+            found[key] = names[0]
+    return found
+
+
+def _set_columns(names: Mapping[str, str]) -> str:
+    return f"set data.columns={{{', '.join(f'{key}: {column}' for key, column in names.items())}}}"
+
+
 def _unknown(record: Mapping[str, Any], purpose: Purpose, where: str) -> DataError:
     """The error of a row in none of the purpose's formats, with the objective or the key that would read it."""
     wanted = [one for one in FORMATS if purpose in one.purposes]
     forms = "; ".join(" and ".join("|".join(group) for group in one.detect) for one in wanted)
     found = f"no format that {_OBJECTIVES[purpose]} reads has the keys {', '.join(record) or 'none'}"
     other = next((one for one in FORMATS if one.matches(record) and (one not in wanted)), None)
-    named = next((pair for pair in _COLUMNS if all(key in record for key in pair)), None)
-    near = [(difflib.get_close_matches(key, record, n=1, cutoff=0.8), key) for key in _NEAR]
-    close = next(((found[0], key) for found, key in near if found), None)
+    ways = [keys for keys in _ALONE if {**record, **_other_names(record, keys)}.keys() >= {*keys}]
     hint = "name the columns in data.columns, or write data.template"
     if other is not None:
         hint = f"the row is in the format {other.name}: set objective.kind={_OBJECTIVES[other.purposes[0]]}"
-    elif named is not None:
-        hint = f"set data.columns={{prompt: {named[0]}, completion: {named[1]}}}"
-    elif close is not None:
-        hint = f"rename {close[0]!r} to {close[1]!r}"
+    elif ways:
+        hint = _set_columns(_other_names(record, (*ways[-1 if "history" in record else 0], "system")))
+    elif "input_ids" in record or "segments" in record:
+        hint = "rows of token ids and of segments are not read: write the turns or the text of the rows"
     return DataError(where, found, f"formats by their keys: {forms}", hint)

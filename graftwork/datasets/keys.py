@@ -4,8 +4,9 @@ Every row format has a closed list of keys. A key outside the list that would ch
 loss falls on is rejected. Any other one is counted.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from graftwork.datasets.readers import kind_of
@@ -38,11 +39,13 @@ _PROMPT_OF_TURN = _MEDIA | frozenset(
     {"tools", "tool_calls", "function_call", "tool_call_id", "refusal", "documents", "reasoning_details"}
 )
 _LOSS = frozenset({"input_ids", "labels", "loss_mask", "completion_mask", "assistant_masks", "segments"})
-_LOSS_OF_TURN = frozenset({"train_detail", "training_detail", "loss_scale"})
+_LOSS_OF_TURN = frozenset({"train_detail", "training_detail"})
 _WEIGHT = frozenset({"weight", "sample_weight", "loss_weight", "loss_scale"})
-TURN_WEIGHTS = frozenset({"weight", "loss", "train", "training"})
+TURN_WEIGHTS = frozenset({"weight", "loss", "loss_scale", "train", "training"})
 """Keys of a turn that weight its loss: OpenAI's, ms-swift's and Axolotl's names."""
 _TRAIN = frozenset({"train", "training"})
+_CONTROL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")  # noqa: RUF001
+"""Control tokens of Llama, Qwen, DeepSeek, Mistral, Gemma and others; of a base those that its tokenizer has count."""
 _SHOWN = 20
 """Ignored keys that a note names; the rest is a number."""
 
@@ -71,9 +74,12 @@ class KeyCheck:
         """Of a weighted mixture: (rows taken, rows there) by URI."""
         self.speakers = 0
         """Rows with a turn of another role than tool that has a `name`, which few chat templates write."""
+        self.spelled: Counter[str] = Counter()
+        """Rows by name of a control token, as bases have them, that their text spells."""
         self._used: set[str] = set()
         self._speaker = False
         self._others: set[str] = set()
+        self._spelled: set[str] = set()
 
     def fresh(self) -> "KeyCheck":
         """The same check with nothing counted."""
@@ -90,7 +96,7 @@ class KeyCheck:
         A value that says nothing (null, an empty text, list or object) is as good as no key. known: keys of the
         row's format.
         """
-        self._used, self._others, self._speaker = set(), set(), False
+        self._used, self._others, self._spelled, self._speaker = set(), set(), set(), False
         known |= self.known
         rejected = (_PROMPT if self.prompt else frozenset()) | (_LOSS if self.loss else frozenset()) | self._more
         for key, value in record.items():
@@ -99,6 +105,7 @@ class KeyCheck:
                 continue
             if key in known:
                 self._used.add(key)
+                self._note_control(value)
                 continue
             if (new := RENAMED_ROW_KEYS.get(key)) in known:
                 raise DataError(at, "unknown key", f"the key is {new}", f"{key} was renamed to {new}")
@@ -108,7 +115,7 @@ class KeyCheck:
                 _require_weight(at, value)
                 self._used.add(key)
             elif self.loss and key in ("label", "kto_tag"):
-                self._check_label(key, value, "messages" in record, at)
+                self._check_label(key, value, "messages" in record or not self.prompt, at)
             else:
                 self._others.add(key)
 
@@ -128,6 +135,7 @@ class KeyCheck:
                 self._used.add(name)
             elif key in known:
                 self._used.add(name)
+                self._note_control(value)
             elif (self.prompt and key in _PROMPT_OF_TURN) or (self.loss and key in _LOSS_OF_TURN):
                 raise rejection(f"{at}.{key}", value)
             else:
@@ -146,6 +154,7 @@ class KeyCheck:
     def finish(self) -> None:
         """Count the keys of the row that was begun."""
         self.speakers += self._speaker
+        self.spelled.update(self._spelled)
         self.used.update(self._used)
         self.ignored.update(sorted(self._others))
 
@@ -154,25 +163,36 @@ class KeyCheck:
         if not self.ignored:
             return ()
         found = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
-        named = ", ".join(f"{key} (in {count} row{'s' * (count != 1)})" for key, count in found[:_SHOWN])
+        named = ", ".join(f"{key} ({_in_rows(count)})" for key, count in found[:_SHOWN])
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         return (f"{dataset}: ignored keys: {named}{more}",)
 
-    def names_note(self, dataset: str, *, written: bool) -> tuple[str, ...]:
-        """A warning where rows have names of speakers that the chat template does not write."""
-        if written or not self.speakers:
-            return ()
-        rows = f"{self.speakers} row{'s' * (self.speakers != 1)}"
-        return (f"{dataset}: name of turns (in {rows}) is left out: the chat template does not write it",)
+    def template_notes(self, dataset: str, *, names: bool, specials: Container[str]) -> tuple[str, ...]:
+        """Warnings of speakers' names that the chat template leaves out, and of control tokens that the text spells.
+
+        names: the template writes them. specials: control tokens of the base.
+        """
+        notes = []
+        if self.speakers and not names:
+            found = f"name of turns ({_in_rows(self.speakers)}) is left out"
+            notes.append(f"{dataset}: {found}: the chat template does not write it")
+        if spelled := [f"{name} ({_in_rows(self.spelled[name])})" for name in sorted(self.spelled) if name in specials]:
+            why = "characters in the text, no control tokens; turns are written as messages"
+            notes.append(f"{dataset}: {', '.join(spelled[:_SHOWN])}: {why}")
+        return tuple(notes)
 
     def mixture_note(self, dataset: str) -> tuple[str, ...]:
         """`data.train: 12 of 48 rows of a.jsonl, 4 of 4 rows of b.jsonl`; nothing where every row is taken."""
         shares = (f"{taken} of {there} rows of {path}" for path, (taken, there) in self.taken.items())
         return (f"{dataset}: {', '.join(shares)}, by their weights",) if self.taken else ()
 
-    def _check_label(self, key: str, value: object, chat: bool, at: str) -> None:
-        """Refuse a false label of KTO; next to `messages` a number is the label of something else."""
-        if value is False or (not chat and is_number(value, 0)):
+    def _note_control(self, value: object) -> None:
+        if isinstance(value, str) and ("<" in value or "[" in value):
+            self._spelled.update(_CONTROL.findall(value))
+
+    def _check_label(self, key: str, value: object, other: bool, at: str) -> None:
+        """Refuse a false label of KTO. other: a number is the label of something else."""
+        if value is False or (not other and is_number(value, 0)):
             raise DataError(
                 at,
                 f"found {value!r}",
@@ -182,15 +202,24 @@ class KeyCheck:
         (self._used if value is True else self._others).add(key)
 
 
+def _in_rows(count: int) -> str:
+    return f"in {count} row{'s' * (count != 1)}"
+
+
 def rejection(at: str, value: object) -> DataError:
     """The error of a key that would change the text or the loss and is not supported."""
     found = f"{kind_of(value)} of {len(value)}" if isinstance(value, list | dict) else repr(value)
     key = at.rpartition(".")[2].rpartition(" ")[2]
+    hint = "remove the key where it is of no use, else leave the row out"
+    if key in ("reasoning_content", "thinking"):
+        hint = f"move it into the assistant's turn: {{role: assistant, {key}: ..., content: ...}}"
+    if key == "enable_thinking":
+        hint = "write chat_template_kwargs: {enable_thinking: ...}"
     return DataError(
         at,
         f"found {found if len(found) <= 80 else found[:77] + '...'}",
         f"{key} changes what the model reads or learns, and is not supported here",
-        "remove the key where it is of no use, else leave the row out",
+        hint,
     )
 
 

@@ -1,17 +1,20 @@
 """Records of a dataset, one after another, a batch in memory at a time.
 
-A dataset is a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, all but the last also `.gz`), a folder of such files
-in the order of their names, a folder of `datasets.save_to_disk`, `recipe://NAME/FILE`, or a Hugging Face dataset
-`hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT`, of the hub or of a local folder (`hf:///PATH/SPLIT`).
+A dataset is a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, all but the last also `.gz` and `.zst`), a folder of
+such files in the order of their names, a folder of `datasets.save_to_disk`, `recipe://NAME/FILE`, or a Hugging Face
+dataset `hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT`, of the hub or of a local folder (`hf:///PATH/SPLIT`).
 """
 
 import csv
 import gzip
 import hashlib
 import importlib
+import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -39,6 +42,13 @@ def read_records(uri: str) -> Iterator[Record]:
     A row number counts lines of a JSONL (blank ones too), elements of a JSON array, rows below the header of a CSV,
     rows of a Parquet file; over the files of a folder it goes on.
     """
+    try:
+        yield from _records(uri)
+    except (OSError, EOFError, zlib.error) as error:  # of a compressed file
+        raise DataError(uri, f"it cannot be read ({error})", "", "copy or compress the file again") from error
+
+
+def _records(uri: str) -> Iterator[Record]:
     if uri.startswith("hf://"):
         yield from _hub(uri)
         return
@@ -79,12 +89,25 @@ def local_path(uri: str) -> Path:
 
 def shards(uri: str, folder: Path) -> list[Path]:
     """The data files of a folder, by name. Raises DataError where there are none."""
-    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("dataset_info"))
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith((".", "dataset_info")))
     found = sorted(path for path in files if _reader(path.name))
     if not found:
-        endings = ", ".join(READERS)
-        raise DataError(uri, "the folder has no data files", f"a data file ends in {endings}", "check the path")
+        below = next((path.parent for path in folder.rglob("*") if path.is_file() and _reader(path.name)), None)
+        hint = f"name {below}, or a split as hf://{folder.absolute()}/train" if below else "check the path"
+        raise DataError(uri, "the folder has no data files", f"a data file ends in {ENDINGS}", hint)
+    splits = dict.fromkeys(match[1].lower() for path in found if (match := _SPLIT.match(path.name)))
+    if len(splits) > 1:
+        raise DataError(
+            uri,
+            f"its files are of several splits ({', '.join(splits)})",
+            "a folder is one dataset",
+            f"name one file, or a split as hf://{folder.absolute()}/train",
+        )
     return found
+
+
+_SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)(?![a-z])", re.IGNORECASE)
+"""Beginning of the name of a file that holds one split of a dataset."""
 
 
 def require_new(
@@ -127,18 +150,31 @@ def _jsonl(uri: str, path: Path) -> Iterator[Record]:
             try:
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{uri} row {number}", f"it is not JSON ({error})", "one JSON object a line") from None
+                where, problem = f"{uri} row {number}", f"it is not JSON ({error})"
+                raise DataError(where, problem, "one JSON object a line", _other_form(uri, text)) from None
             if not isinstance(record, dict):
-                hint = "name a file that is one array .json" if isinstance(record, list) else ""
-                raise DataError(f"{uri} row {number}", f"found {kind_of(record)}", "one JSON object a line", hint)
+                raise DataError(
+                    f"{uri} row {number}", f"found {kind_of(record)}", "one JSON object a line", _other_form(uri, text)
+                )
             yield number, record
+
+
+def _other_form(uri: str, line: str = "") -> str:
+    """Hint for a file that is read as JSONL and is in another form."""
+    if line.lstrip().startswith("["):
+        return "name a file that is one array .json"
+    return "" if _reader(uri) else f"the form follows from the name, which ends in {ENDINGS}; others are read as JSONL"
 
 
 def _json(uri: str, path: Path) -> Iterator[Record]:
     """An array of objects, read whole; else an object a line."""
     with _open_file(uri, path) as handle:
         first = handle.read(1024)
-        if not first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        begins = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not begins.startswith(b"["):
+            if begins.partition(b"\n")[0].strip() == b"{":
+                problem, rule = "it is an object of several lines", "a .json file is an array of objects, or one a line"
+                raise DataError(uri, problem, rule, "write the rows as one array")
             yield from _jsonl(uri, path)
             return
         text = _text(uri, 1, first + handle.read())
@@ -155,10 +191,17 @@ def _json(uri: str, path: Path) -> Iterator[Record]:
 def _csv(uri: str, path: Path) -> Iterator[Record]:
     with _open_file(uri, path) as raw:
         texts = (_text(uri, number, line) for number, line in enumerate(raw, start=0))  # row 1 is below the header
-        header = next(texts, "")
         csv.field_size_limit(LONGEST_FIELD)
-        reader = csv.DictReader(itertools.chain([header], texts), delimiter=_delimiter(header, uri), strict=True)
+        reader = None
         try:
+            header = next(texts, "")
+            asked = (
+                header.strip()[4:] if header.lower().startswith("sep=") else ""
+            )  # a line that Excel reads and writes
+            header = next(texts, "") if asked else header
+            delimiter = asked or _delimiter(header, uri)
+            reader = csv.DictReader(itertools.chain([header], texts), delimiter=delimiter, strict=True)
+            reader.fieldnames = _column_names(reader.fieldnames or (), uri)
             for number, record in enumerate(reader, start=1):
                 if None in record or None in record.values():
                     wanted = len(reader.fieldnames or ())
@@ -171,15 +214,25 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
                 yield number, dict(record)
         except csv.Error as error:
             raise DataError(
-                f"{uri} line {reader.line_num}",
+                f"{uri} line {reader.reader.line_num if reader else 1}",
                 f"it is not CSV ({error})",
-                "fields are separated as in the header, quotes are doubled",
+                "fields are separated as in the header, quotes are doubled, lines end as on Unix or Windows",
             ) from error
+
+
+def _column_names(header: Sequence[str], uri: str) -> list[str]:
+    """Names of the columns; one without a name is `column NUMBER`. Raises DataError for none, and for equal ones."""
+    if not any(header):
+        raise DataError(uri, "its first line is blank", "the first line of a CSV names the columns", "remove the line")
+    names = [name or f"column {number}" for number, name in enumerate(header, start=1)]
+    if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
+        raise DataError(uri, f"two columns are named {twice!r}", "the columns of a CSV have names of their own")
+    return names
 
 
 def _delimiter(header: str, uri: str) -> str:
     """The comma where it parts the header, else of semicolon, tab and bar the best at it; a `.tsv` has tabs."""
-    if uri.lower().removesuffix(".gz").endswith(".tsv"):
+    if re.search(r"\.tsv(\.gz|\.zst)?$", uri.lower()):
         return "\t"
     # csv.Sniffer takes a space or a letter for the separator of some headers (CPython 3.12)
     fields = {one: len(next(csv.reader([header], delimiter=one), ())) for one in ",;\t|"}
@@ -194,25 +247,21 @@ def _parquet(uri: str, path: Path) -> Iterator[Record]:
     try:
         with _open_file(uri, path) as handle:
             for batch in pq.ParquetFile(handle).iter_batches(PARQUET_BATCH):
-                for record in batch.to_pylist():
+                for record in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, _without_fillers(record)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: a map with a key twice
         raise DataError(uri, f"it is not Parquet ({error})"[:400], "", "write the file again") from error
 
 
+_TEXT_FORMS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
 READERS: dict[str, Callable[[str, Path], Iterator[Record]]] = {
-    ".jsonl": _jsonl,
-    ".jsonl.gz": _jsonl,
-    ".json": _json,
-    ".json.gz": _json,
-    ".csv": _csv,
-    ".csv.gz": _csv,
-    ".tsv": _csv,
-    ".tsv.gz": _csv,
+    **{form + packed: read for form, read in _TEXT_FORMS.items() for packed in ("", ".gz", ".zst")},
     ".parquet": _parquet,
 }
 """By the ending of a file's name; another ending is read as JSONL."""
+ENDINGS = f"{', '.join(_TEXT_FORMS)} (each also .gz or .zst), .parquet"
+"""`READERS` in errors."""
 
 
 def _hub(uri: str) -> Iterator[Record]:
@@ -312,17 +361,27 @@ def _recipe_file(uri: str) -> Path:
 
 def _open_file(uri: str, path: Path) -> IO[bytes]:
     try:
-        return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+        if path.suffix == ".gz":
+            return cast("IO[bytes]", gzip.open(path, "rb"))
+        return _open_zst(path) if path.suffix == ".zst" else path.open("rb")
     except OSError as error:
         found = "it does not exist" if isinstance(error, FileNotFoundError) else f"it cannot be read ({error.strerror})"
         raise StorageError(f"read {uri}", found, "", "check the path") from error
+
+
+def _open_zst(path: Path) -> IO[bytes]:
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
 def _text(uri: str, number: int, line: bytes) -> str:
     try:
         return line.decode("utf-8-sig" if number <= 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{uri} row {number}", f"it is not UTF-8 ({error.reason})", "data files are UTF-8") from error
+        where, problem = f"{uri} row {number}", f"it is not UTF-8 ({error.reason})"
+        hint = _other_form(uri) or "save the file as UTF-8"
+        raise DataError(where, problem, "data files are UTF-8", hint) from error
 
 
 def _reader(name: str) -> Callable[[str, Path], Iterator[Record]] | None:
@@ -331,5 +390,5 @@ def _reader(name: str) -> Callable[[str, Path], Iterator[Record]] | None:
 
 def kind_of(value: object) -> str:
     """JSON's name of a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null", bytes: "bytes"}
     return names.get(type(value), "a number")

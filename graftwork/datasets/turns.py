@@ -1,8 +1,9 @@
 """Turns of a conversation: parsing of OpenAI's and ShareGPT's form, tool calls, and the rules that turns follow.
 
 Sources of the keys: OpenAI's fine-tuning guide (`weight`, `name`, `tool_calls`, `function_call`, content parts),
-Axolotl (`train`, `training`), ms-swift (`loss`), LLaMA-Factory's `dataset_info.json` (`from`, `value`, roles
-`observation` and `function_call`), chat templates of transformers (`reasoning_content`, gpt-oss: `thinking`).
+Axolotl (`train`, `training`), ms-swift (`loss`, `loss_scale`, roles `tool_call` and `tool_response`), LLaMA-Factory's
+`dataset_info.json` (`from`, `value`, roles `observation` and `function_call`), chat templates of transformers
+(`reasoning_content`, gpt-oss: `thinking`).
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
-from graftwork.datasets.keys import KeyCheck, is_empty, rejection
+from graftwork.datasets.keys import KeyCheck, is_empty
 from graftwork.datasets.readers import kind_of, reject_lone_surrogates
 from graftwork.errors import DataError
 from graftwork.prompts.render import Message, Role, Thinking, Tool, ToolCall
@@ -22,18 +23,19 @@ THINKING_MODE = "thinking_mode"
 """Key of an assistant turn that overrides `data.thinking`."""
 _COMMON = frozenset({"name", "tool_call_id", THINKING_MODE, *REASONING})
 _OPENAI_ROLES = {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant", "tool": "tool"}
+_SWIFT_ROLES = {"tool_response": "tool"}
 _SHAREGPT_ROLES = _OPENAI_ROLES | {
+    **_SWIFT_ROLES,
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "observation": "tool",
-    "tool_response": "tool",
     "function_response": "tool",
 }
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
-"""ShareGPT's roles of a turn whose text is the JSON of one call, or of a list of calls."""
+"""Roles of ShareGPT and ms-swift: the text of the turn is the JSON of one call, or of a list of calls."""
 _RENAMES = {
     "human": "rename the role to 'user'",
     "gpt": "rename the role to 'assistant'",
@@ -77,13 +79,12 @@ class TurnReader:
         if not isinstance(value, list) or not value:
             found = "an empty list" if value == [] else kind_of(value)
             rule = f"{field} is a list of turns with role and content"
-            hint = "columns of a CSV are text: write them as data.template" if isinstance(value, str) else ""
+            hint = f'set data.template={{{field}: "{{{{ {field} }}}}"}}' if isinstance(value, str) else ""
             raise DataError(f"{self.where}: {field}", f"found {found}", rule, hint)
         messages: list[Message] = []
         for index, turn in enumerate(value):
             message = self.turn(turn, f"{field}[{index}]", field, sharegpt=sharegpt)
-            previous = value[index - 1].get("from") if index and isinstance(value[index - 1], dict) else None
-            if sharegpt and turn.get("from") in _CALL_ROLES and previous in _CALL_ROLES:
+            if index and _given_role(turn) in _CALL_ROLES and _given_role(value[index - 1]) in _CALL_ROLES:
                 first = messages.pop()  # calls of one turn
                 if first.trained != message.trained:
                     at = f"{self.where}: {field}[{index}]"
@@ -104,7 +105,7 @@ class TurnReader:
         trained = self.keys.turn(turn, place, field, form.known, learned=learned)
         calls = self._calls(turn, place, role, field)
         content = turn.get(form.content)
-        if given in _CALL_ROLES and form.sharegpt:
+        if given in _CALL_ROLES:
             calls, content = _calls_of_text(content, f"{place}.{form.content}"), ""
         elif isinstance(content, list):
             content = _joined(content, f"{place}.{form.content}")
@@ -130,12 +131,12 @@ class TurnReader:
     def _role(self, given: Any, turn: Mapping[str, Any], at: str, form: TurnForm) -> Role:
         roles = _SHAREGPT_ROLES if form.sharegpt else _OPENAI_ROLES
         if isinstance(given, str):
-            if form.sharegpt and given in _CALL_ROLES:
+            if given in _CALL_ROLES:
                 return "assistant"
             if given == "function":
                 return "tool"  # of OpenAI's older form
-            if given in roles:
-                return cast(Role, roles[given])
+            if known := (roles | _SWIFT_ROLES).get(given):
+                return cast(Role, known)
         found = "the field is missing" if form.role not in turn else f"found {given!r}"
         hint = _RENAMES.get(given, "") if isinstance(given, str) else ""
         if "from" in turn and not form.sharegpt:
@@ -170,6 +171,10 @@ class TurnReader:
         return tuple(calls)
 
 
+def _given_role(turn: Mapping[str, Any]) -> Any:
+    return turn.get("from", turn.get("role"))
+
+
 def require_text(value: Any, at: str, key: str, given: bool, *, may_be_empty: bool = False, hint: str = "") -> str:
     """The text of a key. Raises DataError where it is no string, blank, or no Unicode. hint: of a missing key."""
     if not isinstance(value, str):
@@ -193,11 +198,11 @@ def check_turns(messages: Sequence[Message], where: str, field: str) -> None:
         check_calls(messages)
     except DataError as error:
         subject, problem = (text.replace("messages[", f"{field}[") for text in (error.subject, error.problem))
-        as_text = any("<tool_call>" in message.content for message in messages)
+        as_text = not any(message.tool_calls for message in messages)
         raise DataError(f"{where}: {subject}", problem, error.rule, _TEXT_CALLS if as_text else error.hint) from None
 
 
-_TEXT_CALLS = "calls written as text (<tool_call>) are not read: write tool_calls, or ShareGPT's function_call"
+_TEXT_CALLS = "calls written as text (<tool_call>, [f()]) are not read: write tool_calls, or ShareGPT's function_call"
 
 
 def turn_content(message: Message) -> list[Any]:
@@ -256,6 +261,13 @@ def _json(text: str, at: str) -> Any:
         ) from None
 
 
+_PARTS = {
+    **dict.fromkeys(("tool_use", "tool_result"), "write calls as tool_calls, and each result as a turn of role tool"),
+    **dict.fromkeys(("thinking", "reasoning"), "write it as reasoning_content of the turn"),
+}
+"""Hints for parts of Anthropic's form."""
+
+
 def _joined(parts: list[Any], at: str) -> str:
     """The text of OpenAI's content parts, as transformers' templates join them: without anything between."""
     texts = []
@@ -266,7 +278,8 @@ def _joined(parts: list[Any], at: str) -> str:
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif isinstance(part, dict):
-            raise rejection(f"{at}[{index}].type", kind)
+            hint = _PARTS.get(str(kind), "leave the row out, or the part where it is of no use")
+            raise DataError(f"{at}[{index}].type", f"found {kind!r}", "content is text, or parts of type text", hint)
         else:
             raise DataError(f"{at}[{index}]", f"found {kind_of(part)}", "a content part is {type: text, text: ...}")
     return "".join(texts)

@@ -440,7 +440,7 @@ def prepare(spec: "TrainSpec") -> PreparedData:
     """
     template = base_template(resolve(spec.base))
     train = spec.objective.read(spec, template, "train")
-    warnings, notes = [*train.warnings, *_unwritten_names(train, template, "train")], list(train.notes)
+    warnings, notes = [*train.warnings, *_template_notes(train, template, "train")], list(train.notes)
     notes += train.keys.mixture_note("data.train") if train.keys else ()
     if len(train.contents) == 1:
         warnings.append("data.train: 1 row: every step repeats it, so its loss says nothing about other rows")
@@ -455,7 +455,7 @@ def prepare(spec: "TrainSpec") -> PreparedData:
                 "held-out rows are not trained on",
                 "name other rows, or leave data.eval out",
             )
-        warnings += [*held_out.warnings, *_unwritten_names(held_out, template, "eval")]
+        warnings += [*held_out.warnings, *_template_notes(held_out, template, "eval")]
         if isinstance(spec.data.eval, float):
             count, of = len(held_out.contents), len(held_out.contents) + len(train.contents)
             notes.append(f"data.eval={spec.data.eval:g}: {count} of {of} rows held out by their content")
@@ -475,5 +475,6 @@ def prepare(spec: "TrainSpec") -> PreparedData:
     )
 
 
-def _unwritten_names(read: ReadPart, template: "Template", part: Part) -> tuple[str, ...]:
-    return read.keys.names_note(f"data.{part}", written=template.can.names) if read.keys else ()
+def _template_notes(read: ReadPart, template: "Template", part: Part) -> tuple[str, ...]:
+    keys, can = read.keys, template.can
+    return keys.template_notes(f"data.{part}", names=can.names, specials=template.specials) if keys else ()

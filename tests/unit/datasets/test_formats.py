@@ -180,6 +180,8 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("alpaca_preference", {"instruction": "u", "input": "", "chosen": "a", "rejected": "b"}),
+    ("swift_preference", {"messages": [USER, ANSWER], "rejected_response": "b"}),
+    ("swift_preference", {"messages": [USER, ANSWER], "rejected_messages": [USER, {**ANSWER, "content": "b"}]}),
     (
         "openai_preference",
         {
@@ -311,6 +313,20 @@ def test_a_bad_turn_is_named_with_row_and_key(tmp_path: Path, record: dict[str, 
         ({"messages": [USER, ANSWER]}, "documents", "openai: set objective.kind=sft"),
         ({"question": "q", "answer": "a"}, "conversations", "data.columns={prompt: question, completion: answer}"),
         ({"query": "q", "response": "a"}, "conversations", "data.columns={prompt: query, completion: response}"),
+        (
+            {"system_prompt": "s", "question": "q", "response": "a"},
+            "conversations",
+            "data.columns={prompt: question, completion: response, system: system_prompt}",
+        ),
+        ({"Prompt": "q", "Completion": "a"}, "conversations", "data.columns={prompt: Prompt, completion: Completion}"),
+        ({"conversation": [USER, ANSWER]}, "conversations", "data.columns={conversations: conversation}"),
+        (
+            {"query": "q", "response": "r", "history": []},
+            "conversations",
+            "data.columns={instruction: query, output: response}",
+        ),
+        ({"input_ids": [1], "labels": [1]}, "conversations", "rows of token ids"),
+        ({"segments": [{"label": True, "text": "t"}]}, "conversations", "rows of token ids"),
         ({"a": 1}, "conversations", "data.columns"),
     ],
 )
@@ -325,13 +341,66 @@ def test_a_row_of_another_purpose_names_the_objective(
 def test_a_missing_answer_names_the_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 1: output: the field is missing") as error:
         read(tmp_path, {"instruction": "i", "context": "c", "response": "r"})
-    assert "data.columns (columns: instruction, context, response)" in error.value.hint
+    assert error.value.hint == "set data.columns={output: response, input: context}"
+    with pytest.raises(DataError, match="row 1: output: the field is missing") as error:
+        read(tmp_path, {"instruction": "i", "said": "r"})
+    assert "data.columns (columns: instruction, said)" in error.value.hint
+    with pytest.raises(DataError, match="row 1: prompt: the field is missing") as error:
+        read(tmp_path, {"question": "q", "accepted": "a", "rejected": "b"}, "pairs")
+    assert error.value.hint == "set data.columns={prompt: question, chosen: accepted}"
+
+
+SWIFT_CALLS = [{"role": "tool_call", "content": json.dumps({"name": "now", "arguments": {"zone": z}})} for z in "AB"]
+SWIFT_RESULTS = [{"role": "tool_response", "content": text} for text in ("1:00", "2:00")]
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_calls_of_ms_swift_are_turns_of_their_own(tmp_path: Path, key: str) -> None:
+    example = read(tmp_path, {key: [USER, *SWIFT_CALLS, *SWIFT_RESULTS, ANSWER], "tools": json.dumps([TOOL])})
+    assert [turn.role for turn in example.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [call.arguments for call in example.messages[1].tool_calls] == [{"zone": "A"}, {"zone": "B"}]
+
+
+def test_a_label_next_to_plain_text_is_its_class(tmp_path: Path) -> None:
+    keys = purpose_keys("documents")
+    assert read(tmp_path, {"text": "t", "label": 0}, "documents", keys).text == "t"
+    assert keys.ignored == {"label": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "hint"),
+    [
+        ({"type": "image_url", "image_url": {"url": "u"}}, "leave the row out"),
+        ({"type": "tool_use", "id": "t", "name": "now", "input": {}}, "tool_calls"),
+        ({"type": "thinking", "thinking": "t"}, "reasoning_content"),
+    ],
+)
+def test_a_part_of_another_type_is_named(tmp_path: Path, part: dict[str, Any], hint: str) -> None:
+    with pytest.raises(DataError, match=r"messages\[1\].content\[0\].type: found") as error:
+        read(tmp_path, {"messages": [USER, {"role": "assistant", "content": [part]}]})
+    assert hint in error.value.hint
+
+
+def test_turns_as_text_name_the_template(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 1: messages: found a string") as error:
+        read(tmp_path, {"messages": json.dumps([USER, ANSWER])})
+    assert error.value.hint == """set data.template={messages: "{{ messages }}"}"""
+
+
+def test_an_answer_before_the_first_question_is_not_learned(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1: messages\[0\]: the assistant's turn comes before") as error:
+        read(tmp_path, {"messages": [ANSWER, USER, ANSWER]})
+    assert "weight 0" in error.value.hint
+    assert len(read(tmp_path, {"messages": [{**ANSWER, "weight": 0}, USER, ANSWER]}).messages) == 3
 
 
 def test_calls_that_are_written_as_text_are_named(tmp_path: Path) -> None:
     called = ("gpt", '<tool_call>{"name": "now"}</tool_call>')
     with pytest.raises(DataError, match=r"conversations\[2\].tool_call_id: no call before it") as error:
         read(tmp_path, {"conversations": sharegpt(("human", "u"), called, ("tool", "12:00"), ("gpt", "a"))})
+    assert "function_call" in error.value.hint
+    with pytest.raises(DataError, match=r"conversations\[2\].tool_call_id: no call before it") as error:  # ToolACE
+        read(tmp_path, {"conversations": sharegpt(("user", "u"), ("gpt", "[now()]"), ("tool", "12"), ("gpt", "a"))})
     assert "function_call" in error.value.hint
 
 
@@ -437,7 +506,7 @@ TURN_KEYS: list[tuple[int, str, Any]] = [
             "content": [{"type": "text", "text": "b"}],
             "weight": 0,
             "loss": False,
-            "loss_scale": 0.3,
+            "loss_scale": 0,
             "train": False,
             "training": False,
             "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}],

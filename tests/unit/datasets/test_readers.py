@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ def a_folder(folder: Path) -> Path:
     return folder
 
 
+def zst(path: Path) -> Path:
+    packed = path.with_name(path.name + ".zst")
+    with pa.CompressedOutputStream(str(packed), "zstd") as out:
+        out.write(path.read_bytes())
+    return packed
+
+
+def with_separator(path: Path, delimiter: str) -> Path:
+    path.write_text(f"sep={delimiter}\r\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
 def as_json(path: Path) -> Path:
     path.write_text(json.dumps(RECORDS, indent=2), encoding="utf-8")
     return path
@@ -86,6 +99,10 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "csv of bars": lambda folder: as_csv(folder / "rows.csv", "|"),
     "tsv": lambda folder: as_csv(folder / "rows.tsv", "\t"),
     "csv.gz": lambda folder: zipped(as_csv(folder / "rows.csv")),
+    "jsonl.zst": lambda folder: zst(jsonl(folder / "rows.jsonl", RECORDS)),
+    "tsv.zst": lambda folder: zst(as_csv(folder / "rows.tsv", "\t")),
+    "csv with Excel's sep": lambda folder: with_separator(as_csv(folder / "rows.csv", ";"), ";"),
+    "csv of another separator": lambda folder: with_separator(as_csv(folder / "rows.csv", "^"), "^"),
     "parquet": lambda folder: as_parquet(folder / "rows.parquet"),
     "folder": a_folder,
     "save_to_disk": saved,
@@ -118,6 +135,63 @@ def test_a_saved_dataset_dict_is_read_by_split(tmp_path: Path) -> None:
     for uri in (str(tmp_path), f"hf://{tmp_path}/dev"):
         with pytest.raises(DataError, match="splits of the folder: train, test"):
             list(read_records(uri))
+
+
+BAD_FILES = {
+    # name: (content, what the error says)
+    "rows.csv": (b"prompt,completion\rq,a\r", r"line 1: it is not CSV .*lines end as on Unix or Windows"),
+    "quote.csv": (b'prompt,completion\nq,a\n"say \\"hi\\"",a\n', r"line 3: it is not CSV"),
+    "twice.csv": (b"prompt,completion,completion\nq,a,b\n", r"two columns are named 'completion'"),
+    "blank.csv": (b"\nprompt,completion\nq,a\n", r"its first line is blank"),
+    "utf16.csv": ("prompt,completion\nq,a\n".encode("utf-16"), r"not UTF-8.*save the file as UTF-8"),
+    "plain.jsonl.gz": (b'{"prompt": "q", "completion": "a"}\n', r"it cannot be read .*copy or compress"),
+    "cut.jsonl.gz": (gzip.compress(b'{"prompt": "q"}\n' * 9)[:-9], r"it cannot be read .*copy or compress"),
+    "cut.jsonl.zst": (b"\x28\xb5\x2f\xfd" + bytes(40), r"it cannot be read .*copy or compress"),
+    "array.jsonl": (b'[\n{"prompt": "q"}\n]\n', r"not JSON.*name a file that is one array \.json"),
+    "object.json": (b'{\n "data": []\n}', r"it is an object of several lines.*one array"),
+    "rows.xlsx": (b"PK\x03\x04", r"not JSON.*the form follows from the name, .* others are read as JSONL"),
+    "rows.arrow": (b"\xff\xff\xff\xff", r"not UTF-8.*the form follows from the name"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_in_another_form_is_refused_with_what_to_do(tmp_path: Path, name: str) -> None:
+    content, says = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as found:
+        list(read_records(str(tmp_path / name)))
+    assert re.search(says, " ".join(str(found.value).split())), found.value
+
+
+def test_a_column_without_a_name_has_its_number(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(",prompt,completion,\n0,q,a,\n")
+    [(_, record)] = read_records(str(tmp_path / "rows.csv"))
+    assert record == {"column 1": "0", "prompt": "q", "completion": "a", "column 4": ""}
+
+
+def test_a_folder_is_one_dataset_without_hidden_files(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train-00000.jsonl", RECORDS[:2])
+    jsonl(tmp_path / "train-00001.jsonl", RECORDS[2:])
+    (tmp_path / "._train-00000.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    assert [record for _, record in read_records(str(tmp_path))] == RECORDS
+    jsonl(tmp_path / "test.jsonl", RECORDS)
+    with pytest.raises(DataError, match=r"several splits \(test, train\)[\s\S]*hf:///.*/train"):
+        list(read_records(str(tmp_path)))
+
+
+def test_a_folder_of_a_hub_repository_names_the_folder_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    as_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=rf"no data files[\s\S]*name {tmp_path}/data, or a split as hf://"):
+        list(read_records(str(tmp_path)))
+
+
+def test_a_map_of_parquet_is_an_object(tmp_path: Path) -> None:
+    kwargs = pa.array([[("enable_thinking", False)]], pa.map_(pa.string(), pa.bool_()))
+    table = pa.table({"prompt": ["q"], "completion": ["a"], "chat_template_kwargs": kwargs})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    [row] = read_rows(str(tmp_path / "rows.parquet"), need="train")
+    assert row.template_kwargs == {"enable_thinking": False}
 
 
 def test_a_field_of_a_csv_may_be_long(tmp_path: Path) -> None:
@@ -246,14 +320,14 @@ def spec(folder: Path) -> TrainSpec:
 
 
 REJECTED = [
-    (row(reasoning_content="because"), "reasoning_content", "remove the key"),
+    (row(reasoning_content="because"), "reasoning_content", "into the assistant's turn"),
     (row(images=["x.png"]), "images", "remove the key"),
     (row(documents=[{"text": "t"}]), "documents", "remove the key"),
     (row(history=[["q", "a"]]), "history", "remove the key"),
     (
         row({**USER, "content": [{"type": "image_url", "image_url": "u"}]}, ANSWER),
         r"messages\[0\].content\[0\].type",
-        "the key",
+        "leave the row out",
     ),
     (row(USER, {**ANSWER, "refusal": "no"}), r"messages\[1\].refusal", "remove the key"),
     (row({"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}), r"messages\[0\].role", "conversations"),

@@ -136,6 +136,31 @@ def test_calls_are_learned_and_results_and_turns_of_weight_0_are_not(folder: Pat
     assert text.index("Well.") < text.index("<tool_response>") < text.index("12:00") < text.index("Noon.")
 
 
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        ({"text": "<|im_start|>user\nHi<|im_end|>\n<b>x</b> <|eot_id|>"}, "cpt"),
+        ({"prompt": "<|im_start|>user", "completion": "ok <|im_end|>"}, "sft"),
+        (
+            {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "<|im_start|>"}]},
+            "sft",
+        ),
+        ({"prompt": "Hi", "chosen": "a<|im_end|>", "rejected": "<|im_start|>b"}, "dpo"),
+    ],
+)
+def test_control_tokens_in_the_text_of_rows_are_reported(
+    folder: Path, tmp_path: Path, record: dict[str, Any], kind: str
+) -> None:
+    spec = spec_of_file(write(tmp_path / "rows.jsonl", record, {**record, "id": 2}), str(folder / "base"))
+    assert spec.objective.kind == kind
+    found = [note for note in report_on(spec).notes if "control" in note]
+    assert found == [
+        "data.train: <|im_end|> (in 2 rows), <|im_start|> (in 2 rows): characters in the text, no control tokens; "
+        "turns are written as messages"
+    ]
+    assert found[0] in prepare(spec).warnings
+
+
 def test_a_name_that_the_template_does_not_write_is_reported(folder: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi", "name": "ann"}, {"role": "assistant", "content": "Hello."}]
     spec = task(folder, num_workers=1, **{"data.train": write(tmp_path / "rows.jsonl", {"messages": turns})})
