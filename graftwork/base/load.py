@@ -298,6 +298,14 @@ def has_experts(config: Mapping[str, Any]) -> bool:
     return any(isinstance(size, int) and size > 1 and "experts" in key for part in parts for key, size in part.items())
 
 
+def prompt_template(base: BaseSpec) -> Template:
+    """Chat template and tokenizer of a base whose weights are not needed. Raises BaseModelError, StorageError."""
+    folder = source.locate_template(base.uri, base.sha256)
+    replaced = None if base.chat_template is None else _replaced_template(folder, base.chat_template)
+    day = base.template_date or source.template_date(folder) or DEFAULT_DATE
+    return Template.load(folder, day, chat_template=replaced, base=base.uri)
+
+
 def template(resolved: ResolvedBase) -> Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
     return Template.load(

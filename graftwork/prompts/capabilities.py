@@ -61,7 +61,7 @@ FunctionsPlace = Literal["tools", "xml_tools", "system"]
 def place_functions(
     turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], place: FunctionsPlace
 ) -> tuple[Sequence[Turn], dict[str, Any]]:
-    """Return turns and variables for a template that reads functions there (SmolLM3: xml_tools; Phi-4-mini: system)."""
+    """Return turns and variables for functions at that place (SmolLM3: `xml_tools`; Phi-4-mini: system)."""
     if place != "system" or not tools:
         return turns, {"tools": None, place: list(tools) or None} if place != "system" else {"tools": None}
     opening = turns[0] if turns and turns[0]["role"] == "system" else {"role": "system", "content": ""}
