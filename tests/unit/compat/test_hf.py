@@ -269,13 +269,13 @@ def test_accelerate_shards_on_a_cpu_with_the_hook_alone(hooked: bool) -> None:
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_ddp_writes_to_frozen_weights_without_the_hook_alone(hooked: bool) -> None:
+def test_ddp_writes_to_frozen_weights_without_the_hook_alone(hooked: bool, tmp_path: Path) -> None:
     """A tensor's version counts the writes to it."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[0].requires_grad_(False)
     if hooked:
         hf.keep_frozen_weights(model)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
     try:
         before = [layer.weight._version for layer in model]
         torch.nn.parallel.DistributedDataParallel(model)
