@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub import Hub, serve_hub
+from tests.hub import Files, Hub, serve_hub
 from tests.tiny import write_tiny_base, write_tiny_tokenizer
 
 CARD = b"""---
@@ -71,7 +71,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     }
     rows = {"README.md": CARD, **{path: parquet(*what) for path, what in parts.items()}}
     old = {**rows, "data/train-0.parquet": parquet("old", 3)}
-    repositories = {
+    repositories: dict[str, dict[str, Files]] = {
         "datasets/team/rows": {"main": rows, "v1": old},
         "datasets/team/gated": {"main": rows},
         "models/team/tiny": {"main": model, "v1": model},
