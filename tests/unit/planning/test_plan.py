@@ -241,7 +241,10 @@ def test_a_server_counts_what_its_adapters_adapt(tmp_path: Path) -> None:
     config = config_of("qwen3_moe")
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shape, root = ModelShape.from_config(config), tmp_path / "root"
-    methods = {"queries": {"target_modules": ["q_proj"]}, "experts": {"experts": True, "targets": "attention"}}
+    methods: dict[str, dict[str, Any]] = {
+        "queries": {"target_modules": ["q_proj"]},
+        "experts": {"experts": True, "targets": "attention"},
+    }
     for name, keys in methods.items():
         method = {"kind": "lora", "rank": 8, "objective": "sft", **keys}
         publish(Store(str(root)), name, write_adapter(tmp_path / name), **facts(method=method), alias="prod")
