@@ -151,13 +151,12 @@ def results() -> dict[str, Any]:
 
 def table(checks: Mapping[str, Any]) -> str:
     """Return the table of docs/bases.md: a line a family, a number where a stage is rejected, and their reasons."""
-    from graftwork.stages.base_check import CHECKED
+    from graftwork.base.support import STAGES
 
     reasons: list[str] = []
-    shown = [stage for stage in CHECKED if stage != "checkpoint"]  # of bases whose config.json has a quantization
-    lines = [f"| model | model_type | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
+    lines = [f"| model | model_type | {' | '.join(STAGES)} |", f"|---|---|{'---|' * len(STAGES)}"]
     for family, check in checks.items():
-        cells = [_cell(check["stages"][stage], reasons) for stage in shown]
+        cells = [_cell(check["stages"][stage], reasons) for stage in STAGES]
         lines.append(f"| {family} | {check['model_type']} | {' | '.join(cells)} |")
     notes = "".join(f"\n{number}. {reason}" for number, reason in enumerate(reasons, 1))
     return "\n".join(lines) + f"\n\nReasons and notes:\n{notes}\n"

@@ -1,10 +1,10 @@
 """Set before any test imports Triton or starts a process. How `make test` orders the files for its processes."""
 
+import gc
 import os
 import signal
 
 import pytest
-import torch
 
 FIRST = (
     "tests/docs/test_demo.py",
@@ -17,13 +17,34 @@ FIRST = (
 )
 """These files run first: short ones fill the gaps at the end."""
 
-if not torch.cuda.is_available():  # without a GPU Triton's kernels run in its interpreter
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: its children would ignore Ctrl-C too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many test processes as there are cores
-    torch.set_num_threads(1)
+
+def prepare_process() -> None:
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if not alone:  # one of as many test processes as there are cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: its children would ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    import torch
+
+    if not torch.cuda.is_available():  # without a GPU Triton's kernels run in its interpreter
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if not alone:
+        torch.set_num_threads(1)
+
+
+prepare_process()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep modules and test items out of each later search for garbage. A training run and an engine begin with one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # Triton complains about objects that are alive at exit

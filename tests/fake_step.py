@@ -5,6 +5,7 @@ and no values; a dispatch mode outside of it adds up the bytes of live storages,
 No GPU and no weights are needed: a step of an 8B model takes some 10 s of two cores.
 """
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -139,7 +140,7 @@ def _steps(spec: TrainSpec, model: Any, taken: Pass, live: LiveStorageCounter, *
         gradients = 0
         for _ in range(STEPS):
             for _ in range(passes):
-                _pass(model, taken, autocast=autocast)
+                _pass(model, taken, autocast=autocast, cuda=spec.gpus > 0)
             gradients = sum(_size(p.grad) for p in model.parameters() if p.grad is not None)
             if not moments:  # the fused AdamW makes them at its first step, and nothing else
                 moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
@@ -252,7 +253,7 @@ def _materialise(model: Any) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _pass(model: Any, taken: Pass, *, autocast: bool) -> None:
+def _pass(model: Any, taken: Pass, *, autocast: bool, cuda: bool) -> None:
     """One forward and backward pass over the longest rows, through the output head that the kind has."""
     sequences = max(1, taken.tokens // taken.row)
     inputs: dict[str, Any] = {"input_ids": torch.zeros(sequences, taken.row, dtype=torch.long)}
@@ -261,10 +262,29 @@ def _pass(model: Any, taken: Pass, *, autocast: bool) -> None:
         inputs["attention_mask"] = torch.ones(sequences, 1, taken.row, taken.row, dtype=torch.bool)
     elif not prompted:  # an empty cache: without one transformers looks for packed rows, and makes a mask to be safe
         inputs["past_key_values"] = DynamicCache(config=model.config)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _head(model, taken) as loss_of:
-        output = model(**inputs, use_cache=False)
-        loss = loss_of(output.logits)
-    loss.backward()
+    with _gpu_kernels() if cuda else contextlib.nullcontext():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _head(model, taken) as loss_of:
+            output = model(**inputs, use_cache=False)
+            loss = loss_of(output.logits)
+        loss.backward()
+
+
+@contextmanager
+def _gpu_kernels() -> Iterator[None]:
+    """Attention whose keys and values differ in size by a GPU's kernel: on a CPU sdpa keeps a matrix of its scores."""
+    functional = torch.nn.functional
+    own = functional.scaled_dot_product_attention
+
+    def attend(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if query.shape[-1] == value.shape[-1]:
+            return own(query, key, value, *args, **kwargs)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True)[0]
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
 
 
 @contextmanager

@@ -137,8 +137,8 @@ def config_of(kind: str) -> dict[str, Any]:
     return {"model_type": kind, **FAMILIES[kind]}
 
 
-def write_family(folder: Path, kind: str) -> Path:
-    """Write the family's random weights and a tokenizer as a base, and return `folder`."""
+def write_family(folder: Path, kind: str, *, dtype: Any = None, max_shard_size: str = "50GB", **sizes: Any) -> Path:
+    """Write the family's random weights and a tokenizer as a base, and return `folder`. sizes: in place of its own."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -147,7 +147,7 @@ def write_family(folder: Path, kind: str) -> Path:
     write_tiny_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **FAMILIES[kind]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**FAMILIES[kind], **sizes}), dtype=dtype)
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

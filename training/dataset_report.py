@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graftwork import config
-from graftwork.base.load import resolve
-from graftwork.base.load import template as base_template
+from graftwork.base.load import prompt_template
 from graftwork.datasets.examples import iter_examples, purpose_keys
 from graftwork.datasets.formats import LABELS, Purpose, detect
 from graftwork.datasets.sources import RowSource
@@ -129,7 +128,7 @@ def report_on(spec: TrainSpec, part: Part = "train", rows: int = 3) -> DatasetRe
 
     The dataset is read by the run's objective, as it is before training.
     """
-    template = base_template(resolve(spec.base))
+    template = prompt_template(spec.base)
     read = spec.objective.read(spec, template, part)
     held_out = None
     if spec.data.eval is not None and part == "train":

@@ -57,7 +57,7 @@ class PrefixSpec(AdapterKind):
 
     def trained_params(self, model: "ModelShape") -> int:
         """Return the keys and values of the virtual tokens in all layers."""
-        return model.layers * 2 * model.kv_size * self.tokens
+        return model.layers * 2 * model.kv_heads * model.head_dim * self.tokens
 
     def saved_bytes(self, model: "ModelShape", size: ValueBytes) -> float:
         """Return 0: the longer keys, values and mask are counted with the frozen block."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftwork.base import source
-from graftwork.base.packed_experts import pack_experts, unpack_experts
+from graftwork.base.packed_experts import unpack_experts
 from graftwork.base.source import BaseSpec
 from graftwork.compat.hf import has_sdpa
 from graftwork.config import canonical_json
@@ -242,13 +242,7 @@ def load(
     check_form(resolved, quant, shards)
     try:
         settings = load_config(quant, dtype, storage=dtype if shards == "fsdp2" else None)
-        # plain experts are in the machine's memory until they are packed, and not on the GPU
-        first = "cpu" if quant.is_4bit and cuda and shards == "none" and has_experts(resolved.config) else device
-        model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else first, dtype)
-        if quant.is_4bit:
-            pack_experts(model, quant, device)
-        if first != device:
-            model.to(device)
+        model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
@@ -308,6 +302,14 @@ def has_experts(config: Mapping[str, Any]) -> bool:
     return any(isinstance(size, int) and size > 1 and "experts" in key for part in parts for key, size in part.items())
 
 
+def prompt_template(base: BaseSpec) -> Template:
+    """Chat template and tokenizer of a base whose weights are not needed. Raises BaseModelError, StorageError."""
+    folder = source.locate_template(base.uri, base.sha256)
+    replaced = None if base.chat_template is None else _replaced_template(folder, base.chat_template)
+    day = base.template_date or source.template_date(folder) or DEFAULT_DATE
+    return Template.load(folder, day, chat_template=replaced, base=base.uri)
+
+
 def template(resolved: ResolvedBase) -> Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
     found = Template.load(
@@ -342,8 +344,11 @@ def _from_folder(
         return _read_packed(resolved, packed, device, dtype), True
     if packed is not None:
         folder = cache_dequantised(resolved, packed, dtype)
+    if quant.is_4bit:
+        import graftwork.compat.packed_weights  # noqa: F401  (packs experts while they are read)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if quant.is_4bit and device == "cpu" and size >= WORTH_BYTES:  # a GPU quantises faster than a file is read
+    # a GPU quantises faster than a file is read; transformers 5.24 cannot write packed experts
+    if quant.is_4bit and device == "cpu" and size >= WORTH_BYTES and not has_experts(resolved.config):
         cached = cache_quantised(folder, settings.to_dict(), lambda: _read(folder, {}, settings, device, dtype))
         return _read(cached, resolved.overrides, None, device, dtype), True
     return _read(folder, resolved.overrides, settings, device, dtype), False

@@ -7,8 +7,8 @@ import importlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from graftwork.adapters.kind import ATTENTION_WORDS, MLP_WORDS, linears, text_li
 from graftwork.adapters.lora import LoraSpec
 from graftwork.base.load import attention_of, auto_class, complete_for_trl
 from graftwork.base.model_shape import MLP_OUTPUTS, BaseFacts, Linear, ModelShape, Targets
+from graftwork.compat.hf import apply_gate
 from graftwork.errors import BaseModelError, GraftworkError
 from graftwork.prequantized.detect import find_format
 from graftwork.quantization import import_bitsandbytes
@@ -33,6 +34,10 @@ TARGETS: tuple[Targets, ...] = ("all-linear", "attention", "mlp")
 LEFT_OUT = ("dtype", "torch_dtype", "quantization_config", "auto_map")
 """Keys of config.json that play no part. `auto_map` names code of the repository's own, which transformers would ask on
 the terminal to run for a class that it lacks."""
+LATENT = tuple(
+    f".self_attn.{end}" for end in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+)
+"""Linears of multi-head latent attention."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -98,6 +103,8 @@ def count(config: Mapping[str, Any]) -> BaseFacts:
         shape = replace(shape, kv_values=sum(2 * layer.heads * layer.head_dim for layer in kv))
     if len(set(kv)) == 1 and not hasattr(model.config.get_text_config(), "kv_lora_rank"):  # of MLA: keys of two parts
         shape = replace(shape, kv_heads=kv[0].heads, head_dim=kv[0].head_dim)
+    if shape.eager or shape.latent_size:
+        shape = replace(shape, score_bytes=(_score_bytes(config, "float32"), _score_bytes(config, "bfloat16")))
     shape = replace(shape, unplanned=_unplanned_reason(model, shape))
     return BaseFacts(
         shape=shape,
@@ -125,6 +132,7 @@ def _shape(
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     # of a config whose layers differ in it the attribute raises an error of transformers' own (Gemma-4)
     head_dim = int(text.to_dict().get("head_dim") or hidden // heads)
+    latent = getattr(text, "kv_lora_rank", None) is not None
     inner = [x.inputs for x in linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS)]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     parts = [part for part in (model.get_decoder(), head) if part is not None]
@@ -148,10 +156,70 @@ def _shape(
         file_bytes=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
         experts=experts,
         qk_norm=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
+        norms=max(2.0, _norms(model, hidden) / layers),
+        gate_values=_gate_values(model.get_submodule(found[0].module)) if found else 1.5,
         num_experts=found[0].experts if found else 1,
         experts_per_token=_top_k(model, found[0].module) if found else 1,
+        eager=attention_of(model.config) == "eager",
+        latent_size=heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) // 2 if latent else 0,
+        latent_ranks=(text.q_lora_rank or 0) + text.kv_lora_rank if latent else 0,
+        latent_rest=heads * text.qk_nope_head_dim if latent else 0,
         router_loss=hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0,
     )
+
+
+def _norms(model: Any, hidden: int) -> int:
+    """Number of norms over the hidden size in the decoder's blocks; of queries and keys `qk_norm` says so."""
+    inside = (one for one in model.get_decoder().named_modules() if _NUMBER.search(one[0]))
+    named = (module for name, module in inside if "norm" in name.lower() and not name.endswith((".q_norm", ".k_norm")))
+    return sum(tuple(getattr(getattr(one, "weight", None), "shape", ())) == (hidden,) for one in named)
+
+
+def _gate_values(experts: Any) -> float:
+    """Values that autograd keeps of the gate of an expert, for each output of its first projection."""
+    import torch
+
+    if experts_problem(experts):
+        return 1.5  # silu(gate) * up
+    gate_up = torch.ones(1, 2 * KEPT_TOKENS, device="meta", requires_grad=True)
+    with _kept() as kept:
+        apply_gate(experts, gate_up * 1.0)
+    return sum(size for _, size in kept.values()) / gate_up.nbytes
+
+
+KEPT_TOKENS = 37
+"""Of a pass whose matrices of scores are looked for: no size of a model is equal to it."""
+
+
+def _score_bytes(config: Mapping[str, Any], dtype: str) -> float:
+    """Bytes that autograd keeps of each score in one block: its tensors of a query's and a key's size (and a sink)."""
+    import torch
+
+    model = build(config, getattr(torch, dtype))
+    with _kept() as kept:
+        _step_unpacked(model, KEPT_TOKENS)
+    sides = (KEPT_TOKENS, KEPT_TOKENS + 1)
+    found = [size for shape, size in kept.values() if len(shape) > 2 and shape[-2] in sides and shape[-1] in sides]
+    text = model.config.get_text_config()
+    scores: int = KEPT_TOKENS**2 * text.num_attention_heads * text.num_hidden_layers
+    return round(sum(found) / scores)
+
+
+@contextmanager
+def _kept() -> Iterator[dict[int, tuple[tuple[int, ...], int]]]:
+    """Shape and bytes of each storage that autograd keeps in the block."""
+    import torch
+
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        kept[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    sizes: dict[int, tuple[tuple[int, ...], int]] = {}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
+    sizes |= {key: (tuple(one.shape), one.untyped_storage().nbytes()) for key, one in kept.items()}
 
 
 def _packed_shape(model: Any, config: Mapping[str, Any], shape: ModelShape) -> ModelShape:
@@ -214,12 +282,12 @@ def _serving_facts(model: Any) -> tuple[str, list[Any]]:
         return _first_line(error), []
 
 
-def _step(model: Any, **positions: Any) -> None:
-    """A forward pass in training mode over 8 tokens that have no values."""
+def _step(model: Any, tokens: int = 8, **positions: Any) -> None:
+    """A forward pass in training mode over tokens that have no values."""
     import torch
 
     _choose_nothing(model)
-    model.train()(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"), use_cache=False, **positions)
+    model.train()(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False, **positions)
 
 
 def _choose_nothing(model: Any) -> None:
@@ -254,7 +322,6 @@ def _packs(model: Any) -> bool:
 def _reads_weights(model: Any) -> str:
     """The error of a step whose linears have bytes for weights, as packed ones do; empty where none is read."""
     import torch
-    from transformers import DynamicCache
 
     def product(outputs: int, inputs: Any) -> Any:
         return inputs.new_empty(*inputs.shape[:-1], outputs)
@@ -264,15 +331,22 @@ def _reads_weights(model: Any) -> str:
         packed = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
         linear.forward = partial(product, _sizes(linear)[1])
         linear.weight = torch.nn.Parameter(packed, requires_grad=False)
-    try:  # with an empty cache transformers does not look for packed documents, which takes values
-        with warnings.catch_warnings():  # transformers 5.24 renames the argument to `cache` in some families only
-            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
-            _step(model, past_key_values=DynamicCache(config=model.config))
+    try:
+        _step_unpacked(model)
     except NotImplementedError:  # code that reads values
         return ""
     except RuntimeError as error:
         return _first_line(error)
     return ""
+
+
+def _step_unpacked(model: Any, tokens: int = 8) -> None:
+    """A step with an empty cache: transformers then does not look for packed documents, which takes values."""
+    from transformers import DynamicCache
+
+    with warnings.catch_warnings():  # transformers 5.24 renames the argument to `cache` in some families only
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+        _step(model, tokens, past_key_values=DynamicCache(config=model.config))
 
 
 def is_recurrent(config: Any) -> bool:
@@ -290,8 +364,6 @@ def _unplanned_reason(model: Any, shape: ModelShape) -> str:
         found = "experts that are linear layers"
     elif is_recurrent(model.config):
         found = "recurrent layers"
-    elif attention_of(model.config) == "eager":
-        found = "attention without sdpa, which keeps a matrix of scores"
     elif shape.experts and _unadapted_experts(model):
         found = f"this base: {_unadapted_experts(model)}"
     elif any(type(module).__name__ == "NewGELUActivation" for module in model.modules()):
@@ -307,6 +379,9 @@ def _is_uniform(shape: ModelShape) -> bool:
     Of a base with experts: attention of equal sizes, and gated MLPs next to the experts or in their place.
     """
     attention = shape.hidden * (2 * shape.q_size + 2 * shape.kv_size)
+    if shape.latent_size:
+        latent = [x for x in shape.linears if x.name.endswith(LATENT) and x.count == shape.layers]
+        attention = sum(x.params for x in latent)
     if shape.experts:
         inner = sum(x.count * x.inputs for x in shape.linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS))
         return shape.linear_params == shape.layers * attention + 3 * shape.hidden * inner

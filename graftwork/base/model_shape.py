@@ -6,7 +6,7 @@ versions of transformers and PEFT, so that a plan of a known base imports neithe
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import Any, Literal, cast
 
@@ -19,7 +19,7 @@ from graftwork.errors import BaseModelError, GraftworkError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 15
+FORMAT = 16
 """Of a cached entry; raise it when the way of counting changes. The names of the fields below are part of its key."""
 
 
@@ -82,6 +82,21 @@ class ModelShape:
     """Experts of one block."""
     experts_per_token: int = 1
     """Experts that one token passes in a block (`num_experts_per_tok`)."""
+    norms: float = 2.0
+    """Norms of the hidden size in one block, two at least."""
+    gate_values: float = 1.5
+    """Values that the gate of an expert leaves for each output of its first projection."""
+    eager: bool = False
+    """Training uses transformers' eager attention."""
+    score_bytes: tuple[float, float] = (0.0, 0.0)
+    """Bytes that one block keeps for each query, key and head, with a base in fp32 and in 16 bits: of eager attention,
+    and of sdpa on a CPU where keys and values differ in size. 0 where no matrix of scores is kept."""
+    latent_size: int = 0
+    """Size of queries, keys and values of multi-head latent attention, on average; 0 for attention of another form."""
+    latent_ranks: int = 0
+    """Inputs of its norms."""
+    latent_rest: int = 0
+    """Values of one token in the result of its `kv_b_proj` that are copied into the keys, and stay with the values."""
     router_loss: bool = False
     """TRL 1.16 adds the load-balancing loss of a router to the objective's (`aux_loss_enabled` of its trainers)."""
     unplanned: str = ""
@@ -107,11 +122,24 @@ class ModelShape:
 
     @property
     def q_size(self) -> int:
-        return self.heads * self.head_dim
+        return self.latent_size or self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        return self.kv_heads * self.head_dim
+        return self.latent_size or self.kv_heads * self.head_dim
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Return whether a block keeps a matrix of scores for the backward pass."""
+        return self.score_bytes[0] > 0
+
+    def on_gpu(self, *, trains_base: bool = False) -> "ModelShape":
+        """The sizes on a GPU, whose kernels keep no scores of sdpa in any form.
+
+        trains_base: in 16 bits scores are then those of fp32, of the mask's dtype, and autocast's copy: a bound.
+        """
+        wide, narrow = self.score_bytes if self.eager else (0.0, 0.0)
+        return replace(self, score_bytes=(wide, wide + 2 if trains_base and self.eager else narrow))
 
     @property
     def gated(self) -> bool:
@@ -134,7 +162,8 @@ class ModelShape:
         targets = self.adapted_linears(which)
         parts = {x.part for x in targets if x.inputs == self.hidden and not x.name.endswith(ATTENTION_OUTPUTS)}
         inner = any(x.part == "mlp" and x.inputs == self.intermediate for x in targets)
-        return self.hidden * len(parts) + self.intermediate * inner
+        latent = sum(x.inputs for x in targets if x.name.endswith(LATENT_INPUTS))
+        return self.hidden * len(parts) + self.intermediate * inner + latent
 
     @property
     def linear_params(self) -> int:
@@ -170,7 +199,8 @@ class ModelShape:
         if not self.experts:
             return (3 if self.gated else 1) * self.intermediate
         plain = sum(3 * x.inputs * x.count for x in self.linears if x.part == "mlp" and x.name.endswith(MLP_OUTPUTS))
-        passed = sum((1.0 if x.name.endswith(MLP_OUTPUTS) else 1.5) * x.outputs * x.count for x in self.experts)
+        gate = self.gate_values
+        passed = sum((1.0 if x.name.endswith(MLP_OUTPUTS) else gate) * x.outputs * x.count for x in self.experts)
         return (plain + passed * self.active_experts) / self.layers
 
     @property
@@ -217,6 +247,8 @@ MLP_OUTPUTS = tuple(f".{end}" for end in MLP_ENDS)
 HOW_UNPLANNED = (
     "set optim.micro_batch and optim.gradient_checkpointing to values; the run's report shows the peak that they take"
 )
+LATENT_INPUTS = (".q_b_proj", ".kv_b_proj")
+"""Ends of the names of the linears behind the norms of multi-head latent attention."""
 ATTENTION_OUTPUTS = (".o_proj", ".out_proj", ".dense", ".c_proj")
 """Ends of the names of the attention's last linear, whose input is the attention's own output."""
 

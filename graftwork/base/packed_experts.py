@@ -3,7 +3,7 @@
 bitsandbytes 0.50 puts a parametrization on a parameter (`bitsandbytes.nn.parametrize`): its bytes are packed, and
 reading it gives the exact values, in a tensor that lives as long as the pass through the module. Blocks of 64 weights
 run on from one expert to the next, so that an expert whose size is a multiple of 64 has the values that a `Linear4bit`
-of it has.
+of it has. `graftwork.compat.packed_weights` packs them while a base is loaded.
 """
 
 from collections.abc import Iterator
@@ -11,22 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from graftwork.adapters.experts import expert_weights
-from graftwork.compat.hf import adapt_packed_parameters
-from graftwork.quantization import QuantSpec
-
-
-def pack_experts(model: Any, quant: QuantSpec, device: str) -> None:
-    """Pack the experts of a loaded base on `device`, one parameter at a time; a dense base stays as it is."""
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
-
-    weights = expert_weights(model)
-    for one in weights:
-        module, key = model.get_submodule(one.module), one.name.rpartition(".")[2]
-        parameter = getattr(module, key)
-        parameter.data = parameter.data.to(device)
-        replace_parameter_4bit(module, key, compress_statistics=quant.double_quant, quant_type=quant.kind)
-    if weights:
-        adapt_packed_parameters()
 
 
 def unpack_experts(model: Any) -> None:

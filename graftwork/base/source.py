@@ -148,7 +148,18 @@ def locate(uri: str, sha256: str | None, on_progress: Progress | None) -> Path:
         return path
     if hub := from_hub(uri):
         return hub
-    raise BaseModelError(f"base {uri}", "there is no such folder", _FORMS, "check the path")
+    hint = f"write the id alone: {uri.removeprefix('hf://')}" if uri.startswith("hf://") else "check the path"
+    raise BaseModelError(f"base {uri}", "there is no such folder", _FORMS, hint)
+
+
+def locate_template(uri: str, sha256: str | None) -> Path:
+    """Folder with tokenizer and chat template of a base; of a Hugging Face id without its weights. As `locate`."""
+    hub = _HUB_ID.fullmatch(uri)
+    if hub is None or Path(uri).expanduser().exists():
+        return locate(uri, sha256, None)
+    return _from_hub(
+        hub["id"], hub["revision"], tuple(suffix for suffix in _NEEDED_SUFFIXES if suffix != ".safetensors")
+    )
 
 
 def from_hub(uri: str) -> Path | None:
@@ -164,7 +175,7 @@ def config_from_hub(uri: str) -> Path | None:
         return None
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(hub["id"]):
+    with _hub_errors(hub["id"], hub["revision"]):
         return Path(hf_hub_download(hub["id"], "config.json", revision=hub["revision"]))
 
 
@@ -304,37 +315,47 @@ def _from_store(uri: str, on_progress: Progress | None) -> Path:
     return build_once(cache_root() / "bases" / f"s3-{state}", download)
 
 
-def _from_hub(hub_id: str, revision: str | None) -> Path:
+def _from_hub(hub_id: str, revision: str | None, suffixes: tuple[str, ...] = _NEEDED_SUFFIXES) -> Path:
     """The folder of transformers' own cache; HF_HUB_OFFLINE and the hub's other settings apply."""
     from huggingface_hub import snapshot_download
 
-    patterns = [f"*{suffix}" for suffix in _NEEDED_SUFFIXES]
-    with _hub_errors(hub_id):
+    patterns = [f"*{suffix}" for suffix in suffixes]
+    with _hub_errors(hub_id, revision):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
 
 
 @contextmanager
-def _hub_errors(hub_id: str) -> Iterator[None]:
+def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
     """Raise the hub's errors as BaseModelError."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    base = f"base {hub_id}@{revision}" if revision else f"base {hub_id}"
     try:
         yield
     except LocalEntryNotFoundError as error:
-        raise BaseModelError(
-            f"base {hub_id}",
-            "it is not in the Hugging Face cache and the hub is out of reach",
-            _FORMS,
-            "allow the network once, or name a folder",
-        ) from error
+        found = "it is not in the Hugging Face cache and the hub is out of reach"
+        hint = "unset HF_HUB_OFFLINE, or check the network and HF_ENDPOINT, once; or name a folder"
+        raise BaseModelError(base, found, _FORMS, hint) from error
+    except GatedRepoError as error:
+        hint = f"ask for access on the page of {hub_id}, and set HF_TOKEN to a token of an account that has it"
+        raise BaseModelError(base, "it is gated, and the token has no access", _FORMS, hint) from error
+    except RepositoryNotFoundError as error:
+        hint = "check the id; a private one needs HF_TOKEN, a token of an account that may read it"
+        raise BaseModelError(base, "the hub has no such model, or it is private", _FORMS, hint) from error
+    except RevisionNotFoundError as error:
+        hint = "name a branch, tag or commit behind the @"
+        raise BaseModelError(base, f"the model has no revision {revision!r}", _FORMS, hint) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseModelError(
-            f"base {hub_id}",
-            f"the hub refused it ({first[:300]})",
-            _FORMS,
-            "check the id and, for a gated model, the token",
-        ) from error
+        hint = "check the id and the state of the hub, and try again"
+        raise BaseModelError(base, f"the hub refused it ({first[:300]})", _FORMS, hint) from error
 
 
 def expect(what: str, wanted: str | None, found: str) -> str:

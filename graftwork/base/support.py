@@ -17,17 +17,11 @@ from graftwork.planning.hardware import GIB
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
-Stage = Literal["plan", "train", "pack", "serve", "serve adapters"] | QuantKind
-STAGES: tuple[Stage, ...] = (
-    "plan",
-    *(kind for kind, method in METHODS.items() if not method.keeps_checkpoint),
-    "train",
-    "pack",
-    "serve",
-    "serve adapters",
-)
-"""`plan`: of training. `none`, `int8`, `nf4`, ...: `quant.kind`, in training and in serving. A quantised checkpoint has
-one more, `checkpoint`."""
+Stage = Literal["plan", "train LoRA", "train full", "packing", "serve", "serve adapters"] | QuantKind
+FORMS: tuple[QuantKind, ...] = tuple(kind for kind, method in METHODS.items() if not method.keeps_checkpoint)
+STAGES: tuple[Stage, ...] = ("plan", *FORMS, "train LoRA", "train full", "packing", "serve", "serve adapters")
+"""Of every base. `plan`: of training. `FORMS`: values of `quant.kind`, in training and in serving; a quantised
+checkpoint has one more, `checkpoint`."""
 
 
 class StrategyKeys(Protocol):
@@ -96,15 +90,19 @@ class BaseSupport:
     """Training a LoRA on experts (`adapter.experts`)."""
     packed_experts: bool = False
     """4-bit methods pack experts next to linear layers."""
-    train_full: Support = Support()
-    """Training of all weights."""
+
+    @property
+    def names(self) -> tuple[Stage, ...]:
+        """The stages of this base, in the order of a report."""
+        kept: tuple[Stage, ...] = ("checkpoint",) if self.packed else ()
+        place = 1 + len(FORMS)
+        return (*STAGES[:place], *kept, *STAGES[place:])
 
     def format_line(self) -> str:
         """As a line of a plan: the stages that support the base, and the reason of each that does not."""
-        stages: tuple[Stage, ...] = (*STAGES, "checkpoint") if self.packed else STAGES
-        known = ", ".join(stage for stage in stages if not self.stages[stage].reason)
+        known = ", ".join(stage for stage in self.names if not self.stages[stage].reason)
         reasons = "".join(
-            f"; not {stage}: {self.stages[stage].reason}" for stage in stages if self.stages[stage].reason
+            f"; not {stage}: {self.stages[stage].reason}" for stage in self.names if self.stages[stage].reason
         )
         form = f" packed as {self.packed}" if self.packed else ""
         return f"base {self.model_type} ({self.model_class}){form} supports {known}{reasons}"
@@ -151,8 +149,9 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
             **{kind: quantised if method.bits == 8 else Support() for kind, method in METHODS.items()},
             "checkpoint": kept,
-            "train": train,
-            "pack": pack,
+            "train LoRA": train,
+            "train full": full,
+            "packing": pack,
             "serve": serve,
             "serve adapters": serve_adapters,
         },
@@ -161,7 +160,6 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         packed_form.label if packed_form else "",
         _experts_support(facts),
         bool(facts.shape.experts),
-        full,
     )
 
 
@@ -171,7 +169,7 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     support.require(spec.quant.kind, f"quant.kind={spec.quant.kind}")
     if spec.quant.is_packed:
         support.require(support.train_packed, f"quant.kind={spec.quant.kind}")
-    support.require(support.train_full if spec.adapter.kind == "full" else "train", f"adapter.kind={spec.adapter.kind}")
+    support.require("train full" if spec.adapter.kind == "full" else "train LoRA", f"adapter.kind={spec.adapter.kind}")
     targets, experts = getattr(spec.adapter, "targets", None), getattr(spec.adapter, "experts", False)
     if experts:
         support.require(support.experts, "adapter.experts=true")
@@ -194,7 +192,7 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
         facts = facts_of(config)
         choose_linears(names, facts.shape.adapted["all-linear"], facts.model_class)
     if getattr(spec.objective, "packing", "none") != "none":
-        support.require("pack", "objective.packing=best_fit")
+        support.require("packing", "objective.packing=best_fit")
     return support
 
 

@@ -1,7 +1,7 @@
-"""Linear layer whose frozen weight stays packed as in its checkpoint, and the hook that loads it by transformers.
+"""Frozen weights that are packed: linear layers that stay as in their checkpoint, experts in 4 bits, and their loading.
 
 Upstream: `register_quantizer`, and `HfQuantizer._process_model_before_weight_loading` and
-`_process_model_after_weight_loading`, which a quantizer overrides; checked with transformers 5.24.
+`_process_model_after_weight_loading`, which a quantizer overrides; checked with transformers 5.24, bitsandbytes 0.50.
 """
 
 import re
@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from graftwork.adapters.experts import expert_weights
+from graftwork.compat.hf import adapt_packed_parameters
 from graftwork.prequantized.convert import PackedFiles
 from graftwork.prequantized.format import PackedFormat
+from graftwork.quantization import BLOCK, SCALE_BLOCK
 
 NAME = "graftwork-packed"
 
@@ -149,3 +154,73 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     name, PackedLinear(config.packed.prepare(parts), config.packed, holder.size, config.dtype, bias)
                 )
         self.remove_quantization_config(model)
+
+
+class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """transformers' quantizer of bitsandbytes in 4 bits that packs experts too, each as soon as it is read.
+
+    The experts of a base are most of it: packed after loading, all of them would be in memory at once.
+    """
+
+    states: dict[str, Any]
+    """How a parameter of experts is packed (bitsandbytes' `QuantState`), by its name."""
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        self.states = {} if self.pre_quantized else dict.fromkeys((one.name for one in expert_weights(model)), None)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Return whether the parameter is one of experts, or of a linear layer that is packed."""
+        return param_name in self.states or super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self) -> Any:
+        """Return the step that packs one parameter."""
+        return _FourBitQuantize(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+
+        for name, state in self.states.items():
+            module, _, key = name.rpartition(".")
+            owner = model.get_submodule(module)
+            device = getattr(owner, key).device
+            replace_parameter_4bit_prequantized(owner, key, state.as_dict(packed=True), device)
+        if self.states:
+            adapt_packed_parameters()
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class _FourBitQuantize(Bnb4bitQuantize):  # type: ignore[misc]
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Return the parameters packed; `input_dict` has one name, or the names that one tensor is split into."""
+        settings, packed = self.hf_quantizer.quantization_config, {}
+        for name in [name for name in input_dict if name in self.hf_quantizer.states]:
+            value = input_dict.pop(name)
+            packed[name], self.hf_quantizer.states[name] = _pack_experts(
+                value[0] if isinstance(value, list) else value,
+                settings.bnb_4bit_quant_type,
+                double=settings.bnb_4bit_use_double_quant,
+            )
+        return {**packed, **super().convert(input_dict, **kwargs)}
+
+
+def _pack_experts(values_EOI: torch.Tensor, kind: str, *, double: bool) -> tuple[torch.Tensor, Any]:
+    """Return the bytes of `quantize_4bit` of the whole and their state, computed expert by expert.
+
+    On a CPU bitsandbytes needs ten times the memory of the 16-bit values that it packs at a time.
+    """
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+
+    if values_EOI[0].numel() % BLOCK:
+        packed, state = quantize_4bit(values_EOI, quant_type=kind, compress_statistics=double)
+        return packed, state
+    found = [quantize_4bit(expert.contiguous(), quant_type=kind) for expert in values_EOI]
+    state = found[0][1]
+    state.shape, state.absmax = values_EOI.shape, torch.cat([one.absmax for _, one in found])
+    if double:
+        state.nested, state.offset = True, state.absmax.mean()
+        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=SCALE_BLOCK)
+    return torch.cat([packed for packed, _ in found]), state
+
+
+AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = FourBitQuantizer

@@ -210,11 +210,16 @@ def rejection(at: str, value: object) -> DataError:
     """The error of a key that would change the text or the loss and is not supported."""
     found = f"{kind_of(value)} of {len(value)}" if isinstance(value, list | dict) else repr(value)
     key = at.rpartition(".")[2].rpartition(" ")[2]
+    hint = "remove the key where it is of no use, else leave the row out"
+    if key in ("reasoning_content", "thinking"):
+        hint = f"move it into the assistant's turn: {{role: assistant, {key}: ..., content: ...}}"
+    if key == "enable_thinking":
+        hint = "write chat_template_kwargs: {enable_thinking: ...}"
     return DataError(
         at,
         f"found {found if len(found) <= 80 else found[:77] + '...'}",
         f"{key} changes what the model reads or learns, and is not supported here",
-        "remove the key where it is of no use, else leave the row out",
+        hint,
     )
 
 

@@ -271,18 +271,35 @@ def _hub(uri: str) -> Iterator[Record]:
         yield from _saved(uri, Path(where), split)
         return
     import datasets
+    import httpx
 
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(where, config, split=split, revision=revision, streaming=True)
         yield from enumerate(map(_without_fillers, rows), start=1)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, RuntimeError) as error:
-        raise DataError(
-            uri,
-            f"it cannot be read ({' '.join(str(error).split())[:300]})",
-            "a dataset of the hub is hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT, and the hub must be in reach",
-            "check the names; HF_TOKEN opens private ones; without the hub take a folder of Parquet files",
-        ) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, RuntimeError, httpx.HTTPError) as error:
+        found = " ".join(str(error).split())[:300]
+        rule = "a dataset of the hub is hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT, and the hub must be in reach"
+        hint = next((hint for words, hint in _HUB_HINTS if re.search(words, found)), _HUB_HINTS[-1][1])
+        raise DataError(uri, f"it cannot be read ({found})", rule, hint) from error
+
+
+_HUB_HINTS = (
+    (
+        "gated dataset",
+        "ask for access on the page of the dataset, and set HF_TOKEN to a token of an account that has it",
+    ),
+    ("Revision .* doesn't exist", "name a branch, tag or commit of the dataset behind the @"),
+    ("Bad split|split .* not|Unknown split", "end the URI with one of the splits"),
+    ("BuilderConfig|Config name", "name a configuration before the split: hf://OWNER/NAME/CONFIG/SPLIT"),
+    (
+        "[Oo]ffline",
+        "unset HF_HUB_OFFLINE to read from the hub; without the hub take a folder of its files: hf:///PATH/SPLIT",
+    ),
+    ("doesn't exist", "check the id; a private dataset needs HF_TOKEN, a token of an account that may read it"),
+    ("", "check the network, its proxy and HF_ENDPOINT; without the hub take a folder of its files: hf:///PATH/SPLIT"),
+)
+"""What to do, by words of the error of `datasets` 5.2; the last is for a hub that is out of reach."""
 
 
 def _saved(uri: str, folder: Path, split: str | None) -> Iterator[Record]:

@@ -19,7 +19,7 @@ from graftwork.datasets.keys import DOCUMENT, KeyCheck
 from graftwork.datasets.readers import kind_of, local_path, no_rows, read_records, require_new
 from graftwork.datasets.sources import EvalSource, MixturePart, RowShape, RowSource, TrainSources
 from graftwork.datasets.turns import require_text
-from graftwork.errors import DataError
+from graftwork.errors import BaseModelError, DataError
 from graftwork.prompts.render import (
     Message,
     Passage,
@@ -149,6 +149,12 @@ class DatasetRow:
     """Functions that the assistant may call."""
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Variables of the chat template, over those of the spec."""
+    where: str = dataclasses.field(default="", compare=False)
+    """The row in its file, for errors: `rows.jsonl row 2`. Of a row without a file `row ID`."""
+
+    def __post_init__(self) -> None:
+        if not self.where:
+            object.__setattr__(self, "where", f"row {self.id}")
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -282,7 +288,10 @@ _TURN_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Mess
 def render_row(
     row: DatasetRow, template: Template, prompt: Prompt, passages: Sequence[Passage], thinking: Thinking
 ) -> list[Rendered]:
-    """Return the training rows of a conversation: one, or one a learned turn. Raises DataError that names the row."""
+    """Return the training rows of a conversation: one, or one a learned turn.
+
+    Raises DataError and BaseModelError that name the row.
+    """
     as_row = partial(render, prompt=prompt, tools=row.tools, template_kwargs=row.template_kwargs)
     as_row = partial(as_row, context=passages, thinking=thinking, generate=False)
     with naming(row):
@@ -295,7 +304,7 @@ def render_row(
 def render_question(
     row: DatasetRow, template: Template, prompt: Prompt, passages: Sequence[Passage], thinking: Thinking
 ) -> Rendered:
-    """Return the prompt that asks for the last answer of a row. Raises DataError that names the row."""
+    """Return the prompt that asks for the last answer of a row. Raises as `render_row` does."""
     with naming(row):
         return render(
             row.question,
@@ -311,11 +320,11 @@ def render_question(
 
 @contextlib.contextmanager
 def naming(row: DatasetRow | Example) -> Iterator[None]:
-    """Name the row in the DataErrors of the block."""
+    """Name the row and its file in the errors of the block."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"row {row.id}: {error.subject}", error.problem, error.rule, error.hint) from error
+    except (DataError, BaseModelError) as error:
+        raise type(error)(f"{row.where}: {error.subject}", error.problem, error.rule, error.hint) from error
 
 
 def prompt_content(prompt: Prompt) -> dict[str, Any]:
@@ -405,6 +414,7 @@ def _row(example: Example, need: Need) -> DatasetRow:
         given_fields=tuple(given_fields),
         tools=example.tools,
         template_kwargs=example.template_kwargs,
+        where=example.where,
     )
 
 

@@ -140,7 +140,8 @@ def saved_bytes(
     """Bytes that one token leaves in one block, `adapter` attached and the rest frozen, without checkpointing.
 
     `padded_to`: tokens of a row in a batch with padding, which repeats keys and values to the query heads
-    (transformers' `use_gqa_in_sdpa`) and keeps a mask a block; None for rows of one length. The adapter is in fp32 in
+    (transformers' `use_gqa_in_sdpa`) and keeps a mask a block; None for rows of one length. Attention that keeps its
+    scores repeats them in any case: `padded_to` is then the length of all rows. The adapter is in fp32 in
     any case: on a base of 16 bits each of its targets keeps its own input once more, in fp32 or, under autocast (as
     on a GPU), in 16 bits. `mask_bytes`: of a value of dropout's mask, 4 on a CPU and 1 on a GPU.
     """
@@ -155,10 +156,14 @@ def frozen_bytes(model: ModelShape, padded_to: int | None, virtual_tokens: int, 
     if virtual_tokens and padded_to:  # they always bring a mask; keys and values are longer by them
         row = padded_to + virtual_tokens
         stretch = row / padded_to
-    computed = 2 * model.q_size + 2 * kv * stretch + row + model.mlp_values  # q, k, v, attention's output, the mask
-    norms = 2 * (model.hidden + 1)  # the input of each RMSNorm and its 1/rms, in fp32
-    norms += (model.q_size + model.kv_size) * model.qk_norm
-    return computed * value_bytes + (norms + model.heads) * FP32 + _router_bytes(model)
+    norms = model.norms * (model.hidden + 1)  # the input of each RMSNorm and its 1/rms, in fp32
+    norms += (model.q_size + model.kv_size) * model.qk_norm + model.latent_ranks
+    computed = 2 * model.q_size + 2 * kv * stretch + model.latent_rest + model.mlp_values  # q, k, v, attention's output
+    if model.keeps_scores:
+        attention = row * model.heads * model.score_bytes[value_bytes == BF16] + model.heads * INT64
+    else:
+        attention = row * value_bytes + model.heads * FP32  # the mask, sums of exponentials
+    return computed * value_bytes + norms * FP32 + attention + _router_bytes(model)
 
 
 def _router_bytes(model: ModelShape) -> float:

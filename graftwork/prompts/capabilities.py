@@ -3,12 +3,14 @@
 Found by rendering short conversations of words that occur nowhere else. The name of a model family decides nothing.
 """
 
+import contextlib
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast, get_args
 
 from graftwork.errors import BaseModelError, DataError
 
@@ -18,7 +20,8 @@ Turn = Mapping[str, Any]
 _ASKED: Turn = {"role": "user", "content": "first question"}
 _ANSWER = "plain answer"
 _ANSWERED: Turn = {"role": "assistant", "content": _ANSWER}
-_FUNCTION, _OTHER, _VALUE, _RESULT, _WHY, _NEXT_TO = "zq_find", "zq_rank", "zqvalue", "zqresult", "zqreason", "zqtext"
+_FUNCTION, _CALLED, _OTHER = "zq_find", "zq_look", "zq_rank"
+_VALUE, _RESULT, _WHY, _NEXT_TO = "zqvalue", "zqresult", "zqreason", "zqtext"
 TOOL: Mapping[str, Any] = {
     "type": "function",
     "function": {
@@ -31,7 +34,7 @@ TOOL: Mapping[str, Any] = {
         },
     },
 }
-"""Function of the probe conversations."""
+"""Function of the probe conversations. Their calls have other names, so that a call is told from its function."""
 
 
 class Renderer(Protocol):
@@ -40,10 +43,39 @@ class Renderer(Protocol):
     base: str
 
     def sealed_text(
-        self, turns: Sequence[Turn], *, generate: bool, tools: Sequence[Mapping[str, Any]] = ...
+        self,
+        turns: Sequence[Turn],
+        *,
+        generate: bool,
+        tools: Sequence[Mapping[str, Any]] = ...,
+        functions_in: "FunctionsPlace | None" = ...,
     ) -> str: ...
 
     def control_ids(self, sealed: str) -> list[int]: ...
+
+
+FunctionsPlace = Literal["tools", "xml_tools", "system"]
+"""Where a template reads functions: a variable with a list, or the key `tools` of the system turn with JSON text."""
+
+
+def place_functions(
+    turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], place: FunctionsPlace
+) -> tuple[Sequence[Turn], dict[str, Any]]:
+    """Return turns and variables for functions at that place (SmolLM3: `xml_tools`; Phi-4-mini: system)."""
+    if place != "system" or not tools:
+        return turns, {"tools": None, place: list(tools) or None} if place != "system" else {"tools": None}
+    opening = turns[0] if turns and turns[0]["role"] == "system" else {"role": "system", "content": ""}
+    rest = turns[1:] if opening is turns[0] else turns
+    return [{**opening, "tools": json.dumps(tools, ensure_ascii=False)}, *rest], {"tools": None}
+
+
+def find_functions(template: Renderer) -> FunctionsPlace:
+    """Return the first place whose functions are in the prompt; `tools` where none are."""
+    for place in get_args(FunctionsPlace):
+        with contextlib.suppress(DataError):
+            if _FUNCTION in template.sealed_text([_ASKED], generate=True, tools=(TOOL,), functions_in=place):
+                return cast(FunctionsPlace, place)
+    return "tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +110,8 @@ class Capabilities:
     """The functions are in the prompt."""
     calls: CallForm | None
     """None: calls and their results are not in the text."""
+    calls_need_tools: bool
+    """Calls are in the text only where functions are given (a base with a template `tool_use`)."""
     call_ids: bool
     """The id of a call is in the text and its name is not (Kimi)."""
     parallel_calls: bool
@@ -102,11 +136,11 @@ def probe(template: Renderer, source: str, eos_ids: frozenset[int], think: str) 
     Raises BaseModelError for a template whose answers have no end; DataError where it refuses question and answer.
     """
     end_id, closes = _end(template, eos_ids)
-    forms = (CallForm(arguments, empty) for empty in ("", None) for arguments in ("object", "text"))
-    calls = next((form for form in forms if _writes_calls(template, form)), None)
-    if calls is not None and not _writes_calls(template, calls, identity="call_zq_00000000000000"):
-        calls = replace(calls, short_ids=True)
     tools = _FUNCTION in _text(template, [_ASKED], generate=True, tools=True)
+    forms = [CallForm(arguments, empty) for empty in ("", None) for arguments in ("object", "text")]
+    calls = next((form for form in forms if _writes_calls(template, form, tools)), None)
+    if calls is not None and not _writes_calls(template, calls, tools, identity="call_zq_00000000000000"):
+        calls = replace(calls, short_ids=True)
     opening = _opening(template, think)
     reasoning = _place_of_reasoning(template, source, opening)
     return Capabilities(
@@ -115,10 +149,10 @@ def probe(template: Renderer, source: str, eos_ids: frozenset[int], think: str) 
         closes=closes,
         tools=tools,
         calls=calls,
-        call_ids=calls is not None and _FUNCTION not in _text(template, [_ASKED, _called(calls)[0]]),
-        parallel_calls=calls is not None and _writes_two(template, calls),
-        text_with_calls=calls is not None
-        and all(word in _text(template, [_ASKED, *_called(calls, text=_NEXT_TO)]) for word in (_NEXT_TO, _VALUE)),
+        calls_need_tools=calls is not None and not any(_writes_calls(template, form, False) for form in forms),
+        call_ids=calls is not None and _CALLED not in _text(template, [_ASKED, _called(calls)[0]], tools=tools),
+        parallel_calls=calls is not None and _writes_two(template, calls, tools),
+        text_with_calls=calls is not None and _writes_text_with_calls(template, calls, tools),
         reasoning=reasoning,
         reads_tags=reasoning == "tags" or (reasoning == "field" and _reads_tags(template)),
         opening=opening,
@@ -141,10 +175,19 @@ def _text(template: Renderer, turns: Sequence[Turn], *, generate: bool = False, 
         return ""
 
 
+def refusal_of_calls(template: Renderer) -> str:
+    """Return the template's own error for a conversation with a call and its result; empty where it renders one."""
+    try:
+        template.sealed_text([_ASKED, *_called(CallForm()), _ANSWERED], generate=False, tools=(TOOL,))
+    except DataError as error:
+        return error.problem
+    return ""
+
+
 def _called(form: CallForm, *, parallel: bool = False, text: str = "", identity: str = "zq000000") -> list[Turn]:
     """A turn of calls and a turn a result. Ids have 9 characters, as Mistral's template wants them."""
-    arguments: Any = '{"zq_key": "zqvalue"}' if form.arguments == "text" else {"zq_key": _VALUE}
-    names = (_FUNCTION, _OTHER) if parallel else (_FUNCTION,)
+    arguments: Any = '{"zq_argument": "zqvalue"}' if form.arguments == "text" else {"zq_argument": _VALUE}
+    names = (_CALLED, _OTHER) if parallel else (_CALLED,)
     calls = [written_call(name, arguments, f"{identity}{number}") for number, name in enumerate(names)]
     results = [
         {"role": "tool", "content": _RESULT, "tool_call_id": call["id"], "name": call["function"]["name"]}
@@ -153,32 +196,41 @@ def _called(form: CallForm, *, parallel: bool = False, text: str = "", identity:
     return [{"role": "assistant", "content": text or form.no_content, "tool_calls": calls}, *results]
 
 
-def _writes_calls(template: Renderer, form: CallForm, identity: str = "zq000000") -> bool:
-    text = _text(template, [_ASKED, *_called(form, identity=identity), _ANSWERED])
-    twice_encoded = '\\"zq_key' in text
-    named = _FUNCTION in text or f"{identity}0" in text
+def _writes_calls(template: Renderer, form: CallForm, tools: bool, identity: str = "zq000000") -> bool:
+    text = _text(template, [_ASKED, *_called(form, identity=identity), _ANSWERED], tools=tools)
+    twice_encoded = '\\"zq_argument' in text
+    named = _CALLED in text or f"{identity}0" in text
     return named and not twice_encoded and all(word in text for word in (_VALUE, _RESULT, _ANSWER))
 
 
-def _writes_two(template: Renderer, form: CallForm) -> bool:
-    text = _text(template, [_ASKED, *_called(form, parallel=True)])
+def _writes_two(template: Renderer, form: CallForm, tools: bool) -> bool:
+    text = _text(template, [_ASKED, *_called(form, parallel=True)], tools=tools)
     return _OTHER in text or "zq0000001" in text
 
 
+def _writes_text_with_calls(template: Renderer, form: CallForm, tools: bool) -> bool:
+    text = _text(template, [_ASKED, *_called(form, text=_NEXT_TO)], tools=tools)
+    return _NEXT_TO in text and _VALUE in text
+
+
 def _end(template: Renderer, eos_ids: frozenset[int]) -> tuple[int, bool]:
-    """The first control token behind an answer; True if the template writes it with the answer."""
+    """The first control token behind an answer; True if the template writes it with the answer.
+
+    A token that is there twice ends a part of the answer (Kimi-K3's `<|close|>`).
+    """
     whole = template.sealed_text([_ASKED, _ANSWERED], generate=False)
     behind = _behind(whole, _ANSWER)
     if found := template.control_ids(behind):
-        return found[0], True
+        return next((token for token in found if found.count(token) == 1), found[0]), True
     longer = template.sealed_text([_ASKED, _ANSWERED, {**_ASKED, "content": "second question"}], generate=False)
     following = template.control_ids(_behind(longer, _ANSWER))[:1]
     if eos_ids.isdisjoint(following):
         raise BaseModelError(
             f"chat template of {template.base}",
-            f"it ends an answer with {behind!r}",
+            f"it ends an answer with {behind!r}, in which the tokenizer has no special token",
             "an answer ends with a special token, or generation could not stop",
-            "use a base whose chat template closes the assistant's turn",
+            "add the end token to tokenizer.json as a special one, or use a base whose template and tokenizer belong "
+            "together",
         )
     return following[0], False
 
@@ -189,7 +241,7 @@ def _call_end(template: Renderer, form: CallForm, closes: bool, known: frozenset
     Where the next turn's first token ends an answer, it ends calls too.
     """
     asked, result = [_ASKED, _called(form)[0]], _called(form)[1]
-    found = template.control_ids(_behind(_text(template, asked if closes else [*asked, result]), _VALUE))
+    found = template.control_ids(_behind(_text(template, asked if closes else [*asked, result], tools=True), _VALUE))
     return next((token for token in found if token in known), found[-1] if found else min(known))
 
 

@@ -1,5 +1,6 @@
 """Token ids of a rendered conversation, and the loss mask over them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,23 +43,26 @@ def loss_mask(
     starts: Mapping[int, tuple[int, int]],
     learned: Sequence[int],
     conversation: Sequence["Message"],
+    first: int,
     template: "Template",
 ) -> tuple[bool, ...]:
     """Mark each learned answer from behind the generation prompt up to and including the token that ends its turn.
 
     starts: tokens and characters before each answer that stands behind its prompt. learned: turns of the loss.
+    first: place of the row's `messages[0]` in the conversation, for errors.
     """
     mask = [False] * len(tokens.ids)
     for turn in learned:
+        where = f"messages[{turn - first}]"
         if turn not in starts:
-            raise _no_start(turn, conversation[turn], template)
+            raise _no_start(where, conversation[turn], template)
         start, characters = starts[turn]
         end = _end_of_turn(tokens.ids, start, template)
         mask[start:end] = [True] * (end - start)
-        _check_calls(tokens.text, characters, conversation[turn], template)
+        _check_calls(tokens.ids[start:end], conversation[turn], where, template)
         following = [at for _, at in starts.values() if at > characters]
         reasoning = _place_of_reasoning(
-            tokens.text, characters, min(following, default=None), conversation[turn], template
+            tokens.text, (characters, min(following, default=None)), conversation[turn], where, template
         )
         if reasoning and conversation[turn].thinking == "mask":
             for index in range(start, end):
@@ -67,44 +71,56 @@ def loss_mask(
     return tuple(mask)
 
 
-def _no_start(turn: int, message: "Message", template: "Template") -> BaseModelError:
+def _no_start(where: str, message: "Message", template: "Template") -> BaseModelError:
     hint = "train on another base, or fix its chat_template.jinja"
     if reasoning_of(message)[0]:
-        known = ", ".join(sorted(template.variables)) or "none"
+        hint = f"set data.thinking=drop, or {_variable_hint(template)}"
+    elif known := _reasoning_variables(template):
         hint = (
-            f"set data.thinking=drop, or prompt.chat_template_kwargs for a prompt with reasoning (variables: {known})"
+            f"set a variable of prompt.chat_template_kwargs for answers without reasoning (the template reads {known})"
         )
     return BaseModelError(
         f"chat template of {template.base}",
-        f"its generation prompt is not how it writes the answer of turn {turn + 1}",
+        f"its generation prompt is not how it writes the answer of {where}",
         "an answer is learned right behind the prompt that asks for it",
         hint,
     )
 
 
-def _check_calls(text: str, start: int, message: "Message", template: "Template") -> None:
-    """Raise DataError for a call that the template has left out of the turn that starts there."""
+def _variable_hint(template: "Template") -> str:
+    if known := _reasoning_variables(template):
+        return f"a variable of prompt.chat_template_kwargs that keeps it (the template reads {known})"
+    return "write it into the content of the turn"
+
+
+def _reasoning_variables(template: "Template") -> str:
+    return ", ".join(name for name in sorted(template.variables) if re.search("think|thought|reason", name))
+
+
+def _check_calls(learned: Sequence[int], message: "Message", where: str, template: "Template") -> None:
+    """Raise DataError for a call that is not in the learned ids of its turn."""
+    text = template.decode(learned, skip_special=False) if message.tool_calls else ""
     for call in message.tool_calls:
-        if call.name not in text[start:] and (call.id is None or call.id not in text[start:]):
+        if call.name not in text and (call.id is None or call.id not in text):
             rule = "a call is learned as the template of the base writes it"
             problem = f"the chat template of {template.base} leaves the call of {call.name!r} out of this turn"
-            raise DataError("messages.tool_calls", problem, rule, "set base.chat_template=hermes")
+            raise DataError(f"{where}.tool_calls", problem, rule, "set base.chat_template=hermes")
 
 
 def _place_of_reasoning(
-    text: str, start: int, end: int | None, message: "Message", template: "Template"
+    text: str, span: tuple[int, int | None], message: "Message", where: str, template: "Template"
 ) -> tuple[int, int] | None:
-    """Characters [start, end) of the reasoning of a turn. Raises DataError where the template has left it out."""
+    """Characters [start, end) of the reasoning in the span of a turn. Raises DataError where it is left out."""
     reasoning = (reasoning_of(message)[0] or "").strip()
     if not reasoning:
         return None
-    at = text.find(reasoning, start, end)
+    at = text.find(reasoning, *span)
     if at < 0:
         raise DataError(
-            "messages.reasoning_content",
+            f"{where}.reasoning_content",
             f"the chat template of {template.base} leaves it out of this turn",
             "reasoning is learned as the template of the base writes it",
-            "set data.thinking=drop, or write it into the content of the turn",
+            f"set data.thinking=drop, or {_variable_hint(template)}",
         )
     return at, at + len(reasoning)
 

@@ -191,7 +191,8 @@ def render(
     conversation, first_own = _assemble(messages, prompt, context, thinking, template)
     functions = tuple(tools) or prompt.tools
     variables = template_variables(template, prompt.template_kwargs, template_kwargs)
-    turns = turns_of(conversation, template, functions)
+    first = len(conversation) - len(messages)
+    turns = turns_of(conversation, template, functions, first)
 
     def write(some: Sequence[Turn], asks: bool) -> str:
         return template.sealed_text(some, generate=asks, tools=functions, variables=variables)
@@ -202,7 +203,8 @@ def render(
     if not generate:
         reasoning = (conversation[last].reasoning or "").strip()
         text = answer_behind(prompts[last], text, turns, reasoning, template, write)
-        text += template.closing(calls=bool(conversation[last].tool_calls))
+        closing = template.closing(calls=bool(conversation[last].tool_calls))
+        text += "" if text.endswith(closing) else closing
     tokens = TokenisedText(template, spans=any(one.thinking == "mask" for one in conversation))
     starts = {at: tokens.extend_to(asked) for at, asked in prompts.items() if text.startswith(asked)}
     tokens.extend_to(text)
@@ -211,7 +213,9 @@ def render(
     with_tools = bool(functions) or any(one.tool_calls for one in conversation)
     own = [at for at in prompts if at >= first_own and conversation[at].trained]
     learned = own if template.prefix_holds(tools=with_tools, variables=variables) else [at for at in own if at == last]
-    return Rendered(tuple(tokens.ids), loss_mask(tokens, starts, learned, conversation, template), template.stop_ids)
+    return Rendered(
+        tuple(tokens.ids), loss_mask(tokens, starts, learned, conversation, first, template), template.stop_ids
+    )
 
 
 def training_rows(

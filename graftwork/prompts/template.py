@@ -19,7 +19,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from graftwork.errors import BaseModelError, DataError
-from graftwork.prompts.capabilities import TOOL, Turn, probe, probe_conversation
+from graftwork.prompts.capabilities import (
+    TOOL,
+    FunctionsPlace,
+    Turn,
+    find_functions,
+    place_functions,
+    probe,
+    probe_conversation,
+)
 
 if TYPE_CHECKING:
     import jinja2
@@ -66,7 +74,7 @@ class Template:
         model = json.loads(tokenizer_json)
         specials = [t["content"] for t in model["added_tokens"] if t["special"] and len(t["content"]) > 1]
         salt = secrets.token_hex(8)
-        self._mark = f"<{salt}>"
+        self._mark = secrets.token_hex(8)  # no `<`: templates with `|safe` escape texts of people (Ministral 3)
         self._sealed = {name: f"<{salt}{number:04d}>" for number, name in enumerate(specials)}
         self._names = {sealed: name for name, sealed in self._sealed.items()}
         self._special = _any_of(specials)
@@ -86,6 +94,9 @@ class Template:
         self.longest_token_bytes = _longest_token_bytes(model)
         """UTF-8 bytes of text that one token holds at most."""
         think = self._sealed.get("<think>", "<think>")
+        self.functions_in: FunctionsPlace = "tools"
+        """Where the template reads functions."""
+        self.functions_in = find_functions(self)
         self.can = probe(self, source, frozenset(eos_ids), think)
         """What the template writes: functions, calls, reasoning, the end of an answer."""
         self.stop_ids = frozenset({self.can.end_id, self.can.call_end_id, *eos_ids})
@@ -153,25 +164,29 @@ class Template:
         generate: bool,
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] = _NO_VARIABLES,
+        functions_in: FunctionsPlace | None = None,
     ) -> str:
         """The template's text with special tokens sealed. Raises DataError where the template refuses the turns."""
         import jinja2
 
+        messages, functions = place_functions(
+            self._shielded(turns), self._shielded(tools), functions_in or self.functions_in
+        )
         try:
             text = self._jinja.render(
-                messages=self._shielded(turns),
-                tools=self._shielded(tools) or None,
+                messages=messages,
                 documents=None,
                 add_generation_prompt=generate,
                 strftime_now=(self.date or DEFAULT_DATE).strftime,
-                **{**self._named, **self._shielded(variables)},
+                **{**self._named, **functions, **self._shielded(variables)},
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two: of expressions on other types
-            roles = ", ".join(turn["role"] for turn in turns)
+            roles = [turn["role"] for turn in turns]
             raise DataError(
-                f"conversation of turns {roles}",
+                f"conversation of turns {', '.join(roles)}",
                 f"the base's chat template refuses it ({error})",
                 "the template of the base decides which turns may follow each other",
+                "write the text of the system turn into the first user turn" if "system" in roles else "",
             ) from error
         return self._special.sub(lambda m: self._sealed[m.group()], text).replace(self._mark, "")
 
@@ -320,6 +335,7 @@ def _variables(source: str) -> frozenset[str]:
     tests = (test for test in tree.find_all((nodes.Test, nodes.Filter)) if test.name in asking)
     asked = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
     known = environment.globals.keys() | _OWN_VARIABLES | set(_NAMED_TOKENS)
+    known |= {macro.name for macro in tree.find_all(nodes.Macro)}
     return frozenset(read - (assigned - asked) - known)
 
 
@@ -365,16 +381,22 @@ def _rename_specials(model: dict[str, Any], sealed: Mapping[str, str]) -> dict[s
 
 
 def template_source(folder: Path) -> str:
-    """Text of the chat template in a folder: chat_template.jinja, or the key of a JSON file."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    """Text of the chat template in a folder: chat_template.jinja, or the key of a JSON file.
+
+    Where the folder has one for functions (`tool_use`), functions are rendered by that one, as in transformers.
+    """
+    path, for_tools = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool_use.jinja"
     files = ("tokenizer_config.json", "chat_template.json")  # the latter of bases with a processor (Gemma-3)
-    found = next((text for file in files if (text := _json(folder / file).get("chat_template"))), None)
-    if isinstance(found, list):
-        named = {item["name"]: item["template"] for item in found}
-        found = named.get("default")
-        if isinstance(named.get("tool_use"), str) and isinstance(found, str):  # transformers takes it for tools
+    found: Any = next((text for file in files if (text := _json(folder / file).get("chat_template"))), None)
+    if path.is_file():
+        found = {"default": path.read_text(encoding="utf-8")}
+        if for_tools.is_file():
+            found["tool_use"] = for_tools.read_text(encoding="utf-8")
+    elif isinstance(found, list):
+        found = {item["name"]: item["template"] for item in found}
+    if isinstance(found, dict):
+        named, found = found, found.get("default")
+        if isinstance(named.get("tool_use"), str) and isinstance(found, str):
             found = "{% if tools %}" + named["tool_use"] + "{% else %}" + found + "{% endif %}"
     if not isinstance(found, str):
         raise BaseModelError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import BaseModelError, DataError
-from graftwork.prompts.capabilities import Turn, written_call
+from graftwork.prompts.capabilities import Turn, refusal_of_calls, written_call
 from graftwork.spec_errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def _call_of(message: "Message", open_calls: Sequence["ToolCall"], where: str) -
     found = "no call before it is without a result"
     if open_calls:
         found = f"found {identity!r}, and the calls without a result are {[call.id for call in open_calls]}"
-    raise DataError(f"{where}.tool_call_id", found, "each result of a tool answers one call of the turn before")
+    rule = "each result of a tool answers one call of the turn before"
+    raise DataError(f"{where}.tool_call_id", found, rule, "add the call to the turn before, or remove the result")
 
 
 def _unanswered(calls: Sequence["ToolCall"], caller: int, problem: str) -> DataError:
@@ -63,6 +64,7 @@ def _unanswered(calls: Sequence["ToolCall"], caller: int, problem: str) -> DataE
         f"messages[{caller}].tool_calls: call of {calls[0].name!r}",
         f"it has no result: {problem}",
         "each call but those of the last turn is followed by a turn of role tool with its result",
+        "add the result behind the call, or end the row with the call",
     )
 
 
@@ -107,8 +109,10 @@ def template_variables(
     return variables
 
 
-def turns_of(messages: Sequence["Message"], template: "Template", tools: Sequence["Tool"]) -> list[Turn]:
-    """Return the turns as dictionaries of the template's form.
+def turns_of(
+    messages: Sequence["Message"], template: "Template", tools: Sequence["Tool"], first: int = 0
+) -> list[Turn]:
+    """Return the turns as dictionaries of the template's form. first: place of `messages[0]` of the row in them.
 
     Raises BaseModelError for a template that does not write functions, calls or results; DataError for a turn that it
     would cut.
@@ -116,9 +120,14 @@ def turns_of(messages: Sequence["Message"], template: "Template", tools: Sequenc
     can = template.can
     if tools and not can.tools:
         raise _no_tools(template, f"it leaves functions out ({len(tools)} given)", "tools")
-    if can.calls is None and any(message.tool_calls or message.role == "tool" for message in messages):
-        raise _no_tools(template, "it leaves calls or their results out", "tool_calls")
-    return [_turn_of(message, template) for message in messages]
+    has_calls = any(message.tool_calls or message.role == "tool" for message in messages)
+    if has_calls and can.calls_need_tools and not tools:
+        rule = f"the chat template of {template.base} writes calls only where functions are given"
+        raise DataError("messages.tool_calls", "the row has calls and no tools", rule, "add tools to the row")
+    if can.calls is None and has_calls:
+        found = refusal_of_calls(template)
+        raise _no_tools(template, found or "it leaves calls or their results out", "tool_calls")
+    return [_turn_of(message, template, f"messages[{at - first}]") for at, message in enumerate(messages)]
 
 
 def _no_tools(template: "Template", problem: str, key: str) -> BaseModelError:
@@ -126,7 +135,7 @@ def _no_tools(template: "Template", problem: str, key: str) -> BaseModelError:
     return BaseModelError(f"chat template of {template.base}", problem, rule, _ROUTE)
 
 
-def _turn_of(message: "Message", template: "Template") -> Turn:
+def _turn_of(message: "Message", template: "Template", where: str) -> Turn:
     can = template.can
     role = "system" if message.role == "developer" and not can.developer else message.role
     turn: dict[str, Any] = {"role": role, "content": message.content}
@@ -142,18 +151,16 @@ def _turn_of(message: "Message", template: "Template") -> Turn:
     if not message.tool_calls or can.calls is None:
         return turn
     if len(message.tool_calls) > 1 and not can.parallel_calls:
-        raise _cut(
-            template, f"a turn of {len(message.tool_calls)} calls", "one call a turn", "write a turn for each call"
-        )
+        found = f"a turn of {len(message.tool_calls)} calls"
+        raise _cut(template, where, found, "one call a turn", "write a turn for each call")
     if not turn["content"].strip():
         turn["content"] = can.calls.no_content
     elif not can.text_with_calls:
-        raise _cut(
-            template, "a turn with text and a call", "a call without text", "leave the content of the turn empty"
-        )
+        found, hint = "a turn with text and a call", "leave the content of the turn empty"
+        raise _cut(template, where, found, "a call without text", hint)
     if can.call_ids and any(call.id is None for call in message.tool_calls):
         rule = f"the chat template of {template.base} writes the id of each call, not its name"
-        raise DataError("messages.tool_calls.id", "a call has none", rule, "add the ids, as functions.NAME:INDEX")
+        raise DataError(f"{where}.tool_calls.id", "a call has none", rule, "add the ids, as functions.NAME:INDEX")
     as_text = can.calls.arguments == "text"
     turn["tool_calls"] = [
         written_call(
@@ -166,9 +173,9 @@ def _turn_of(message: "Message", template: "Template") -> Turn:
     return turn
 
 
-def _cut(template: "Template", found: str, wanted: str, hint: str) -> DataError:
+def _cut(template: "Template", where: str, found: str, wanted: str, hint: str) -> DataError:
     rule = f"the chat template of {template.base} writes {wanted}, and would leave out the rest"
-    return DataError("messages.tool_calls", found, rule, f"{hint}, or set base.chat_template=hermes")
+    return DataError(f"{where}.tool_calls", found, rule, f"{hint}, or set base.chat_template=hermes")
 
 
 def answer_behind(
@@ -195,7 +202,9 @@ def answer_behind(
             return text
         if think in extra and close not in extra:
             return prompt + (rest if rest.startswith(close) else f"{reasoning}\n{close}\n\n{rest}")
-        return prompt + rest.removeprefix(close) if not reasoning and extra.endswith((close, ">")) else text
+        pairs = len(template.control_ids(extra)) % 2 == 0
+        closed = extra.endswith(close) or (extra.endswith(">") and (pairs or extra in text))
+        return prompt + rest.removeprefix(close) if closed and not reasoning else text
     cue = (prompt[len(asked) :] if prompt.startswith(asked) else "") or template.last_control(prompt)
     others = (
         [*turns[:-2], {**turns[-2], "content": "zq"}, turns[-1]],

@@ -159,7 +159,7 @@ def _training_context(row: DatasetRow, spec: ContextSpec, seed: int, index: Retr
     gold = index.get(row.doc_id) if row.doc_id is not None else None
     if gold is None:
         raise DataError(
-            f"row {row.id}: doc_id",
+            f"{row.where}: doc_id",
             f"{row.doc_id!r} is no passage of {spec.corpus}",
             "a row trained with context names its gold passage",
             "add doc_id, or drop data.context",

@@ -21,7 +21,7 @@ from graftwork.base.load import ResolvedBase, load, resolve
 from graftwork.base.model_shape import ModelShape
 from graftwork.base.scaled import VOCAB, write_scaled_base
 from graftwork.base.source import BaseSpec
-from graftwork.base.support import BaseSupport, Support, base_support
+from graftwork.base.support import BaseSupport, Stage, base_support
 from graftwork.errors import GraftworkError, RunError
 from graftwork.planning.hardware import GPUS, Machine
 from graftwork.planning.memory import RowSizes
@@ -41,9 +41,7 @@ if TYPE_CHECKING:
     from graftwork.training.worker_messages import LoopResult, TrainJob
 
 Status = Literal["supported", "rejected", "untested"]
-TRAIN, FULL, PACKING, SERVE, ADAPTERS = "train LoRA", "train full", "packing", "serve", "serve adapters"
-CHECKED = ("plan", *METHODS, TRAIN, FULL, PACKING, SERVE, ADAPTERS)
-"""Stages of a check; `METHODS` are the values of `quant.kind`."""
+RUNS_PLAIN: tuple[Stage, ...] = ("train LoRA", "train full", "serve")
 NEW_TOKENS = 8
 PROMPT_LENGTHS = (3, 20, 41, 60)
 """Tokens of the prompts: shorter and longer than the sliding window and the chunks of the scaled-down base."""
@@ -70,7 +68,7 @@ class BaseCheck:
 
     model_type: str
     model_class: str
-    stages: Mapping[str, StageStatus]
+    stages: Mapping[Stage, StageStatus]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the check as JSON."""
@@ -87,7 +85,7 @@ def check_base(config: Mapping[str, Any]) -> BaseCheck:
         check = _Check(config, support, Path(folder))
         with _no_logs():
             check.run()
-        stages = {stage: check.found.get(stage, StageStatus("untested", "not run")) for stage in CHECKED}
+        stages = {stage: check.found.get(stage, StageStatus("untested", "not run")) for stage in support.names}
     return BaseCheck(support.model_type, support.model_class, stages)
 
 
@@ -98,7 +96,7 @@ class _Check:
     config: Mapping[str, Any]
     support: BaseSupport
     folder: Path
-    found: dict[str, StageStatus] = field(default_factory=dict)
+    found: dict[Stage, StageStatus] = field(default_factory=dict)
     base: ResolvedBase | None = None
     lora: "TrainReport | None" = None
 
@@ -109,40 +107,36 @@ class _Check:
 
     def run(self) -> None:
         """Fill `found`, each stage after those that it needs."""
-        stages = self.support.stages
-        self._try("plan", stages["plan"], self._plan)
+        self._try("plan", self._plan)
         try:
             self.base = resolve(BaseSpec(uri=str(write_scaled_base(self.config, self.folder / "base"))))
             _require_pass(self.base)
         except Exception as error:  # code of any architecture
-            work = _untested(f"no scaled-down base could be made and run ({_first_line(error)})")
-            full, pack, adapters = self.support.train_full, stages["pack"], stages["serve adapters"]
-            known = [(TRAIN, stages["train"]), (FULL, full), (PACKING, pack), (SERVE, stages["serve"])]
-            for stage, support in (*known, (ADAPTERS, adapters), *((kind, stages[kind]) for kind in METHODS)):
-                self._try(stage, support, work)
+            untested = _untested(f"no scaled-down base could be made and run ({_first_line(error)})")
+            for stage in self.support.names:
+                if stage not in self.found:
+                    self._try(stage, untested)
             return
         hint = "" if self.targets in (None, "all-linear") else f"adapter.targets={self.targets}"
-        self._try(TRAIN, stages["train"], self._train_lora, hint)
-        self._try(FULL, self.support.train_full, self._train_full)
-        trained = Support(self.found[TRAIN].reason) if self.found[TRAIN].status == "rejected" else Support()
-        self._try(PACKING, trained if trained.reason else stages["pack"], self._pack)
-        self._try(SERVE, stages["serve"], self._serve)
-        self._try(ADAPTERS, stages["serve adapters"], self._serve_adapters)
+        self._try("train LoRA", self._train_lora, hint)
+        self._try("train full", self._train_full)
+        trained = self.found["train LoRA"]
+        self._try("packing", self._pack, rejected=trained.reason if trained.status == "rejected" else "")
+        self._try("serve", self._serve)
+        self._try("serve adapters", self._serve_adapters)
         for kind, method in METHODS.items():
             if method.keeps_checkpoint:
-                self._try(
-                    kind, stages[kind], _untested("the copy's weights are plain: `graftwork quantize` measures it")
-                )
+                self._try(kind, _untested("the copy's weights are plain: `graftwork quantize` measures it"))
             elif method.bits:
-                self._try(kind, stages[kind], partial(self._quantise, kind), self.support.train_packed.reason)
+                self._try(kind, partial(self._quantise, kind), self.support.train_packed.reason)
             else:
-                ran = any(self.found[stage].status == "supported" for stage in (TRAIN, FULL, SERVE))
-                self.found[kind] = StageStatus("supported") if ran else self.found[SERVE]
+                ran = any(self.found[stage].status == "supported" for stage in RUNS_PLAIN)
+                self.found[kind] = StageStatus("supported") if ran else self.found["serve"]
 
-    def _try(self, stage: str, support: Support, work: Callable[[], None], note: str = "") -> None:
-        """Note the reason of `support`, or what `work` did. An AssertionError is a missing result of another stage."""
-        if support.reason:
-            self.found[stage] = StageStatus("rejected", support.reason)
+    def _try(self, stage: Stage, work: Callable[[], None], note: str = "", *, rejected: str = "") -> None:
+        """Note why the base is rejected, or what `work` did. An AssertionError is a missing result of another stage."""
+        if reason := rejected or self.support.stages[stage].reason:
+            self.found[stage] = StageStatus("rejected", reason)
             return
         try:
             work()
@@ -186,7 +180,7 @@ class _Check:
     def _serve_adapters(self) -> None:
         assert self.base is not None, "written before"
         if self.lora is None:
-            raise _NotReady(f"no adapter was trained: {self.found[TRAIN].reason}")
+            raise _NotReady(f"no adapter was trained: {self.found['train LoRA'].reason}")
         _compare_tokens(self.base, QuantSpec(kind="none", dtype="float32"), self._adapter(self.lora))
 
     def _quantise(self, kind: QuantKind) -> None:
@@ -194,7 +188,7 @@ class _Check:
         assert self.base is not None, "written before"
         quant = QuantSpec(kind=kind, dtype="float32")
         report = None
-        if not (self.support.stages["train"].reason or self.support.train_packed.reason):
+        if not (self.support.stages["train LoRA"].reason or self.support.train_packed.reason):
             report = self._train({**_lora(self.targets), "quant": quant.model_dump(mode="json")})
         if not self.support.stages["serve"].reason:
             _compare_tokens(self.base, quant, None)

@@ -101,6 +101,7 @@ class NativeEngine:
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._spared = False
 
     # -- any thread ---------------------------------------------------------------------------------------------------
 
@@ -191,7 +192,7 @@ class NativeEngine:
             self._graph_decode.warm_up()
         if self.runner.device.type == "cpu":
             keep_freed_memory()
-        spare_old_objects()
+        self._spared = spare_old_objects()
         self._thread = threading.Thread(target=self._serve, name="graftwork-engine", daemon=True)
         self._thread.start()
 
@@ -208,7 +209,8 @@ class NativeEngine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
-            gc.unfreeze()
+            if self._spared:
+                gc.unfreeze()
         while self._inbox:
             self._inbox.popleft()()
         for request in list(self._live.values()):

@@ -129,7 +129,7 @@ def _task_item(row: DatasetRow, context: Sequence[Passage], spec: TrainSpec, tem
     whole = render_row(row, template, prompt, kept, spec.data.thinking)[-1]
     if not any(whole.loss_mask[len(asked) :]):
         raise DataError(
-            f"row {row.id}: messages",
+            f"{row.where}: messages",
             "its last turn has weight 0",
             "outcomes measure the last turn of each held-out row",
             "leave the row out of data.eval",

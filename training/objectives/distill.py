@@ -213,7 +213,7 @@ def taught_trainer() -> type[Any]:
     from trl import SFTTrainer
 
     from graftwork.compat.hf import step_figures
-    from graftwork.training.objectives.trainer import without_history
+    from graftwork.training.objectives.trainer import router_loss, without_history
 
     class TaughtTrainer(without_history(SFTTrainer)):  # type: ignore[misc]  # trl has no types
         """SFTTrainer whose loss is the divergence from `teacher`; `build` sets the fields below."""
@@ -231,35 +231,37 @@ def taught_trainer() -> type[Any]:
 
             The first is multiplied by the number of processes, the second divided by the passes of a step, because DDP
             averages gradients and the trainer adds the passes up. Every rank, and a resumed run, draws the same steps.
+            The load-balancing loss of a base with experts is added as in sft.
             """
             chance = np.random.default_rng([self.run_seed, self.state.global_step])
             samples = bool(chance.random() < self.objective.on_policy)
-            divergence_N, entropy_N = divergences(self, model, sampled(self, inputs) if samples else inputs)
-            figures = step_figures(self)
+            divergence_N, entropy_N, output = divergences(self, model, sampled(self, inputs) if samples else inputs)
+            figures, passes = step_figures(self), self.current_gradient_accumulation_steps
+            router = router_loss(self, output, passes)
             figures["entropy"].append(self.accelerator.reduce(entropy_N.mean(), reduction="mean").item())
             figures["on_policy"].append(float(samples))
             if samples or num_items_in_batch is None:
-                return divergence_N.mean() / self.current_gradient_accumulation_steps
-            return divergence_N.sum() / num_items_in_batch * self.accelerator.num_processes
+                return divergence_N.mean() / passes + router
+            return divergence_N.sum() / num_items_in_batch * self.accelerator.num_processes + router
 
     return TaughtTrainer
 
 
-def divergences(trainer: Any, model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence from the teacher and the student's entropy (N) at each trained position."""
+def divergences(trainer: Any, model: Any, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Divergence from the teacher and the student's entropy (N) at each trained position, and the student's output."""
     import torch
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     head, theirs = trainer.model.get_output_embeddings(), trainer.teacher.get_output_embeddings()
-    student_NH = trained_hidden(model, head, inputs)
+    student_NH, output = trained_hidden(model, head, inputs)
     with torch.no_grad():
-        teacher_NH = trained_hidden(trainer.teacher, theirs, inputs)
+        teacher_NH, _ = trained_hidden(trainer.teacher, theirs, inputs)
     student, teacher = ((student_NH, head.weight, head.bias), (teacher_NH, theirs.weight, theirs.bias))
     forms = (*_logit_form(trainer.model.config), *_logit_form(trainer.teacher.config))
-    found: tuple[torch.Tensor, torch.Tensor] = ChunkedDivergenceFunction.apply(
+    divergence_N, entropy_N = ChunkedDivergenceFunction.apply(
         *student, *teacher, trainer.objective.beta, trainer.objective.temperature, *forms
     )
-    return found
+    return divergence_N, entropy_N, output
 
 
 def sampled(trainer: Any, inputs: Batch) -> Batch:
@@ -294,8 +296,8 @@ def sampled(trainer: Any, inputs: Batch) -> Batch:
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Inputs of the output head (N, H) at the positions whose next token is trained, by the model's own forward.
+def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+    """Inputs of the output head (N, H) at the positions whose next token is trained, and the output of that forward.
 
     A hook takes them and lets one position through to the head, whose logits nothing needs.
     """
@@ -313,10 +315,10 @@ def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch
 
     hook = head.register_forward_pre_hook(take)
     try:
-        model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+        output = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
     finally:
         hook.remove()
-    return taken[0]
+    return taken[0], output
 
 
 def held_out(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> Mapping[str, float]:
@@ -332,8 +334,8 @@ def held_out(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> Mapping
         for batch in share(rows.lengths_N, micro_batch, accelerator.process_index, accelerator.num_processes):
             inputs = {key: value.to(accelerator.device) for key, value in rows.collate(batch, pad_id).items()}
             with accelerator.autocast():
-                divergence_N, _ = divergences(trainer, trainer.model, inputs)
-                logits_NV = head(trained_hidden(trainer.model, head, inputs))
+                divergence_N, _, _ = divergences(trainer, trainer.model, inputs)
+                logits_NV = head(trained_hidden(trainer.model, head, inputs)[0])
             targets_N = inputs["labels"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
             sums[0] += divergence_N.double().sum()
             sums[1] += torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum").double()

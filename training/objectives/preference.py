@@ -43,7 +43,7 @@ def answer_trainer(
 
     from graftwork.compat.hf import step_figures
     from graftwork.training.objectives.sft import trainer_on
-    from graftwork.training.objectives.trainer import without_history
+    from graftwork.training.objectives.trainer import router_loss, without_history
 
     rows_per_step = setting.job.spec.optim.rows_per_step
 
@@ -66,9 +66,8 @@ def answer_trainer(
                 summed = -(logps_BT * labelled_BT).sum()
                 total = total + nll * summed / tokens
                 figures = {**figures, "nll_loss": summed.detach()[None] / labelled_BT.sum()}
-            if self.aux_loss_enabled:  # the router's loss of a base with experts is a mean of each pass
-                passes = 1 if whole else self.current_gradient_accumulation_steps * self.accelerator.num_processes
-                total = total + self.router_aux_loss_coef * output.aux_loss / passes
+            passes = 1 if whole else self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            total = total + router_loss(self, output, passes)
             for name, values_N in figures.items():
                 seen_N = ~values_N.isnan()
                 pair = torch.stack([values_N.nansum(), seen_N.sum().to(values_N.dtype)]).detach()

@@ -210,7 +210,7 @@ def _check_answer(row: DatasetRow) -> None:
     if not last.trained or last.thinking == "mask":
         key, value = ("thinking_mode", "mask") if last.trained else ("weight", 0)
         raise DataError(
-            f"row {row.id}: messages[{len(row.messages) - 1}].{key}",
+            f"{row.where}: messages[{len(row.messages) - 1}].{key}",
             f"found {value!r}",
             "objective.answers generates the last turn of each held-out row and compares it with the whole turn",
             "change the key, or leave the row or objective.answers out",

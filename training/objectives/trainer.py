@@ -47,6 +47,20 @@ def trained_logits(
     return output.logits, next_BT[next_BT != IGNORED]
 
 
+def router_loss(trainer: Any, output: Any, passes: int) -> torch.Tensor | float:
+    """Share of this pass in the load-balancing loss of a base with experts; 0 for other bases.
+
+    The step's loss is the mean of its `passes`, as in TRL's SFTTrainer. output: of the model's forward. Adds the figure
+    `aux_loss`, without the coefficient. Called on all ranks.
+    """
+    if not trainer.aux_loss_enabled:
+        return 0.0
+    mean = trainer.accelerator.reduce(output.aux_loss.detach(), reduction="mean")
+    step_figures(trainer)["aux_loss"].append(mean.item())
+    weighted: torch.Tensor = trainer.router_aux_loss_coef * output.aux_loss / passes
+    return weighted
+
+
 BATCH = 8
 """Prompts that are answered at once."""
 

@@ -129,6 +129,21 @@ def router_loss_bytes(model: ModelShape, taken: Pass) -> int:
     return values * (8 + FP32) * (2 if taken.masked else 1) * model.router_loss
 
 
+def score_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
+    """Peak of the backward pass of one attention beyond the activations, where a block keeps its scores; else 0.
+
+    Gradients of the softmax's result and of its input, a number each for each query, key and head, while what the MLP
+    of the block had kept is free again. A softmax in fp32 of 16-bit scores has both in fp32, and no longer its result
+    in 16 bits.
+    """
+    if not model.keeps_scores:
+        return 0
+    wide, narrow = model.score_bytes
+    gradients = 2 * FP32 - BF16 if value_bytes == BF16 and 2 * narrow > wide else 2 * value_bytes
+    keys = taken.row + spec.adapter.virtual_tokens
+    return round(taken.tokens * (keys * model.heads * gradients - model.mlp_values * value_bytes))
+
+
 def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
     """Bytes next to the trained model, by name: a teacher; the keys and values of answers being sampled."""
     traits = spec.objective.traits
@@ -243,6 +258,8 @@ def predict_training(
     """
     model.require_planned(f"memory of {spec.name}")
     rows = rows or RowSizes.at_most(spec.max_length)
+    if spec.gpus:
+        model = model.on_gpu(trains_base=spec.adapter.trains_base)
     predict, outcomes = (_on_gpu if spec.gpus else _on_cpu), spec.outcomes
     plans = [predict(spec, model, taken, value_bytes) for taken in passes_of(spec, rows, micro_batch(spec))]
     step = max(plans, key=lambda plan: plan.peak_bytes)
@@ -262,7 +279,8 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     if full:
         value_bytes = FP32  # the trained weights are in fp32, and there is no autocast on a CPU
     activations = sum(_activations(spec, model, taken, value_bytes))
-    logits = max(logit_bytes(spec, model, taken, value_bytes), router_loss_bytes(model, taken))
+    scores, router = score_bytes(spec, model, taken, value_bytes), router_loss_bytes(model, taken)
+    logits = max(logit_bytes(spec, model, taken, value_bytes), router, scores)
     part = shared(spec, model, value_bytes)
     passes = spec.optim.rows_per_step // spec.replicas // taken.rows
     # gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained: a
@@ -301,7 +319,8 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     part = shared(spec, model, value_bytes)
     copies = spec.adapter.trained_params(model) * BF16 if autocast and kind in ("ddp", "fsdp2") else 0
     backward = taken.tokens * model.mlp_gradients * value_bytes
-    logits = max(logit_bytes(spec, model, taken, value_bytes), backward, router_loss_bytes(model, taken))
+    scores, router = score_bytes(spec, model, taken, value_bytes), router_loss_bytes(model, taken)
+    logits = max(logit_bytes(spec, model, taken, value_bytes), backward, router, scores)
     # In the backward pass gradients take the place of activations, where one worker computes one pass a step: gradients
     # of accumulated passes are there while the next keeps its activations, and a strategy's shares are in buffers of
     # their own. On a CPU both count: glibc keeps what it is given back in pieces that the optimizer's first step fills
@@ -339,7 +358,8 @@ def _activations(
     spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int, *, autocast: bool = False, mask_bytes: int = FP32
 ) -> tuple[int, int]:
     """(saved by the forward pass, one block computed again under checkpointing)."""
-    row = taken.row if taken.masked or spec.adapter.virtual_tokens else None  # where a mask is saved
+    masked = taken.masked or spec.adapter.virtual_tokens or model.keeps_scores
+    row = taken.row if masked else None  # where a mask or scores are saved
     block = saved_bytes(model, spec.adapter, row, value_bytes=value_bytes, autocast=autocast, mask_bytes=mask_bytes)
     ends = 2 * model.hidden * value_bytes
     adapted = spec.adapter.saved_weights(model) * value_bytes

@@ -57,6 +57,9 @@ PADDING = 1.04
 GPU_LORA, GPU_FULL = 0.34, 0.50
 """Of a GPU's dense rate. On one H100 (8B, 2,048 tokens): LoRA 0.33 with and 0.35 without checkpointing, QLoRA 0.37; all
 weights of 1.2B 0.50 (`docs/log.md`)."""
+SCORE_READS = 16, 20
+"""Times that a value of a matrix of scores is read or written by eager attention, forward and backward: counted in the
+code of Gemma-2; gpt-oss has 13 and 16."""
 GPU_MEMORY = 0.75
 """Of a GPU's memory bandwidth, in element-wise work and unpacking."""
 LAUNCH_BLOCK_S = 4.5e-3
@@ -76,6 +79,7 @@ LINK_EFFICIENCY = 0.63
 def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
     """One optimizer step of one worker while `processes` such processes run."""
     per_worker, full = spec.optim.rows_per_step / spec.num_workers, spec.adapter.trains_base
+    model = model.on_gpu() if machine.gpu is not None else model
     again = 1 if spec.optim.gradient_checkpointing else 0
     passes = spec.optim.rows_per_step // spec.replicas / micro_batch(spec)
     trained = spec.adapter.trained_params(model)
@@ -88,7 +92,9 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     flops = tokens * (weights * model.active_linear_params + added + attention) + per_worker * rows.mean_trained * head
     flops += passes * (1 + again) * spec.adapter.weight_flops(model)
     if machine.gpu is not None:
-        return _gpu_seconds(spec, model, machine, flops, passes) + _exchange_seconds(spec, model, machine, tokens)
+        compute_s = _gpu_seconds(spec, model, machine, flops, passes)
+        scores_s = _score_bytes(spec, model, rows, machine) / (machine.gpu.gbytes_per_s * 1e9 * GPU_MEMORY)
+        return compute_s + scores_s + _exchange_seconds(spec, model, machine, tokens)
     if full:
         machine = replace(machine, value_bytes=FP32)  # trained weights are in fp32, and there is no autocast on a CPU
     unpacked = unpacked_params(model, spec.quant) if spec.quant.is_4bit and spec.quant.resident != "dequantised" else 0
@@ -100,8 +106,17 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     calls_s = passes * model.layers * PASS_BLOCK_S
     shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
     adam_s = trained * CPU_ADAM_BYTES / shared / (machine.speed.gbytes_per_s * 1e9)
-    one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + adam_s
+    scores_s = _score_bytes(spec, model, rows, machine) / (machine.speed.gbytes_per_s * 1e9)
+    one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + adam_s + scores_s
     return one_core_s / machine.pace(processes, spec.cpus_per_worker)
+
+
+def _score_bytes(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> float:
+    """Bytes of matrices of scores that one worker reads and writes in a step; 0 where attention keeps none."""
+    forward, backward = SCORE_READS
+    times = forward * (1 + bool(spec.optim.gradient_checkpointing)) + backward
+    scores = model.layers * model.heads * rows.mean * (rows.mean + spec.adapter.virtual_tokens)
+    return spec.optim.rows_per_step / spec.num_workers * scores * times * machine.value_bytes * model.keeps_scores
 
 
 def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: float, passes: float) -> float:

@@ -122,7 +122,7 @@ def _on_cpu(whole: TrainSpec, model: ModelShape, taken: Pass, plan: MemoryPlan, 
 def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
     """Bytes that a token leaves in one block: of the frozen block, of the inputs of its targets, once for siblings, and
     the chances of short rows, in fp32 and in the compute dtype."""
-    frozen = frozen_bytes(model, None, 0, value_bytes)
+    frozen = frozen_bytes(model, taken.row if model.keeps_scores else None, 0, value_bytes)
     read = model.read(whole.adapter.which) if isinstance(whole.adapter, LoraSpec) else 0
     products = taken.row <= LONGEST and value_bytes < FP32
     return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)

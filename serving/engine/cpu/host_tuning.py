@@ -46,14 +46,20 @@ def keep_few_kernels() -> None:
         os.environ.setdefault(name, _KEPT_KERNELS)
 
 
-def spare_old_objects() -> None:
+def spare_old_objects() -> bool:
     """Leaves all objects of now out of Python's searches for garbage, until `gc.unfreeze`.
 
     Torch, transformers and the model are some 400,000 objects that stay. A search visits them all and holds the
     interpreter meanwhile: reading one adapter of 420 tensors spent 23 of its 40 ms in them.
+
+    Returns False, and does nothing, in a process that has already left its objects out: those stay out when the engine
+    stops.
     """
+    if gc.get_freeze_count():
+        return False
     gc.collect()
     gc.freeze()
+    return True
 
 
 def new_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

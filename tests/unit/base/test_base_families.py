@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 from graftwork.base.load import load, read_config, resolve
 from graftwork.base.scaled import scale_down, write_scaled_base
 from graftwork.base.source import BaseSpec
-from graftwork.base.support import base_support, check_serving
+from graftwork.base.support import STAGES, base_support, check_serving
 from graftwork.cli import app
 from graftwork.errors import BaseModelError
 from graftwork.quantization import QuantSpec
 from graftwork.serving.engine.engine import NativeEngine
 from graftwork.serving.spec import ServeSpec
-from graftwork.stages.base_check import CHECKED, check_base
+from graftwork.stages.base_check import StageStatus, check_base
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import TrainJob
@@ -46,7 +46,7 @@ def test_the_page_shows_the_committed_matrix() -> None:
 def test_a_stage_that_fails_is_rejected_by_the_config_alone(family: str) -> None:
     """No stage of the matrix failed while it ran: what does not work is refused before compute is spent."""
     stages = CHECKS[family]["stages"]
-    assert [*stages] == [*CHECKED]
+    assert [*stages] == [*STAGES]
     for stage, found in stages.items():
         assert "on the scaled-down base" not in found["reason"], stage
         assert bool(found["reason"]) or found["status"] == "supported", stage
@@ -163,9 +163,19 @@ def test_base_check_reads_a_config_alone_and_a_folder(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     assert (found["model_type"], found["model_class"]) == ("qwen3", "Qwen3ForCausalLM")
-    assert "its weights are plain" in found["stages"].pop("checkpoint")["reason"]
-    ran = [stage for stage in CHECKED if stage != "checkpoint"]
-    assert found["stages"] == {stage: {"status": "supported", "reason": ""} for stage in ran}
+    assert found["stages"] == {stage: {"status": "supported", "reason": ""} for stage in STAGES}
+
+
+def test_a_quantised_base_has_a_row_for_its_own_form(tmp_path: Path) -> None:
+    """Plain bases have none: `checkpoint` is no value that their specs could have."""
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    stages = check_base({**QWEN, "quantization_config": settings}).stages
+    assert [*stages] == [*STAGES[:4], "checkpoint", *STAGES[4:]]
+    assert stages["checkpoint"] == StageStatus(
+        "untested", "the copy's weights are plain: `graftwork quantize` measures it"
+    )
+    rest = {stage: one for stage, one in stages.items() if stage != "checkpoint"}
+    assert rest == dict.fromkeys(STAGES, StageStatus("supported"))
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_a_known_base_is_planned_without_torch(tmp_path: Path, monkeypatch: pyte
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.splitlines()[1] == "[]"
-    assert "supports plan, none, int8, nf4, train, pack, serve, serve adapters" in out
+    assert "supports plan, none, int8, nf4, train LoRA, train full, packing, serve, serve adapters" in out
     assert [entry] == list((tmp_path / "shapes").iterdir()), "the second process counted again"
 
 
@@ -231,7 +231,7 @@ def test_a_class_that_is_no_causal_language_model_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("deepseek_v3", "equal sizes"), ("gpt2", "gelu_new"), ("lfm2", "recurrent"), ("gemma2", "sdpa")],
+    [("gemma3n_text", "equal sizes"), ("gpt2", "gelu_new"), ("lfm2", "recurrent")],
 )
 def test_activations_that_no_formula_covers_are_not_guessed(kind: str, reason: str) -> None:
     from graftwork.training.planning.memory import predict_training
@@ -240,6 +240,16 @@ def test_activations_that_no_formula_covers_are_not_guessed(kind: str, reason: s
     spec = TrainSpec.model_validate({"name": "t", "base": "b", "data": {"train": "t.jsonl"}})
     with pytest.raises(BaseModelError, match=f"activations are not predicted for .*{reason}"):
         predict_training(spec, ModelShape.from_config(config_of(kind)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("gemma2", (8, 8)), ("gpt_oss", (4, 2)), ("deepseek_v3", (4, 4)), ("llama", (0, 0))]
+)
+def test_scores_that_a_block_keeps_are_counted(kind: str, kept: tuple[float, float]) -> None:
+    """Gemma-2: tanh, the softmax in fp32, its result in 16 bits. gpt-oss: the softmax. Latent attention: on a CPU."""
+    shape = ModelShape.from_config(config_of(kind))
+    assert shape.score_bytes == kept
+    assert shape.on_gpu().keeps_scores == (kind in ("gemma2", "gpt_oss"))
 
 
 def test_a_base_with_code_of_its_own_is_refused_without_a_question(

@@ -9,7 +9,7 @@ import pytest
 import ray
 from transformers import AutoConfig
 
-from graftwork.base.support import Stage, base_support, check_serving, check_training
+from graftwork.base.support import STAGES, Stage, base_support, check_serving, check_training
 from graftwork.cli.config import check as config_check
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
@@ -184,8 +184,8 @@ def test_families_that_raised_errors_of_libraries_have_reasons(kind: str, reason
     [
         ("falcon", {}, "serve", "its code does not take a pass of the engine"),
         ("mpt", {}, "serve", "its code does not take a pass of the engine"),
-        ("jetmoe", {}, "pack", "do not follow the positions"),  # reads the router's choice, which has no values yet
-        ("biogpt", {"num_hidden_layers": 2}, "pack", "do not follow the positions"),
+        ("jetmoe", {}, "packing", "do not follow the positions"),  # reads the router's choice, which has no values yet
+        ("biogpt", {"num_hidden_layers": 2}, "packing", "do not follow the positions"),
         ("recurrent_gemma", {"num_hidden_layers": 3}, "serve", "recurrent layers"),  # has other 3-D parameters
     ],
 )
@@ -212,7 +212,7 @@ def test_a_base_that_cannot_be_counted_is_named(kind: str, facts: dict[str, Any]
 def test_a_family_whose_code_reads_packed_weights_is_trained_on_plain_ones() -> None:
     """Gemma-3n clamps two linears in each training step, which fails on bytes."""
     config = config_of("gemma3n_text")
-    assert not check_training(train_spec("b", "r.jsonl"), config).stages["train"].reason
+    assert not check_training(train_spec("b", "r.jsonl"), config).stages["train LoRA"].reason
     with pytest.raises(BaseModelError, match="quant.kind=nf4(.|\n)*weights of linear layers by itself"):
         check_training(train_spec("b", "r.jsonl", quant={"kind": "nf4"}), config)
 
@@ -229,7 +229,7 @@ def test_a_plan_shows_the_stages_that_support_the_base(folders: dict[str, str], 
         [plan] = plan_spec(spec, Path())
         return next(note for note in plan.assumptions if note.startswith("base "))
 
-    whole = "base qwen3 (Qwen3ForCausalLM) supports plan, none, int8, nf4, train, pack, serve, serve adapters"
+    whole = f"base qwen3 (Qwen3ForCausalLM) supports {', '.join(STAGES)}"
     assert line(train_spec(folders["qwen3"], rows)) == whole
     served = line(ServeSpec.model_validate({"base": folders["gpt2"], "quant": {"kind": "none"}}))
     assert "; not plan: activations are not predicted for an activation function" in served

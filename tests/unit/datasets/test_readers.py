@@ -320,14 +320,14 @@ def spec(folder: Path) -> TrainSpec:
 
 
 REJECTED = [
-    (row(reasoning_content="because"), "reasoning_content", "remove the key"),
+    (row(reasoning_content="because"), "reasoning_content", "into the assistant's turn"),
     (row(images=["x.png"]), "images", "remove the key"),
     (row(documents=[{"text": "t"}]), "documents", "remove the key"),
     (row(history=[["q", "a"]]), "history", "remove the key"),
     (
         row({**USER, "content": [{"type": "image_url", "image_url": "u"}]}, ANSWER),
         r"messages\[0\].content\[0\].type",
-        "the key",
+        "leave the row out",
     ),
     (row(USER, {**ANSWER, "refusal": "no"}), r"messages\[1\].refusal", "remove the key"),
     (row({"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}), r"messages\[0\].role", "conversations"),

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from graftwork.datasets.rows import fingerprint, read_passages, read_rows, read_text, resolve_prompt
-from graftwork.errors import DataError, StorageError
-from graftwork.prompts.render import Message, Passage, PromptSpec
+from graftwork.datasets.rows import fingerprint, read_passages, read_rows, read_text, render_row, resolve_prompt
+from graftwork.errors import BaseModelError, DataError, StorageError
+from graftwork.prompts.render import Message, Passage, Prompt, PromptSpec
+from graftwork.prompts.template import Template
+from tests.chat_templates import FAMILIES
 
 QUESTION = {"role": "user", "content": "Which airport is ZPPP?"}
 ANSWER = {"role": "assistant", "content": '{"icao":"ZPPP"}'}
@@ -169,3 +171,33 @@ def test_a_shot_is_one_question_and_one_answer(tmp_path: Path) -> None:
     uri = write(tmp_path / "rows.jsonl", {"messages": [QUESTION, ANSWER, QUESTION, ANSWER]})
     with pytest.raises(DataError, match="row 1 is not one of each"):
         resolve_prompt(PromptSpec(shots=1, few_shot_file=uri))
+
+
+CALL = {"id": "call00001", "type": "function", "function": {"name": "find", "arguments": "{}"}}
+CALLED = [QUESTION, {"role": "assistant", "content": "So:", "tool_calls": [CALL]}]
+CALLED += [{"role": "tool", "tool_call_id": "call00001", "content": "r"}, ANSWER]
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("family", "record", "found"),
+    [
+        ("llama3", {"messages": [QUESTION, ANSWER], "tools": TOOLS}, "chat template of .*it leaves functions out"),
+        ("llama3", {"messages": CALLED}, "chat template of .*it leaves calls"),
+        ("llama3_1", {"messages": CALLED, "tools": TOOLS}, r"messages\[1\]\.tool_calls: a turn with text and a call"),
+        ("llama3", {"messages": [QUESTION, ANSWER | {"reasoning": "so"}]}, r"messages\[1\]\.reasoning_content: "),
+        ("qwen3_5_nothink", {"messages": [QUESTION, ANSWER | {"reasoning": "so"}]}, r"chat .*answer of messages\[1\]"),
+        ("gemma", {"messages": [{"role": "system", "content": "s"}, QUESTION, ANSWER]}, "conversation .*system, user"),
+        ("qwen3", {"messages": [QUESTION, ANSWER], "chat_template_kwargs": {"no": 1}}, "chat_template_kwargs: no"),
+    ],
+)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_what_a_template_refuses_is_named_by_file_row_and_key(
+    tmp_path: Path, family: str, record: dict[str, Any], found: str, system: str | None
+) -> None:
+    template = Template.load(FAMILIES[family].write(tmp_path / "base"))
+    uri = write(tmp_path / "rows.jsonl", {"messages": [QUESTION, ANSWER]}, {"id": "second", **record})
+    [_, row] = read_rows(uri, need="train")
+    with pytest.raises((DataError, BaseModelError), match=f"rows.jsonl row 2: {found}") as caught:
+        render_row(row, template, Prompt(system=system if family != "gemma" else None), (), "keep")
+    assert caught.value.hint

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from graftwork.errors import BaseModelError, DataError
-from graftwork.prompts.capabilities import CallForm
 from graftwork.prompts.render import Message, Prompt, Rendered, Tool, ToolCall, message_fields, render, training_rows
 from graftwork.prompts.template import Template, hermes_template
-from tests.chat_templates import FAMILIES
+from graftwork.prompts.tool_calls import parse_tool_calls
+from tests.chat_templates import FAMILIES, PACKAGED, QUICK
 from tests.tiny import write_tiny_tokenizer
 
 TOOLS: tuple[Tool, ...] = (
@@ -56,44 +56,63 @@ CONVERSATIONS: dict[str, tuple[tuple[Message, ...], tuple[Tool, ...]]] = {
         TOOLS,
     ),
 }
-LEFT_OUT = {
-    "tools": "llama3 gemma gemma3 phi3 deepseek_r1_distill deepseekv3 cohere cohere2",
-    "two calls": "llama3_1 llama3_2 gptoss",
-    "text and call": "llama3_1 llama3_2 gemma4_v5",
-    "reasoning": "llama3 llama3_1 llama3_2 qwen2_5 qwen3_instruct_2507 gemma gemma3 phi3 cohere cohere2",
-    "system": "gemma",
+NEEDS = {
+    "plain": "answers",
+    "system": "answers system",
+    "tools": "answers functions calls",
+    "functions alone": "answers system functions",
+    "two calls": "answers functions calls parallel",
+    "text and call": "answers functions calls text",
+    "reasoning": "reasoning",
+    "reasoning and calls": "functions calls reasoning reasoning-with-calls",
 }
-LEFT_OUT["functions alone"] = f"{LEFT_OUT['tools']}"
-LEFT_OUT["two calls"] += f" {LEFT_OUT['tools']}"
-LEFT_OUT["text and call"] += f" {LEFT_OUT['tools']}"
-LEFT_OUT["reasoning"] += " qwen3_5_nothink"
-LEFT_OUT["reasoning and calls"] = f"{LEFT_OUT['tools']} {LEFT_OUT['reasoning']}"
-"""Families whose template leaves something of a conversation out, by conversation: they raise an error instead."""
-WRITTEN = [(name, case) for name in FAMILIES for case in CONVERSATIONS if name not in LEFT_OUT.get(case, "").split()]
-REFUSED = [(name, case) for case, names in LEFT_OUT.items() for name in dict.fromkeys(names.split())]
-OPENED = ("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano")
-"""Families whose generation prompt opens `<think>` in another way than they store an answer."""
+"""Parts that a template writes or refuses, by conversation."""
+ALL = FAMILIES | PACKAGED
+
+
+def marked(name: str, *more: str) -> Any:
+    slow = name in PACKAGED and name not in QUICK
+    return pytest.param(name, *more, marks=[pytest.mark.long] if slow else [])
+
+
+def refuses(name: str, case: str) -> bool:
+    """True where the family's template leaves something of the conversation out, so that an error is raised."""
+    return not {*NEEDS[case].split()}.isdisjoint(ALL[name].without.split())
+
+
+WRITTEN = [marked(name, case) for name in ALL for case in CONVERSATIONS if not refuses(name, case)]
+REFUSED = [marked(name, case) for name in ALL for case in CONVERSATIONS if refuses(name, case)]
+
+
+class Families(dict[str, Any]):
+    """A value for each family, made when a test first asks for it."""
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        self._make = make
+
+    def __missing__(self, name: str) -> Any:
+        return self.setdefault(name, self._make(name))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {name: family.write(root / name) for name, family in FAMILIES.items()}
+    return Families(lambda name: ALL[name].write(root / name))
 
 
 @pytest.fixture(scope="module")
-def templates(folders: dict[str, Path]) -> dict[str, Template]:
-    return {name: Template.load(folder, date.today(), base=name) for name, folder in folders.items()}
+def templates(folders: Mapping[str, Path]) -> Mapping[str, Template]:
+    return Families(lambda name: Template.load(folders[name], date.today(), base=name))
 
 
 @pytest.fixture(scope="module")
-def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
-    return {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+def tokenizers(folders: Mapping[str, Path]) -> Mapping[str, Any]:
+    return Families(lambda name: AutoTokenizer.from_pretrained(folders[name]))
 
 
-def as_dicts(messages: Sequence[Message], form: CallForm | None) -> list[dict[str, Any]]:
-    """Messages as transformers takes them, calls in the form that the template can write."""
-    found = []
+def as_dicts(messages: Sequence[Message], template: Template) -> list[dict[str, Any]]:
+    """Messages as transformers takes them, calls and reasoning in the form that the template can write."""
+    found, form = [], template.can.calls
     for message in messages:
         fields = message_fields(message)
         for call in fields.get("tool_calls", ()):
@@ -101,15 +120,15 @@ def as_dicts(messages: Sequence[Message], form: CallForm | None) -> list[dict[st
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         if message.tool_calls and form and not message.content:
             fields["content"] = form.no_content
+        if message.reasoning and template.can.reasoning == "tags":
+            fields["content"] = f"<think>\n{fields.pop('reasoning_content')}\n</think>\n\n{message.content}"
         found.append(fields)
     return found
 
 
 def theirs(tokenizer: Any, messages: Sequence[Message], template: Template, **options: Any) -> Mapping[str, Any]:
     """Ids, and the assistant's mask where asked for, of transformers' apply_chat_template."""
-    found: Mapping[str, Any] = tokenizer.apply_chat_template(
-        as_dicts(messages, template.can.calls), return_dict=True, **options
-    )
+    found: Mapping[str, Any] = tokenizer.apply_chat_template(as_dicts(messages, template), return_dict=True, **options)
     return found
 
 
@@ -133,7 +152,7 @@ def runs(ids: Sequence[int], mask: Sequence[object], template: Template) -> list
 
 @pytest.mark.parametrize(("name", "case"), WRITTEN)
 def test_ids_equal_transformers_and_begin_with_the_prompt(
-    templates: dict[str, Template], tokenizers: dict[str, Any], name: str, case: str
+    templates: Mapping[str, Template], tokenizers: Mapping[str, Any], name: str, case: str
 ) -> None:
     """Source: transformers' apply_chat_template(tools=...), of the prompt and of the whole conversation."""
     template, tokenizer = templates[name], tokenizers[name]
@@ -148,33 +167,43 @@ def test_ids_equal_transformers_and_begin_with_the_prompt(
         assert whole.ids[: len(asked.ids)] == asked.ids
         assert whole.loss_mask[len(asked.ids)]
         assert not any(asked.loss_mask)
-        assert not any(RESULT.content in text for text in learned(whole, template))
+        texts = learned(whole, template)
+        assert not any(RESULT.content in text for text in texts)
+        answer = row[-1]
+        calls = (call.id or "" if template.can.call_ids else call.name for call in answer.tool_calls)
+        for part in (answer.content, answer.reasoning or "", *calls):
+            assert part in texts[-1]
         last = max(place for place, mask in enumerate(whole.loss_mask) if mask)
         assert whole.ids[last] in template.stop_ids
-        past_is_written_otherwise = (
-            name == "gptoss" and "reasoning" in case or (name, case) == ("gptoss", "text and call")
-        )
-        if name in OPENED or (past_is_written_otherwise and len(row) > 2):
-            continue  # transformers' whole does not begin with its own prompt; see the tests below
         ids = theirs(tokenizer, row, template, tools=list(tools) or None)["input_ids"]
-        added = 0 if template.can.closes else 1
-        assert list(whole.ids[: len(whole.ids) - added]) == ids
+        if ids[: len(asked.ids)] == prompt["input_ids"]:  # else the prompt opens or closes reasoning: tests below
+            assert list(whole.ids[: len(ids)]) == ids
+            assert template.can.closes or whole.ids[len(ids) :] in ((), whole.ids[last : last + 1])
 
 
 @pytest.mark.parametrize(("name", "case"), REFUSED)
-def test_nothing_is_left_out_silently(templates: dict[str, Template], name: str, case: str) -> None:
+def test_nothing_is_left_out_silently(templates: Mapping[str, Template], name: str, case: str) -> None:
     messages, tools = CONVERSATIONS[case]
     with pytest.raises((BaseModelError, DataError)) as caught:
         [render(row, templates[name], tools=tools, generate=False) for row in training_rows(messages, templates[name])]
     text = caught.value.text()
-    if tools and name in LEFT_OUT["tools"].split():
-        assert f"chat template of {name}" in text
-        assert "base.chat_template=hermes" in text
-    elif name in ("gemma4_v5", "qwen3_5_nothink"):  # answers go into the turn of the call; the prompt closes reasoning
-        assert "its generation prompt is not how it writes the answer" in text
-    elif case != "system":
-        assert re.search(r"messages\.(tool_calls|reasoning_content)", text)
-        assert "Hint: " in text
+    missing = [part for part in NEEDS[case].split() if part in ALL[name].without.split()]
+    assert any(re.search(_REASONS[part], text) for part in missing), missing
+    assert "Hint: " in text
+
+
+_PROMPT_DIFFERS = "its generation prompt is not how it writes the answer"
+_REASONS = {
+    "answers": _PROMPT_DIFFERS,  # the prompt opens reasoning with a token of the family's own
+    "functions": "it leaves functions out.*(\n.*)*base.chat_template=hermes",
+    "calls": "(it leaves calls or their results out|object is unsafe).*(\n.*)*base.chat_template=hermes",
+    "parallel": r"messages\[1\]\.tool_calls: a turn of 2 calls",
+    "text": rf"messages\[\d\]\.tool_calls: (a turn with text and a call|.* out of this turn)|{_PROMPT_DIFFERS}",
+    "reasoning": rf"messages\[\d\]\.reasoning_content: .* leaves it out of this turn|{_PROMPT_DIFFERS}",
+    "reasoning-with-calls": r"messages\[\d\]\.tool_calls: .* out of this turn",
+    "system": "System role not supported.*(\n.*)*into the first user turn",
+}
+"""Error by the part that the template leaves out."""
 
 
 TRAINED_BY_TRL = {
@@ -189,6 +218,7 @@ TRAINED_BY_TRL = {
     "phi3": ("", "\n<|endoftext|>"),
     "cohere": ("", ""),
     "cohere2": ("", "<|END_OF_TURN_TOKEN|>"),
+    "phi_4": ("", ""),
     "glm4moe": ("", ""),
     "gptoss": ("<|start|>assistant", ""),
     "deepseek_r1_distill": ("<｜Assistant｜><think>\n", ""),  # noqa: RUF001
@@ -201,15 +231,18 @@ COMPARED = [
     for name in TRAINED_BY_TRL
     for case in ("plain", "tools", "reasoning")
     # TRL writes no reasoning that is opened and closed for a DeepSeek-R1 answer without it
-    if (name, case) in WRITTEN and (name != "deepseek_r1_distill" or case == "reasoning")
+    if not refuses(name, case) and (name != "deepseek_r1_distill" or case == "reasoning")
 ]
 
 
 @pytest.mark.parametrize(("name", "case"), COMPARED)
 def test_masks_equal_those_of_trl(
-    templates: dict[str, Template], tokenizers: dict[str, Any], name: str, case: str
+    templates: Mapping[str, Template], tokenizers: Mapping[str, Any], name: str, case: str
 ) -> None:
-    """Source: return_assistant_tokens_mask on TRL's training templates, which keep reasoning of earlier turns."""
+    """Source: return_assistant_tokens_mask on TRL's training templates, which keep reasoning of earlier turns.
+
+    Phi-4's own template marks the tokens of the assistant itself.
+    """
     template, (messages, tools) = templates[name], CONVERSATIONS[case]
     row = training_rows(messages, template, tools=tools)[0]
     as_trl_takes_it = row
@@ -217,7 +250,7 @@ def test_masks_equal_those_of_trl(
         tagged = f"<think>\n{row[-1].reasoning}\n</think>\n\n{row[-1].content}"
         as_trl_takes_it = (*row[:-1], Message("assistant", tagged))
     ours = render(row, template, tools=tools, generate=False)
-    options = {"chat_template": FAMILIES[name].training_source, "return_assistant_tokens_mask": True}
+    options = {"chat_template": ALL[name].training_source, "return_assistant_tokens_mask": True}
     found = theirs(tokenizers[name], as_trl_takes_it, template, tools=list(tools) or None, **options)
     assert list(ours.ids) == found["input_ids"]
     before, behind = TRAINED_BY_TRL[name]
@@ -225,7 +258,7 @@ def test_masks_equal_those_of_trl(
     assert mine == runs(found["input_ids"], found["assistant_masks"], template)
 
 
-def test_reasoning_that_the_prompt_opens_is_closed_in_training(templates: dict[str, Template]) -> None:
+def test_reasoning_that_the_prompt_opens_is_closed_in_training(templates: Mapping[str, Template]) -> None:
     """DeepSeek-R1's stored answers have no reasoning, and its prompts end with `<think>`: nobody would close it."""
     template = templates["deepseek_r1_distill"]
     text = spelled(render((QUESTION, THOUGHT), template, generate=False), template)
@@ -237,14 +270,14 @@ def test_reasoning_that_the_prompt_opens_is_closed_in_training(templates: dict[s
 
 
 def test_a_past_that_is_written_otherwise_is_trained_as_it_is_served(
-    templates: dict[str, Template], tokenizers: dict[str, Any]
+    templates: Mapping[str, Template], tokenizers: Mapping[str, Any]
 ) -> None:
     """gpt-oss drops the reasoning before a call once the answer is there; the prompt of the answer has it."""
     template, (messages, tools) = templates["gptoss"], CONVERSATIONS["reasoning and calls"]
     rows = training_rows(messages, template, tools=tools)
     whole = spelled(render(rows[-1], template, tools=tools, generate=False), template)
     prompt = tokenizers["gptoss"].apply_chat_template(
-        as_dicts(messages[:-1], template.can.calls), tools=list(tools), add_generation_prompt=True, tokenize=False
+        as_dicts(messages[:-1], template), tools=list(tools), add_generation_prompt=True, tokenize=False
     )
     assert "First look." in prompt
     assert whole == prompt + (
@@ -253,7 +286,7 @@ def test_a_past_that_is_written_otherwise_is_trained_as_it_is_served(
     )
 
 
-def test_a_call_ends_with_its_own_token(templates: dict[str, Template]) -> None:
+def test_a_call_ends_with_its_own_token(templates: Mapping[str, Template]) -> None:
     for name, end in (("gptoss", "<|call|>"), ("glm4moe", "<|observation|>"), ("llama3_1", "<|eot_id|>")):
         template = templates[name]
         [text] = learned(render((QUESTION, CALLED), template, tools=TOOLS, generate=False), template)
@@ -261,34 +294,52 @@ def test_a_call_ends_with_its_own_token(templates: dict[str, Template]) -> None:
         assert template.specials[end] in template.stop_ids
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_no_text_of_people_becomes_a_control_token(templates: dict[str, Template], name: str) -> None:
-    """Names, keys and values of functions, arguments, results, ids and variables, through `tojson` too."""
-    template = templates[name]
-    can_call = name not in LEFT_OUT["tools"].split()
+@pytest.mark.parametrize(
+    "name", [marked(name) for name in ALL if not {"answers", "reasoning"} <= {*ALL[name].without.split()}]
+)
+def test_no_text_of_people_becomes_a_control_token(
+    templates: Mapping[str, Template], tokenizers: Mapping[str, Any], name: str
+) -> None:
+    """Names, keys and values of functions, arguments, results, ids and variables, through `tojson` too.
 
-    def controls(evil: str) -> list[int]:
-        called = (
-            Message("assistant", "", (ToolCall(f"f{evil}", {f"k{evil}": f"v{evil}", "list": [evil]}, "abcdefgh1"),)),
+    The text is the one of transformers all the same.
+    """
+    template, without = templates[name], ALL[name].without.split()
+    can_call = not {"functions", "calls"} & set(without)
+    escapes_names = "Ministral-3" in name  # by `|safe`: a call is refused whose name it would change
+
+    def row_of(evil: str) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
+        called = f"f{'' if escapes_names else evil}"
+        calls = (
+            Message("assistant", "", (ToolCall(called, {f"k{evil}": f"v{evil}", "list": [evil]}, "abcdefgh1"),)),
+            Message("tool", f'{{"x": "{evil}"}}', tool_call_id="abcdefgh1", name=called),
         )
-        result = (Message("tool", f'{{"x": "{evil}"}}', tool_call_id="abcdefgh1", name=f"f{evil}"),)
         key = {"type": "string", "description": evil, "enum": [f"e{evil}"]}
         parameters = {"type": "object", "properties": {f"k{evil}": key}}
         function = {"name": f"f{evil}", "description": f"d{evil}", "parameters": parameters}
         tools: tuple[Tool, ...] = ({"type": "function", "function": function},) if can_call else ()
-        reasoning = None if name in LEFT_OUT["reasoning"].split() else f"r{evil}"
+        reasoning = None if any(part.startswith("reasoning") for part in without) else f"r{evil}"
+        messages = (Message("user", f"q{evil}"), *(calls if can_call else ()))
         answer = Message("assistant", f"a{evil}", reasoning=reasoning)
-        messages = (Message("user", f"q{evil}"), *((*called, *result) if can_call else ()), answer)
-        row = training_rows(messages, template, tools=tools)[-1]
+        return training_rows((*messages, answer), template, tools=tools)[-1], tools
+
+    def controls(evil: str) -> list[int]:
+        row, tools = row_of(evil)
         whole = render(row, template, tools=tools, generate=False)
         return [token for token in whole.ids if token in template.special_ids]
 
     benign = controls("x")
     for token in template.specials:
         assert controls(token) == benign, f"{token} in a text"
+    row, tools = row_of("".join(template.specials))
+    asked, options = render(row[:-1], template, tools=tools, generate=True), {"tools": list(tools) or None}
+    text = tokenizers[name].apply_chat_template(
+        as_dicts(row[:-1], template), add_generation_prompt=True, tokenize=False, **options
+    )
+    assert spelled(asked, template) == text
 
 
-def test_variables_are_those_of_transformers(templates: dict[str, Template], tokenizers: dict[str, Any]) -> None:
+def test_variables_are_those_of_transformers(templates: Mapping[str, Template], tokenizers: Mapping[str, Any]) -> None:
     template, tokenizer = templates["qwen3"], tokenizers["qwen3"]
     for kwargs in ({"enable_thinking": False}, {"enable_thinking": True}):
         ours = render((QUESTION,), template, template_kwargs=kwargs, generate=True)
@@ -308,14 +359,14 @@ def test_variables_are_those_of_transformers(templates: dict[str, Template], tok
     assert "Reasoning: low" in spelled(low, templates["gptoss"])
 
 
-def test_a_variable_that_is_never_read_is_an_error(templates: dict[str, Template]) -> None:
+def test_a_variable_that_is_never_read_is_an_error(templates: Mapping[str, Template]) -> None:
     with pytest.raises(DataError, match=r"(?s)enable_thinkin:.*qwen3.*it reads: .*enable_thinking.*enable_thinking"):
         render((QUESTION,), templates["qwen3"], template_kwargs={"enable_thinkin": False}, generate=True)
     with pytest.raises(DataError, match="it reads: none"):
         render((QUESTION,), templates["llama3"], template_kwargs={"messages": []}, generate=True)
 
 
-def test_reasoning_behind_a_prompt_that_closes_it_needs_a_variable(templates: dict[str, Template]) -> None:
+def test_reasoning_behind_a_prompt_that_closes_it_needs_a_variable(templates: Mapping[str, Template]) -> None:
     template = templates["qwen3_5_nothink"]
     with pytest.raises(BaseModelError, match=r"(?s)data\.thinking=drop.*chat_template_kwargs.*enable_thinking"):
         render((QUESTION, THOUGHT), template, generate=False)
@@ -325,7 +376,7 @@ def test_reasoning_behind_a_prompt_that_closes_it_needs_a_variable(templates: di
     assert learned(dropped, template) == ["It is Kunming.<|im_end|>"]
 
 
-def test_a_variable_changes_where_turns_are_split(templates: dict[str, Template]) -> None:
+def test_a_variable_changes_where_turns_are_split(templates: Mapping[str, Template]) -> None:
     """With the reasoning of earlier turns kept, a conversation is one row."""
     messages, _ = CONVERSATIONS["reasoning"]
     assert len(training_rows(messages, templates["lfm2_2_5"])) == 2
@@ -335,7 +386,7 @@ def test_a_variable_changes_where_turns_are_split(templates: dict[str, Template]
 
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "deepseek_r1_distill", "glm4moe", "nemotron_3_nano"])
 @pytest.mark.parametrize("as_tags", [False, True], ids=["field", "tags"])
-def test_reasoning_is_kept_masked_or_dropped(templates: dict[str, Template], name: str, as_tags: bool) -> None:
+def test_reasoning_is_kept_masked_or_dropped(templates: Mapping[str, Template], name: str, as_tags: bool) -> None:
     template = templates[name]
     answer = Message("assistant", "<think>\nZPPP begins with Z.\n</think>\n\nIt is Kunming.") if as_tags else THOUGHT
     keep, mask, drop = (
@@ -352,7 +403,7 @@ def test_reasoning_is_kept_masked_or_dropped(templates: dict[str, Template], nam
     assert render((QUESTION, own), template, thinking="mask", generate=False).ids == drop.ids
 
 
-def test_turns_without_weight_are_not_learned(templates: dict[str, Template]) -> None:
+def test_turns_without_weight_are_not_learned(templates: Mapping[str, Template]) -> None:
     first = Message("assistant", "It is Kunming.", trained=False)
     messages = (QUESTION, first, Message("user", "And KMG?"), Message("assistant", "The same."))
     whole = render(messages, templates["qwen2_5"], generate=False)
@@ -362,7 +413,7 @@ def test_turns_without_weight_are_not_learned(templates: dict[str, Template]) ->
         training_rows(messages[:2], templates["qwen2_5"])
 
 
-def test_developer_is_a_role_where_the_template_knows_it(templates: dict[str, Template]) -> None:
+def test_developer_is_a_role_where_the_template_knows_it(templates: Mapping[str, Template]) -> None:
     asked = (Message("developer", "Be brief."), QUESTION)
     text = spelled(render(asked, templates["gptoss"], generate=True), templates["gptoss"])
     assert "<|start|>developer<|message|># Instructions\n\nBe brief." in text
@@ -409,13 +460,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("found", BAD)
-def test_calls_and_results_out_of_order_are_named(templates: dict[str, Template], found: str) -> None:
+def test_calls_and_results_out_of_order_are_named(templates: Mapping[str, Template], found: str) -> None:
     messages = BAD[found]
     with pytest.raises(DataError, match=f"(?s){found}"):
         render(messages, templates["qwen2_5"], generate=messages[-1].role != "assistant")
 
 
-def test_results_without_ids_answer_the_calls_in_order(templates: dict[str, Template]) -> None:
+def test_a_tokenizer_without_the_end_token_of_the_template_is_an_error(tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path, FAMILIES["llama3"].source)
+    found = r"(?s)ends an answer with '<\|eot_id\|>', in which the tokenizer has no special token.*tokenizer\.json"
+    with pytest.raises(BaseModelError, match=found):
+        Template.load(folder)
+
+
+def test_results_without_ids_answer_the_calls_in_order(templates: Mapping[str, Template]) -> None:
     calls = tuple(ToolCall(call.name, call.arguments) for call in (CALL, SECOND))
     messages = (QUESTION, Message("assistant", "", calls), Message("tool", "1"), Message("tool", "2"), ANSWER)
     assert len(learned(render(messages, templates["qwen2_5"], generate=False), templates["qwen2_5"])) == 2
@@ -424,7 +482,7 @@ def test_results_without_ids_answer_the_calls_in_order(templates: dict[str, Temp
 @pytest.mark.parametrize("name", ["llama3", "gemma", "phi3", "cohere", "deepseek_r1_distill", "qwen3"])
 @pytest.mark.parametrize("case", ["tools", "two calls", "text and call"])
 def test_hermes_writes_calls_into_the_turns_of_any_template(
-    folders: dict[str, Path], templates: dict[str, Template], tokenizers: dict[str, Any], name: str, case: str
+    folders: Mapping[str, Path], templates: Mapping[str, Template], tokenizers: Mapping[str, Any], name: str, case: str
 ) -> None:
     """Source: transformers' apply_chat_template with the same text; parsing gives the calls back."""
     source = hermes_template(folders[name])
@@ -436,26 +494,99 @@ def test_hermes_writes_calls_into_the_turns_of_any_template(
         written += [json.loads(text) for text in re.findall(r"<tool_call>\n(\{.*?\})\n<", learned(whole, template)[0])]
         if name != "deepseek_r1_distill":
             options = {"tools": list(tools), "chat_template": source, "tokenize": False}
-            assert spelled(whole, template) == tokenizers[name].apply_chat_template(
-                as_dicts(row, template.can.calls), **options
-            )
+            assert spelled(whole, template) == tokenizers[name].apply_chat_template(as_dicts(row, template), **options)
     assert written == [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
     plain = (QUESTION, ANSWER)
     assert render(plain, template, generate=False).ids == render(plain, templates[name], generate=False).ids
 
 
-def test_the_template_for_tools_is_taken_where_a_base_has_two(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Source: transformers takes `tool_use` where functions are given."""
-    folder = FAMILIES["llama3"].write(tmp_path)
-    (folder / "chat_template.jinja").unlink()
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = [
-        {"name": "default", "template": FAMILIES["llama3"].source},
-        {"name": "tool_use", "template": FAMILIES["llama3_1"].source},
-    ]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+NOT_READ_BACK = (
+    *("gemma4_v5", "google-gemma-4-31B-it", "openbmb-MiniCPM5-1B", "meetkai-functionary-medium-v3.2", "muse-glimmer"),
+    *("deepseek-ai-DeepSeek-V3.2", "deepseek-ai-DeepSeek-V4", "upstage-Solar-Open-100B", "Apertus-8B-Instruct"),
+    *("Kimi-K3", "MiniMax-M2", "MiniMax-M3", "tencent-Hy3"),
+)
+"""Families whose form of a call `parse_tool_calls` does not read."""
+READ_BACK = [name for name in ALL if not refuses(name, "tools") and name not in NOT_READ_BACK]
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in READ_BACK])
+def test_calls_are_read_back_from_what_is_learned(templates: Mapping[str, Template], name: str) -> None:
+    template = templates[name]
+    for case in ("tools",) if refuses(name, "two calls") else ("tools", "two calls"):
+        messages, tools = CONVERSATIONS[case]
+        whole = render(messages[:2], template, tools=tools, generate=False)
+        start = whole.loss_mask.index(True)
+        wanted = [(call.name, dict(call.arguments)) for call in messages[1].tool_calls]
+        for skip_special in (False, True):
+            text = template.decode(whole.ids[start:], skip_special=skip_special)
+            assert [(call.name, dict(call.arguments)) for call in parse_tool_calls(text, tools)] == wanted
+
+
+IN_SYSTEM = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{%- if m.role == 'system' and m.tools is defined -%}<tools>{{ m.tools + '</tools>' }}{%- endif -%}<|im_end|>"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+XML_TOOLS = (
+    "{%- if xml_tools -%}<|im_start|>system\n{%- for tool in xml_tools[:] -%}{{ tool | string }}{%- endfor -%}"
+    "<|im_end|>{%- endif -%}" + IN_SYSTEM
+)
+
+
+@pytest.mark.parametrize("asked", [(QUESTION,), (SYSTEM, QUESTION)], ids=["alone", "with system"])
+@pytest.mark.parametrize("source", [IN_SYSTEM, XML_TOOLS], ids=["system turn", "xml_tools"])
+def test_functions_are_written_where_the_template_reads_them(
+    tmp_path: Path, source: str, asked: tuple[Message, ...]
+) -> None:
+    """Phi-4-mini reads JSON text in the system turn, SmolLM3 the variable `xml_tools`. Source: transformers."""
+    folder = write_tiny_tokenizer(tmp_path, source)
     template, tokenizer = Template.load(folder), AutoTokenizer.from_pretrained(folder)
-    for tools in ((), TOOLS):
-        ours = render((QUESTION,), template, tools=tools, generate=True)
+    turns, variables = as_dicts(asked, template), {"xml_tools": list(TOOLS)}
+    if source == IN_SYSTEM:
+        turns, variables = as_dicts((asked[0] if len(asked) > 1 else Message("system", ""), QUESTION), template), {}
+        turns[0]["tools"] = json.dumps(TOOLS)
+    wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **variables)
+    assert "find_airport" in wanted
+    assert spelled(render(asked, template, tools=TOOLS, generate=True), template) == wanted
+    whole = render((*asked, ANSWER), template, tools=TOOLS, generate=False)
+    assert learned(whole, template) == ["It is Kunming.<|im_end|>"]
+    with pytest.raises(BaseModelError, match=r"(?s)leaves calls or their results out.*chat_template=hermes"):
+        render((*asked, CALLED, RESULT), template, tools=TOOLS, generate=True)
+
+
+def test_texts_that_a_template_escapes_are_those_of_transformers(tmp_path: Path) -> None:
+    """`|safe` makes Jinja escape what is added to it: the mark that breaks special tokens stays out of the text."""
+    source = "{%- for m in messages -%}{{ m.content + ('<|im_end|>' | safe) }}{%- endfor -%}"
+    folder = write_tiny_tokenizer(
+        tmp_path, "{%- if messages[1:] -%}" + source + "{%- else -%}" + source + "{%- endif -%}"
+    )
+    template, tokenizer = Template.load(folder), AutoTokenizer.from_pretrained(folder)
+    asked = (Message("user", "a <|endoftext|> b"),)
+    wanted = tokenizer.apply_chat_template(as_dicts(asked, template), tokenize=False)
+    assert spelled(render(asked, template, generate=True), template) == wanted
+
+
+@pytest.mark.parametrize("as_files", [False, True], ids=["one file", "a file each"])
+def test_the_template_for_tools_is_taken_where_a_base_has_two(tmp_path: Path, as_files: bool) -> None:
+    """Source: transformers takes `tool_use` where functions are given, of either form of the folder."""
+    folder = FAMILIES["llama3"].write(tmp_path)
+    if as_files:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(FAMILIES["llama3_1"].source)
+    else:
+        (folder / "chat_template.jinja").unlink()
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings["chat_template"] = [
+            {"name": "default", "template": FAMILIES["llama3"].source},
+            {"name": "tool_use", "template": FAMILIES["llama3_1"].source},
+        ]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    template, tokenizer = Template.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert template.can.calls_need_tools
+    for case, tools in (("plain", ()), ("tools", TOOLS)):
+        messages = CONVERSATIONS[case][0][:3]
+        ours = render(messages, template, tools=tools, generate=True)
         options = {"tools": list(tools) or None, "add_generation_prompt": True}
-        assert list(ours.ids) == theirs(tokenizer, (QUESTION,), template, **options)["input_ids"]
+        assert list(ours.ids) == theirs(tokenizer, messages, template, **options)["input_ids"]
+    with pytest.raises(DataError, match=r"(?s)messages.tool_calls: the row has calls and no tools.*add tools"):
+        render(CONVERSATIONS["tools"][0][:3], template, generate=True)

@@ -83,7 +83,16 @@ def test_mistrals_list_is_read_with_and_without_its_token() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["It lies in Lagos.", '{"icao": "KJFK", "name": "Kennedy"}', "", "[1] and [2] say so", "now() was called"]
+    "text",
+    [
+        "It lies in Lagos.",
+        '{"icao": "KJFK", "name": "Kennedy"}',
+        "",
+        "[1] and [2] say so",
+        "now() was called",
+        "[see(this)]",
+        '{"arguments": 1}',
+    ],
 )
 def test_plain_answers_and_json_answers_hold_no_call(text: str) -> None:
     assert parse_tool_calls(text, TOOLS) == ()

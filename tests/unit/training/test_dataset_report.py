@@ -185,7 +185,7 @@ def test_a_name_that_the_template_does_not_write_is_reported(folder: Path, tmp_p
 )
 def test_what_a_template_cannot_write_is_an_error_of_the_row(folder: Path, tmp_path: Path, record: Any) -> None:
     uri = write(tmp_path / "rows.jsonl", record | {"id": "this"})
-    with pytest.raises(DataError, match=r"row this: messages\.reasoning_content"):
+    with pytest.raises(DataError, match=r"rows.jsonl row 1: messages\[1\]\.reasoning_content"):
         report_on(spec_of_file(uri, str(folder / "base")))
 
 

@@ -202,3 +202,88 @@ def test_the_closed_form_of_experts_is_what_the_real_step_takes(
     assert added == pytest.approx(found.peak_bytes - found.weights, rel=0.05)
     assert found.trained == 4 * asked.adapter.trained_params(shape)
     assert found.weights == pytest.approx(2 * shape.params, rel=0.001)
+
+
+# Attention that keeps a matrix of scores a block (eager: Gemma-2's soft cap, gpt-oss' sinks), and latent attention.
+
+GEMMA_2 = {
+    "model_type": "gemma2",
+    "vocab_size": 32000,
+    "hidden_size": 3584,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 32000,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "tie_word_embeddings": False,
+}
+DEEPSEEK = {
+    **QWEN_MOE,
+    "model_type": "deepseek_v3",
+    "head_dim": 64,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 32,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+LORA, DROPPED = {"kind": "lora"}, {"kind": "lora", "targets": "attention", "dropout": 0.1}
+EXPERTS, PREFIX = {"kind": "lora", "experts": True}, {"kind": "prefix"}
+DOUBLE = {"kind": "nf4", "double_quant": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "again", "adapter", "quant"),
+    [
+        (GEMMA_2, 1024, False, LORA, PLAIN),
+        (GPT_OSS, 1024, True, LORA, PLAIN),
+        (DEEPSEEK, 1024, False, LORA, PLAIN),
+        *(
+            pytest.param(*one, marks=pytest.mark.long)
+            for one in (
+                *(
+                    (config, length, again, LORA, PLAIN)
+                    for config in (GEMMA_2, GPT_OSS, DEEPSEEK)
+                    for length in (512, 2048)
+                    for again in (False, True)
+                ),
+                *((GEMMA_2, 1024, again, LORA, DOUBLE) for again in (False, True)),
+                *((GPT_OSS, 1024, again, adapter, PLAIN) for again in (False, True) for adapter in (DROPPED, EXPERTS)),
+                (GEMMA_2, 1024, False, PREFIX, PLAIN),
+            )
+        ),
+    ],
+    ids=lambda value: (
+        str(value.get("model_type") or "-".join(map(str, value.values()))) if isinstance(value, dict) else str(value)
+    ),
+)
+def test_attention_beyond_sdpa_is_what_the_real_step_takes(
+    config: dict[str, Any], length: int, again: bool, adapter: dict[str, Any], quant: dict[str, Any]
+) -> None:
+    """2 blocks of Gemma-2-9B, gpt-oss-20b and a small DeepSeek-V3, 2 rows; the peak less the frozen weights too."""
+    asked, rows = spec(2, again=again, quant=quant, adapter=adapter), RowSizes.from_lengths([length] * 2, [length] * 2)
+    found = replay(asked, config, rows, value_bytes=2)
+    planned = allocated(asked, config, rows)
+    assert planned == pytest.approx(found.peak_bytes, rel=0.06)
+    weights = weight_bytes(ModelShape.from_config(config), asked.quant, 2)
+    assert planned - weights == pytest.approx(found.peak_bytes - found.weights, rel=0.09)

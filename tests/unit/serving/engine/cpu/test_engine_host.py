@@ -1,5 +1,6 @@
 """What is done for speed on a CPU changes no result."""
 
+import subprocess
 import sys
 
 import pytest
@@ -40,3 +41,9 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     for _ in range(20):
         torch.empty(4_000_000).fill_(1.0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 4_000_000 * 4 / 4096
+
+
+def test_objects_that_a_process_has_frozen_stay_frozen() -> None:
+    """Of a program that froze its heap itself: pytest's here, and an engine neither collects nor unfreezes it."""
+    program = "import gc; from graftwork.serving.engine.cpu.host_tuning import spare_old_objects as s; print(s(), s())"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "True False\n"
