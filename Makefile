@@ -4,32 +4,31 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
 
-.PHONY: demo test coverage rest long test-k8s k8s-parts check format soak bench install clean
+.PHONY: demo test coverage long test-k8s k8s-parts check format soak bench install clean
 
 demo: install
 	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
 
-TWO = -n 2 --dist loadfile --no-loadscope-reorder
-FAST = -m "not soak and not long and not k8s" $(TWO)
+# Compiled modules are written, whatever the caller's shell says: each of the tests' processes would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
+PARALLEL = -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
+FAST = -m "not soak and not long and not k8s" $(PARALLEL)
 test: install
 	$(BIN)/pytest $(FAST)
 
-# `make coverage rest` runs each test of `make test` once. Only tests/unit is measured: most of the other tests work in
-# processes of Ray, and tracing them would cost minutes.
+# Only tests/unit is measured: most of the other tests work in processes of Ray. Below Python 3.12 the tracer doubles the
+# CPU time of a test, so that CI runs `make test`.
 coverage: install
 	$(BIN)/pytest tests/unit $(FAST) --cov --cov-report=term:skip-covered
 
-rest: install
-	$(BIN)/pytest $(filter-out tests/unit/,$(wildcard tests/*/)) $(FAST)
-
 long: install
-	$(BIN)/pytest -m "long and not soak and not k8s" $(TWO)
+	$(BIN)/pytest -m "long and not soak and not k8s" $(PARALLEL)
 
 # On a real API server, which is built once from Debian's packages, as root, in some minutes, and with KubeRay's CRDs of
 # the folder GRAFTWORK_CRDS. It fails where a part is missing: docs/guide.md says how to get each.
 APISERVER = $(or $(GRAFTWORK_CACHE),$(HOME)/.cache/graftwork)/k8s/apiserver
 test-k8s: k8s-parts install
-	$(BIN)/pytest -m "k8s and not soak" $(TWO)
+	$(BIN)/pytest -m "k8s and not soak" $(PARALLEL)
 
 k8s-parts:
 	@bash tests/k8s/require_parts.sh $(APISERVER)

@@ -5,9 +5,11 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 FIRST = (
     "tests/docs/test_demo.py",
+    "tests/docs/test_extending.py",
     "tests/unit/compat/",  # some skip themselves once this process has the Ray of tests/ray
     "tests/ray/test_train.py",
     "tests/ray/",
@@ -34,6 +36,8 @@ def prepare_process() -> None:
 
 
 prepare_process()
+settings.register_profile("loaded", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("loaded")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,13 +44,11 @@ class ExpertWeight:
 
 def expert_weights(model: Any) -> list[ExpertWeight]:
     """Return the experts' parameters of the decoder, in the model's order; empty for a dense base."""
-    import torch
-
     decoder = {id(module) for module in model.get_decoder().modules()}
     found = []
     for name, module in model.named_modules():
-        if id(module) not in decoder or isinstance(module, torch.nn.Conv1d):  # its kernel has three dimensions too
-            continue
+        if id(module) not in decoder or "Experts" not in type(module).__name__:
+            continue  # kernels of convolutions and gates of recurrent layers have three dimensions too
         for key, shape in _shapes(module):
             if len(shape) == 3:
                 experts, first, second = shape

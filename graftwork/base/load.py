@@ -1,7 +1,7 @@
 """Base models: resolve, load for training and serving, cache of nf4 weights, rows for additional tokens."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -230,6 +230,7 @@ def load(
     Raises BaseModelError: no such device, no bitsandbytes, an architecture that transformers does not know, no memory.
     """
     import torch
+    from safetensors import SafetensorError
 
     kind, _, number = device.partition(":")
     cuda = kind == "cuda" and (number or "0").isdigit() and int(number or 0) < torch.cuda.device_count()
@@ -246,11 +247,14 @@ def load(
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        broken = isinstance(error, SafetensorError)
+        pointer = any(path.read_bytes()[:7] == b"version" for path in _small_files(resolved.folder))
         raise BaseModelError(
             f"base {resolved.uri} at {quant.kind}",
             f"transformers cannot load it ({str(error)[:400]})",
             "the base must be a causal language model that the installed transformers knows",
+            "" if not broken else "run `git lfs pull` in its folder" if pointer else "download its files again",
         ) from error
     if quant.is_packed and (dequantise or not cached):
         _leave_mapping(model)
@@ -308,9 +312,18 @@ def prompt_template(base: BaseSpec) -> Template:
 
 def template(resolved: ResolvedBase) -> Template:
     """Chat template and tokenizer of the base. Raises BaseModelError."""
-    return Template.load(
+    found = Template.load(
         resolved.folder, resolved.template_date, chat_template=resolved.chat_template, base=resolved.uri
     )
+    rows = (resolved.config.get("text_config") or resolved.config).get("vocab_size")
+    if rows and not resolved.extra_tokens and (over := [name for name, one in found.written().items() if one >= rows]):
+        raise BaseModelError(
+            f"tokenizer of {resolved.uri}",
+            f"its chat template writes {', '.join(over)}, and the base has {rows} embeddings",
+            "a control token has an embedding",
+            "resize the embeddings and save the base again, or name another template in base.chat_template",
+        )
+    return found
 
 
 def weight_bytes(model: "torch.nn.Module") -> int:
@@ -383,9 +396,10 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
             part.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     for key, value in overrides.items():
         setattr(config, key, value)
-    return auto_class(config).from_pretrained(
+    model, loading = auto_class(config).from_pretrained(
         folder,
         config=config,
+        output_loading_info=True,
         dtype=dtype,
         quantization_config=settings,
         attn_implementation=attention_of(config),
@@ -393,6 +407,16 @@ def _read(folder: Path, overrides: Mapping[str, Any], settings: Any, device: str
         use_safetensors=True,
         local_files_only=True,
     )
+    if missing := sorted(loading["missing_keys"]):  # transformers gives them random values
+        found = f"{', '.join(missing[:3])}{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
+        rule = "a base has all weights of its class"
+        raise BaseModelError(f"base {folder}", f"its files have no {found}", rule, "download its files again")
+    return model
+
+
+def _small_files(folder: Path) -> Iterator[Path]:
+    """Files of weights that are too small to hold any."""
+    return (path for path in folder.glob("*.safetensors") if path.stat().st_size < 1024)
 
 
 def auto_class(config: Any) -> Any:

@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -63,11 +63,12 @@ def model_from(config: Mapping[str, Any], dtype: Any = None) -> Any:
             known, dtype=dtype or torch.float32, attn_implementation=attention_of(known)
         )
     except Exception as error:  # code of any architecture, given a config of any content
+        hint = "take a base with a text-only config.json, or install a transformers that knows it"
         raise BaseModelError(
             f"base of model_type={config.get('model_type')!r}",
             f"transformers {version('transformers')} cannot build it ({_first_line(error)})",
             "a base is a causal language model that the installed transformers knows",
-            "take a base with a text-only config.json, or install a transformers that knows it",
+            "install the library that it names" if isinstance(error, ImportError) else hint,
         ) from error
     return model.eval()
 
@@ -240,7 +241,11 @@ def _top_k(model: Any, experts: str) -> int:
     block = model.get_submodule(experts.rpartition(".")[0])
     owners = (*block.modules(), model.config.get_text_config())
     named = (getattr(one, key, None) for one in owners for key in ("top_k", "num_experts_per_tok"))
-    return next(int(found) for found in named if isinstance(found, int))
+    found = next((int(found) for found in named if isinstance(found, int)), None)
+    if found is None:
+        name, problem = type(model).__name__, "its config.json has no num_experts_per_tok"
+        raise BaseModelError(name, problem, "experts are chosen for each token", "add the number of the model's page")
+    return found
 
 
 def _unadapted_experts(model: Any) -> str:
@@ -287,7 +292,8 @@ def _step(model: Any, tokens: int = 8, **positions: Any) -> None:
 
 def _choose_nothing(model: Any) -> None:
     """Take the paths of a model's code that do not read values, which a meta tensor lacks."""
-    model.config.pad_token_id = None  # GPT-2 looks for padding among the tokens
+    with suppress(Exception):  # a config may refuse it (ModernBERT); its model does not look for padding
+        model.config.pad_token_id = None  # GPT-2 looks for padding among the tokens
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # the others read the router's choice
 
@@ -306,6 +312,8 @@ def _packs(model: Any) -> bool:
     own, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, found
     try:
         _step(model, position_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
+    except RuntimeError:  # code that reads values
+        return False
     finally:
         masking_utils.find_packed_sequence_indices = own
     return bool(seen)
@@ -325,6 +333,8 @@ def _reads_weights(model: Any) -> str:
         linear.weight = torch.nn.Parameter(packed, requires_grad=False)
     try:
         _step_unpacked(model)
+    except NotImplementedError:  # code that reads values
+        return ""
     except RuntimeError as error:
         return _first_line(error)
     return ""
@@ -419,4 +429,4 @@ def _first_line(error: Exception) -> str:
     """The problem that an error names, without its rule and hint; of a foreign one its kind too."""
     if isinstance(error, GraftworkError):
         return error.problem
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

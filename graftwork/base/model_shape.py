@@ -15,11 +15,11 @@ from pydantic import TypeAdapter
 from graftwork.adapters.kind import MLP_ENDS
 from graftwork.adapters.target_modules import TargetModules, choose_linears
 from graftwork.config import canonical_json
-from graftwork.errors import BaseModelError
+from graftwork.errors import BaseModelError, GraftworkError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 14
+FORMAT = 16
 """Of a cached entry; raise it when the way of counting changes. The names of the fields below are part of its key."""
 
 
@@ -299,6 +299,15 @@ def facts_of(config: Mapping[str, Any]) -> BaseFacts:
         return _FACTS.validate_json(store.read_text("shapes", name))
     from graftwork.base.meta_model import count  # imports torch, transformers and PEFT
 
-    facts = count(config)
+    try:
+        facts = count(config)
+    except GraftworkError:
+        raise
+    except Exception as error:  # code of any architecture
+        what, found = f"base of model_type={config.get('model_type')!r}", str(error).strip().splitlines() or [""]
+        problem = (
+            f"transformers {versions['transformers']} builds it, but no step runs ({type(error).__name__}: {found[0]})"
+        )
+        raise BaseModelError(what, problem[:400], "a base is a causal language model", "take another base") from error
     store.write_bytes(_FACTS.dump_json(facts, indent=1), "shapes", name)
     return facts

@@ -41,6 +41,7 @@ _OWN_VARIABLES = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "strftime_now", "generation")
 )
 _NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
+_QUESTION = {"role": "user", "content": "first question"}
 
 
 class Template:
@@ -203,6 +204,11 @@ class Template:
     def control_ids(self, sealed: str) -> list[int]:
         """Ids of the special tokens in sealed text, in order."""
         return [self.specials[self._names[name]] for name in self._sealed_special.findall(sealed)]
+
+    def written(self) -> dict[str, int]:
+        """Ids by name of the control tokens around a question and its answer."""
+        ids = {*self.control_ids(self.sealed_text([_QUESTION], generate=True)), self.can.end_id}
+        return {name: one for name, one in self.specials.items() if one in ids}
 
     def closing(self, *, calls: bool) -> str:
         """Sealed text behind the last turn of a row, where the template writes no end token there."""
@@ -375,12 +381,13 @@ def _rename_specials(model: dict[str, Any], sealed: Mapping[str, str]) -> dict[s
 
 
 def template_source(folder: Path) -> str:
-    """Text of the chat template in a folder: chat_template.jinja, or the key of tokenizer_config.json.
+    """Text of the chat template in a folder: chat_template.jinja, or the key of a JSON file.
 
     Where the folder has one for functions (`tool_use`), functions are rendered by that one, as in transformers.
     """
     path, for_tools = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool_use.jinja"
-    found: Any = _json(folder / "tokenizer_config.json").get("chat_template")
+    files = ("tokenizer_config.json", "chat_template.json")  # the latter of bases with a processor (Gemma-3)
+    found: Any = next((text for file in files if (text := _json(folder / file).get("chat_template"))), None)
     if path.is_file():
         found = {"default": path.read_text(encoding="utf-8")}
         if for_tools.is_file():
@@ -396,7 +403,7 @@ def template_source(folder: Path) -> str:
             f"chat template of {folder}",
             "there is none",
             "the base's own template turns a conversation into text",
-            "take the instruct version of the base, or add a chat_template.jinja next to its weights",
+            "take the instruct version of the base, or set base.chat_template to a chat_template.jinja of your own",
         )
     return found
 

@@ -110,9 +110,12 @@ class _Check:
         self._try("plan", self._plan)
         try:
             self.base = resolve(BaseSpec(uri=str(write_scaled_base(self.config, self.folder / "base"))))
+            _require_pass(self.base)
         except Exception as error:  # code of any architecture
-            untested = StageStatus("untested", f"no scaled-down base could be made ({_first_line(error)})")
-            self.found |= {stage: untested for stage in self.support.names if stage not in self.found}
+            untested = _untested(f"no scaled-down base could be made and run ({_first_line(error)})")
+            for stage in self.support.names:
+                if stage not in self.found:
+                    self._try(stage, untested)
             return
         hint = "" if self.targets in (None, "all-linear") else f"adapter.targets={self.targets}"
         self._try("train LoRA", self._train_lora, hint)
@@ -291,6 +294,15 @@ class _Answer:
         """Return whether tokens differ, or probabilities by more than the tolerance."""
         same = all(abs(one - two) <= tolerance for one, two in zip(self.logprobs, other.logprobs, strict=False))
         return self.tokens != other.tokens or not same
+
+
+def _require_pass(base: ResolvedBase) -> None:
+    """Raise the error of transformers' own code in a forward and backward pass, where sizes do not fit each other."""
+    import torch
+
+    model = load(base, QuantSpec(kind="none", dtype="float32"), device="cpu", purpose="train").model
+    ids = torch.tensor([_prompts()[1]])
+    model.train().requires_grad_(True)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
 
 
 def _compare_tokens(base: ResolvedBase, quant: QuantSpec, adapter: Path | None) -> None:

@@ -306,9 +306,10 @@ class Runner:
         batch = pack([], [Chunk((0, 0), 0, None)], None, self.device)
         try:
             self.run(batch, None, torch.tensor([1], device=self.device))
-        except (TypeError, KeyError) as error:
-            rule = "a served decoder takes logits_to_keep"
-            raise BaseModelError(type(self.model).__name__, str(error), rule) from error
+        except (TypeError, KeyError, AttributeError) as error:
+            problem = f"its code does not take a pass of the engine ({type(error).__name__}: {error})"
+            rule = "a served decoder takes logits_to_keep, and attends through transformers' attention interface"
+            raise BaseModelError(type(self.model).__name__, problem, rule) from error
         seen, layers = batch.seen, int(self.config.num_hidden_layers)
         if sorted(seen) != list(range(layers)):
             found = f"{len(seen)} of {layers} layers attend through transformers' attention interface"

@@ -13,6 +13,7 @@ import tomllib
 import venv
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -146,30 +147,31 @@ def probe(cluster: ClusterSpec, serving: ServeSpec, training: TrainSpec, tuning:
     c: int = training
     d: int = tuning
 """
-"""Four lines that are wrong where the type checker knows the four classes."""
+"""Four lines that are wrong where the type checker knows the four classes; mypy reads the same four below."""
 
+if TYPE_CHECKING:
+    from graftwork.cluster.spec import ClusterSpec
+    from graftwork.serving.spec import ServeSpec
+    from graftwork.training.spec import TrainSpec
+    from graftwork.tuning.spec import TuneSpec
 
-def checked(command: list[str | Path], folder: Path) -> str:
-    """Return what a type checker prints about PROBE."""
-    (folder / "probe.py").write_text(PROBE)
-    env = {**os.environ, "MYPYPATH": str(ROOT), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False).stdout
-
-
-@pytest.mark.long
-def test_mypy_knows_the_classes_of_the_four_folders(tmp_path: Path) -> None:
-    options = ["--config-file", str(ROOT / "pyproject.toml"), "--follow-imports", "silent", "probe.py"]
-    said = checked([sys.executable, "-m", "mypy", *options], tmp_path)
-    for name in ("ClusterSpec", "ServeSpec", "TrainSpec", "TuneSpec"):
-        assert f'expression has type "{name}", variable has type "int"' in said, said
-    assert "Found 4 errors in 1 file" in said
+    def probe(cluster: ClusterSpec, serving: ServeSpec, training: TrainSpec, tuning: TuneSpec) -> None:
+        """`make check` fails at a comment that ignores nothing, which is where mypy does not know the class."""
+        cluster_of: int = cluster  # type: ignore[assignment]
+        serving_of: int = serving  # type: ignore[assignment]
+        training_of: int = training  # type: ignore[assignment]
+        tuning_of: int = tuning  # type: ignore[assignment]
+        print(cluster_of, serving_of, training_of, tuning_of)
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not PYRIGHT.exists(), reason="basedpyright of the extra dev is not installed")
 def test_pyright_knows_the_classes_of_the_four_folders(tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(PROBE)
     (tmp_path / "pyrightconfig.json").write_text(f'{{"extraPaths": ["{ROOT}"], "typeCheckingMode": "basic"}}')
-    said = checked([PYRIGHT, "--pythonpath", sys.executable, "--project", "."], tmp_path)
+    command: list[str | Path] = [PYRIGHT, "--pythonpath", sys.executable, "--project", "."]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, check=False).stdout
     for name in ("ClusterSpec", "ServeSpec", "TrainSpec", "TuneSpec"):
         assert f'Type "{name}" is not assignable to declared type "int"' in said, said
     assert "4 errors" in said

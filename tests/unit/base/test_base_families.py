@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from graftwork.base.load import load, read_config, resolve
@@ -135,6 +137,22 @@ def test_a_copy_has_one_layer_of_each_kind() -> None:
     assert small["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
     assert small["first_k_dense_replace"] == 1
     assert small["mlp_only_layers"] == [2]
+
+
+def test_a_copy_of_gpt_j_turns_as_many_values_as_a_head_has(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gptj").to_dict()
+    assert scale_down(config)["rotary_dim"] == 16
+    base = resolve(BaseSpec(uri=str(write_scaled_base(config, tmp_path))))
+    model = load(base, QuantSpec(kind="none"), device="cpu", purpose="serve").model
+    assert model(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, 512)
+
+
+def test_a_copy_that_does_not_run_is_untested() -> None:
+    """Of a recurrent base whose sizes do not fit the scaled-down ones: what the config alone rejects stays so."""
+    found = check_base(AutoConfig.for_model("kimi_linear").to_dict()).stages
+    assert found["train LoRA"].status == "untested"
+    assert "no scaled-down base could be made and run" in found["train LoRA"].reason
+    assert found["serve"].status == "rejected"
 
 
 def test_base_check_reads_a_config_alone_and_a_folder(tmp_path: Path) -> None:

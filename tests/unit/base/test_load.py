@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from graftwork.base.load import ResolvedBase, load, resolve, template
 from graftwork.base.package_source import PackageFile, fetch
@@ -290,6 +292,67 @@ def test_nf4_is_served_dequantised_on_a_cpu(resolved: ResolvedBase) -> None:
 def test_a_device_that_is_not_here_is_said(resolved: ResolvedBase, device: str) -> None:
     with pytest.raises(BaseModelError, match="CUDA devices here"):
         load(resolved, QuantSpec(kind="none"), device=device, purpose="serve")
+
+
+def rewritten(tiny: Path, folder: Path, change: Callable[[Path], None]) -> ResolvedBase:
+    """A copy of the tiny base, changed."""
+    shutil.copytree(tiny, folder)
+    change(folder)
+    return resolve(BaseSpec(uri=str(folder)))
+
+
+def without_a_layer(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem", "hint"),
+    [
+        (without_a_layer, "have no model.layers.1.self_attn.q_proj.weight", "download"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 99), "cannot load it", "download"),
+        (
+            lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+            "cannot load it",
+            "git lfs pull",
+        ),
+    ],
+)
+def test_files_without_all_weights_are_refused(
+    tiny: Path, tmp_path: Path, spoil: Callable[[Path], None], problem: str, hint: str
+) -> None:
+    with pytest.raises(BaseModelError) as error:
+        load(rewritten(tiny, tmp_path / "base", spoil), QuantSpec(kind="none"), device="cpu", purpose="serve")
+    assert problem in error.value.problem
+    assert hint in error.value.hint
+
+
+def test_control_tokens_without_an_embedding_are_refused(tiny: Path, tmp_path: Path) -> None:
+    """A tokenizer that was given ChatML's tokens, next to weights that were not resized."""
+
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2}))
+
+    with pytest.raises(BaseModelError, match=r"<\|im_end\|>.*2 embeddings"):
+        template(rewritten(tiny, tmp_path / "base", spoil))
+
+
+def test_a_template_may_be_in_a_json_file_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    """As in the repositories of Gemma-3 and Mistral-Small-3.1."""
+
+    def move(folder: Path) -> None:
+        text = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+        (folder / "chat_template.jinja").unlink()
+
+    moved = rewritten(tiny, tmp_path / "base", move)
+    assert template(moved).digest == template(resolve(BaseSpec(uri=str(tiny)))).digest
+    (moved.folder / "chat_template.json").unlink()
+    with pytest.raises(BaseModelError) as error:
+        template(moved)
+    assert "base.chat_template" in error.value.hint
 
 
 def test_an_architecture_that_transformers_does_not_know_is_said(tiny: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import ray
+from transformers import AutoConfig
 
-from graftwork.base.support import STAGES, check_serving, check_training
+from graftwork.base.support import STAGES, Stage, base_support, check_serving, check_training
 from graftwork.cli.config import check as config_check
 from graftwork.config import Spec
 from graftwork.errors import BaseModelError
@@ -176,6 +177,36 @@ def test_families_that_raised_errors_of_libraries_have_reasons(kind: str, reason
         check_training(spec, config_of(kind))
     assert reason in error.value.problem
     assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts", "stage", "reason"),
+    [
+        ("falcon", {}, "serve", "its code does not take a pass of the engine"),
+        ("mpt", {}, "serve", "its code does not take a pass of the engine"),
+        ("jetmoe", {}, "packing", "do not follow the positions"),  # reads the router's choice, which has no values yet
+        ("biogpt", {"num_hidden_layers": 2}, "packing", "do not follow the positions"),
+        ("recurrent_gemma", {"num_hidden_layers": 3}, "serve", "recurrent layers"),  # has other 3-D parameters
+    ],
+)
+def test_families_outside_of_the_matrix_have_reasons(
+    kind: str, facts: dict[str, Any], stage: Stage, reason: str
+) -> None:
+    assert reason in base_support(AutoConfig.for_model(kind, **facts).to_dict()).stages[stage].reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts", "problem", "hint"),
+    [
+        ("deepseek_v2", {"num_experts_per_tok": None}, "has no num_experts_per_tok", "add the number"),
+        ("gemma3n", {}, "TimmWrapperModel requires the", "install the library"),
+    ],
+)
+def test_a_base_that_cannot_be_counted_is_named(kind: str, facts: dict[str, Any], problem: str, hint: str) -> None:
+    with pytest.raises(BaseModelError) as error:
+        base_support(AutoConfig.for_model(kind, **facts).to_dict())
+    assert problem in error.value.problem
+    assert hint in error.value.hint
 
 
 def test_a_family_whose_code_reads_packed_weights_is_trained_on_plain_ones() -> None:

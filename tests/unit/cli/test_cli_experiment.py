@@ -78,8 +78,8 @@ def test_it_is_started_watched_ramped_and_stopped(url: str, file: Path, monkeypa
     assert '"model": "experiment/cards"' in run("start", str(file))
     for number in range(4):
         body = {"model": "experiment/cards", "user": f"u{number}", "messages": [{"role": "user", "content": "Hello"}]}
-        request_id = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1}).json()["id"]
-        httpx.post(f"{url}/v1/feedback", json={"request_id": request_id, "scores": {"thumbs": number % 2}})
+        request_id = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1}, timeout=60).json()["id"]
+        httpx.post(f"{url}/v1/feedback", json={"request_id": request_id, "scores": {"thumbs": number % 2}}, timeout=60)
     (found,) = listed("status", str(file))
     assert sum(arm["answers"] for arm in found["arms"]) == 4
     said = until_judged(file)

@@ -51,15 +51,18 @@ def test_an_unknown_place_is_refused_with_the_known_ones(on: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("on", "use"),
+    ("verb", "on", "use"),
     [
-        ("auto", "--target http://HOST:8265"),
-        ("ray://10.0.0.7:10001", "--target http://10.0.0.7:8265"),
-        ("ray://", "--target http://HOST:8265"),
+        ("train", "auto", "--target http://HOST:8265"),
+        ("train", "ray://10.0.0.7:10001", "--target http://10.0.0.7:8265"),
+        ("train", "ray://", "--target http://HOST:8265"),
+        *(
+            (verb, "ray://10.0.0.7:10001", "--target http://10.0.0.7:8265")
+            for verb in ("train --detach", "serve", "demo", "doctor", "plan")
+        ),
     ],
 )
-@pytest.mark.parametrize("verb", ["train", "train --detach", "serve", "demo", "doctor", "plan"])
-def test_an_address_that_a_driver_would_join_is_refused_with_the_dashboards(on: str, use: str, verb: str) -> None:
+def test_an_address_that_a_driver_would_join_is_refused_with_the_dashboards(verb: str, on: str, use: str) -> None:
     name, *flags = verb.split()
     file = {"train": "train-airport-card", "plan": "train-airport-card", "serve": "serve", "demo": "demo"}.get(name)
     argv = [name, *([str(ROOT / "examples" / f"{file}.yaml")] if file else []), *flags, "--target", on]

@@ -149,10 +149,10 @@ def test_a_later_score_counts_once_and_needs_its_answer(url: str) -> None:
     assert give(thumbs=1).json()["already_counted"] == ["thumbs"]
     assert give(thumbs=0).json()["error"]["code"] == "already_scored"
     assert give(stars=2).json()["counted"] == ["stars"]
-    unknown = httpx.post(f"{url}/v1/feedback", json={"request_id": "chatcmpl-0", "scores": {"thumbs": 1}})
+    unknown = httpx.post(f"{url}/v1/feedback", json={"request_id": "chatcmpl-0", "scores": {"thumbs": 1}}, timeout=60)
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_request")
     other = ask(url, "experiment/cards", "scored").json()["id"]
-    beyond = httpx.post(f"{url}/v1/feedback", json={"request_id": other, "scores": {"thumbs": 2}})
+    beyond = httpx.post(f"{url}/v1/feedback", json={"request_id": other, "scores": {"thumbs": 2}}, timeout=60)
     assert "not within [0, 1]" in beyond.json()["error"]["message"]
     rows = rows_of(url, "cards", 30)
     (answer,) = [row for row in rows if row.kind == "answer" and row.request_id == request_id]
@@ -271,7 +271,7 @@ def test_a_restart_goes_on_with_the_same_arms_and_scores_what_came_before(spec: 
             r.headers["x-graftwork-arm"] for r in second.values()
         ]
         late = {"request_id": first[0].json()["id"], "scores": {"thumbs": 0}}
-        until(lambda: httpx.post(f"{url}/v1/feedback", json=late).status_code == 200, within_s=30)
+        until(lambda: httpx.post(f"{url}/v1/feedback", json=late, timeout=60).status_code == 200, within_s=30)
         rows = rows_of(url, "cards", 10)
         assert Counter(row.kind for row in rows) == {"answer": 16, "event": 3, "score": 1}
 
@@ -284,7 +284,9 @@ def test_a_damaged_record_takes_no_other_along(spec: ServeSpec, tmp_path: Path) 
     state = tmp_path / "root" / "experiments" / lost["id"] / "state.json"
     state.write_bytes(state.read_bytes()[:100])
     with local_endpoint(moved) as url:
-        assert [one["id"] for one in httpx.get(f"{url}/v1/admin/experiments").json()["data"]] == [kept["id"]]
+        assert [one["id"] for one in httpx.get(f"{url}/v1/admin/experiments", timeout=60).json()["data"]] == [
+            kept["id"]
+        ]
         assert ask(url, "experiment/kept", "u").status_code == 200
 
 
@@ -350,7 +352,7 @@ def test_scores_of_the_spec_come_with_the_answer(url: str) -> None:
     assert [row.scores for row in rows] == [{"short": 1.0}] * 8
     assert {row.output for row in rows} == {None}, "log_outputs is false"
     late = {"request_id": rows[0].request_id, "scores": {"short": 0.0}}
-    assert httpx.post(f"{url}/v1/feedback", json=late).json()["error"]["code"] == "already_scored"
+    assert httpx.post(f"{url}/v1/feedback", json=late, timeout=60).json()["error"]["code"] == "already_scored"
     judged = status(url, "scored")["judged"]
     assert sum(arm["scored"] for arm in judged["arms"]) == 8
     assert {arm["mean"] for arm in judged["arms"]} == {1.0}
