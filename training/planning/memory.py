@@ -323,7 +323,11 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     resident = {"process": PROCESS_BYTES, "base weights": part.weights}
     loading = {} if spec.quant.resident == "dequantised" else loading_bytes(model, spec.quant)
     parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
-    notes = (taken.describe(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
+    notes = (
+        taken.describe(),
+        *_score_notes(spec, model, value_bytes),
+        f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process",
+    )
     return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
 
 
@@ -359,9 +363,16 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     host = {"process": PROCESS_BYTES, "offloaded": part.host}
     return MemoryPlan(
         tuple((name, size) for name, size in parts.items() if size),
-        (taken.describe(),),
+        (taken.describe(), *_score_notes(spec, model, value_bytes)),
         tuple((name, size) for name, size in host.items() if size),
     )
+
+
+def _score_notes(spec: TrainSpec, model: ModelShape, value_bytes: int) -> tuple[str, ...]:
+    if not model.keeps_scores:
+        return ()
+    bound = ", at most," if spec.adapter.trains_base and value_bytes == BF16 else ""
+    return (f"attention keeps {model.score_bytes[value_bytes == BF16]:g} bytes{bound} for each two tokens and head",)
 
 
 def _passing_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int, again: int) -> int:
