@@ -39,11 +39,11 @@ def predict_serving(
 ) -> MemoryPlan:
     """Peak of one engine replica with its key-value memory full.
 
-    `adapters`: ranks of the loaded versions. `dequantised`: nf4 is kept as plain values (`quant.resident`).
+    `adapters`: values of each loaded version. `dequantised`: nf4 is kept as plain values (`quant.resident`).
     `kv_value_bytes`: of a key or value, where it is not `value_bytes`: on a CPU up to fp32. `cuda`:
     what the replica takes of its GPU; the process and the adapters' copies are then in the machine's own memory.
     """
-    slots = sum(model.adapter_params(rank) for rank in adapters) * value_bytes
+    slots = sum(adapters) * value_bytes
     step_tokens = engine.prefill_tokens + engine.max_batch
     per_token = 2 * model.hidden + 2 * model.q_size + 2 * model.kv_size + model.mlp_values
     resident = {
@@ -131,7 +131,7 @@ def plan_serving(
 ) -> StagePlan:
     """Engine replicas: the memory of each when full, and the time of `answers` on one after its start.
 
-    `adapters`: ranks of the versions loaded. `dequantised`: nf4 kept as plain values. `embedder`: of its own process.
+    `adapters`: values of each version loaded. `dequantised`: nf4 kept as plain values. `embedder`: of its own process.
     `query_embedders`: those that arms with vectors load into each replica.
     """
     embedder_bytes = embedder.peak_bytes if embedder else 0

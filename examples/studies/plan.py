@@ -16,7 +16,7 @@ from graftwork.prompts.render import PromptSpec
 from graftwork.serving.planning import RequestLoad, plan_serving
 from graftwork.serving.request_sizes import LETTER_TOKENS, Sizes, compare_answers, mean, summed
 from graftwork.serving.spec import EngineSpec
-from graftwork.stages.plans import SERVED_RANK, plan_spec
+from graftwork.stages.plans import UNKNOWN_ADAPTER, plan_spec
 
 Prompts = Mapping[str, PromptSpec]
 """Task -> the prompt that its adapter is trained with."""
@@ -53,14 +53,15 @@ def _measured(study: StudySpec, measure: MeasureSpec, machine: Machine, prompts:
         answers = likelihood_answers(study, measure, prompts)
     adapters = {arm.adapter for arm in measure.arms if arm.adapter}
     config = base_model.resolve(study.base).config
+    shape = ModelShape.from_config(config)
     line = plan_serving(
         f"measure {measure.name}",
-        ModelShape.from_config(config),
+        shape,
         study.quant,
         EngineSpec(),
         machine,
         num_cpus=study.num_cpus,
-        adapters=[SERVED_RANK] * len(adapters),
+        adapters=[UNKNOWN_ADAPTER.trained_params(shape)] * len(adapters),
         dequantised=study.quant.kind == "nf4" and study.quant.resident != "packed",
         answers=answers,
     )

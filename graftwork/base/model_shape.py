@@ -19,7 +19,7 @@ from graftwork.errors import BaseModelError, GraftworkError
 from graftwork.storage.store import Store, cache_root
 
 Targets = Literal["all-linear", "attention", "mlp"]
-FORMAT = 15
+FORMAT = 16
 """Of a cached entry; raise it when the way of counting changes. The names of the fields below are part of its key."""
 
 

@@ -76,13 +76,7 @@ def publish(
     if parent.chat_template is not None:
         (weights / "chat_template.jinja").write_text(parent.chat_template, encoding="utf-8")
     files = dict(_files(weights, parent.folder))
-    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        raise ArtifactError(
-            f"base from {weights}",
-            f"it holds {', '.join(sorted(files)) or 'nothing'}",
-            "a base has config.json and safetensors",
-            "point at what save_pretrained wrote",
-        )
+    _require_model(weights, files)
     digest = source.content_digest(files)
     version = digest[:12]
     manifest = BaseManifest.model_validate(
@@ -113,6 +107,16 @@ def publish(
     require_current()
     store.create_bytes(json_bytes(manifest.model_dump(mode="json")), *_key(name, version), MANIFEST_FILE)
     return manifest
+
+
+def _require_model(weights: Path, files: Mapping[str, Path]) -> None:
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise ArtifactError(
+            f"base from {weights}",
+            f"it holds {', '.join(sorted(files)) or 'nothing'}",
+            "a base has config.json and safetensors",
+            "point at what save_pretrained wrote",
+        )
 
 
 def find(store: Store, name: str, version: str) -> BaseManifest | None:

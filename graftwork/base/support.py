@@ -15,6 +15,7 @@ from graftwork.config import Spec
 from graftwork.errors import BaseModelError
 from graftwork.planning.hardware import GIB
 from graftwork.prequantized.detect import find_format, unkept_reason
+from graftwork.prequantized.format import PackedFormat
 from graftwork.quantization import METHODS, PRECISIONS, QuantKind, QuantSpec
 
 Stage = Literal["plan", "train LoRA", "train full", "packing", "serve", "serve adapters"] | QuantKind
@@ -131,11 +132,6 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
             "--set quant.kind=nf4",
         )
     packed_form = find_format(config)
-    kept = Support(unkept_reason(packed_form), "--set quant.kind=nf4")
-    if not kept.reason and "text_config" in config:
-        kept = Support("it has towers, and layers have other names in its files", UNPACKED)
-    if not kept.reason and facts.shape.expert_params:
-        kept = Support("its experts are 3-D parameters: kept are linear layers alone", "--set quant.kind=nf4")
     lora = {which: _lora_support(facts, which) for which in facts.shape.adapted}
     full, packed, pack = _training_support(facts)
     train = full
@@ -148,7 +144,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
             **{kind: quantised if method.bits == 8 else Support() for kind, method in METHODS.items()},
-            "checkpoint": kept,
+            "checkpoint": _kept_support(facts, packed_form, towers="text_config" in config),
             "train LoRA": train,
             "train full": full,
             "packing": pack,
@@ -187,6 +183,7 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
         )
         support.require(unsharded, f"quant.kind={spec.quant.kind} with strategy.kind={spec.strategy.kind}")
     _check_context_parallel(spec, config)
+    _check_base_adapter(spec, config, support)
     names = getattr(spec.adapter, "target_modules", None)
     if names not in (None, "all-linear"):
         facts = facts_of(config)
@@ -194,6 +191,21 @@ def check_training(spec: TrainingRun, config: Mapping[str, Any]) -> BaseSupport:
     if getattr(spec.objective, "packing", "none") != "none":
         support.require("packing", "objective.packing=best_fit")
     return support
+
+
+def _check_base_adapter(spec: TrainingRun, config: Mapping[str, Any], support: BaseSupport) -> None:
+    """Raise BaseModelError where the sum with `base_adapter` is none that PEFT can write."""
+    below = getattr(spec, "base_adapter", None)
+    if below is None or not support.packed_experts:
+        return
+    from graftwork.base.meta_model import build
+
+    adapter: Any = spec.adapter
+    if names := adapter.peft_config(build(config)).target_parameters:
+        module = sorted(names)[0].removesuffix(".weight")
+        reason = f"PEFT reads a LoRA on {module} as one of a parameter, and only LoRAs on linear layers are added up"
+        asked = f"base_adapter={below} with adapter.targets={getattr(adapter, 'targets', None)}"
+        support.require(Support(reason, "--set adapter.targets=attention, or leave base_adapter out"), asked)
 
 
 def _check_context_parallel(spec: TrainingRun, config: Mapping[str, Any]) -> None:
@@ -291,6 +303,22 @@ def mixed_share(*, alone: Any, one: Any, two: Any) -> float:
     """
     share: float = ((two - alone).abs().mean() / (one - alone).abs().mean().clamp(min=1e-9)).item()
     return share
+
+
+def _kept_support(facts: BaseFacts, packed: PackedFormat | None, *, towers: bool) -> Support:
+    """Return whether the weights of a quantised checkpoint stay as they are."""
+    exact = f"quant.kind=none (the exact values, {2 * facts.shape.params / GIB:.3g} GiB in 16 bits)"
+    hint = f"--set quant.kind=nf4 (4 bits, rounded again), or {exact}"
+    if experts := facts.shape.expert_params:
+        whole = experts + facts.shape.linear_params
+        form = f"packed as {packed.label}, " if packed else ""
+        reason = (
+            f"its experts, {experts / whole:.0%} of its weights, are {form}3-D parameters: kept are linear layers alone"
+        )
+        return Support(reason if packed else unkept_reason(packed), hint)
+    if reason := unkept_reason(packed):
+        return Support(reason, hint)
+    return Support("it has towers, and layers have other names in its files", hint) if towers else Support()
 
 
 def _lora_support(facts: BaseFacts, which: Targets) -> Support:

@@ -93,6 +93,18 @@ def keep_targets() -> Iterator[None]:
         conversion.convert_peft_config_for_transformers = own
 
 
+def keep_frozen_weights(model: Any) -> None:
+    """Make DDP leave a model's frozen weights as they are: every worker has read the same ones.
+
+    DDP sends all parameters of the first worker to the others when it begins. Weights that are mapped from files, which
+    the workers of a machine share, then become a copy in each process, of one worker alone too. Upstream: torch reads
+    `_ddp_params_and_buffers_to_ignore` of the module (issue 43690 is to make it public).
+    """
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, parameter in model.named_parameters() if not parameter.requires_grad
+    ]
+
+
 def step_figures(trainer: Any) -> dict[str, list[float]]:
     """Return the figures of the present step of a TRL trainer, each with one value per pass; to be changed in place.
 

@@ -202,7 +202,10 @@ def check_turns(messages: Sequence[Message], where: str, field: str) -> None:
         raise DataError(f"{where}: {subject}", problem, error.rule, _TEXT_CALLS if as_text else error.hint) from None
 
 
-_TEXT_CALLS = "calls written as text (<tool_call>, [f()]) are not read: write tool_calls, or ShareGPT's function_call"
+_TEXT_CALLS = (
+    "write the call into tool_calls of the turn before, or as ShareGPT's function_call; calls written as text "
+    "(<tool_call>, [f()]) are not read"
+)
 
 
 def turn_content(message: Message) -> list[Any]:

@@ -5,10 +5,18 @@ bits on; `qzeros` [G, O / 8] likewise; `scales` [G, O]. Reference: AutoAWQ 0.2.9
 (q - zero) * scale in fp16.
 """
 
-from math import ceil
 from typing import TYPE_CHECKING
 
-from graftwork.prequantized.format import PackedFormat, Parts, Settings, names, unpack_columns, unsupported
+from graftwork.prequantized.format import (
+    PackedFormat,
+    Parts,
+    Settings,
+    grain,
+    group_count,
+    names,
+    unpack_columns,
+    unsupported,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +38,11 @@ def read(settings: Settings) -> PackedFormat:
     columns = int(settings.get("group_size", settings.get("q_group_size", 128)))
 
     def packed_bytes(inputs: int, outputs: int) -> int:
-        groups = ceil(inputs / columns) if columns > 0 else 1
+        groups = group_count(inputs, columns)
         return inputs * outputs // 2 + groups * outputs * SCALE_BYTES + groups * outputs // 2
 
     return PackedFormat(
-        label=f"AWQ int4 (groups of {columns})" if columns > 0 else "AWQ int4 (a scale per output)",
+        label=f"AWQ int4 ({grain(columns)})",
         parts=("qweight", "qzeros", "scales"),
         marks=("qweight",),
         dequantise=dequantise,

@@ -7,6 +7,7 @@ input columns of a linear, G groups of inputs that share a scale.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import BaseModelError
@@ -103,6 +104,16 @@ def names(settings: Settings, *keys: str) -> tuple[str, ...]:
         if found := settings.get(key):
             return tuple(str(name) for name in found)
     return ()
+
+
+def group_count(inputs: int, columns: int) -> int:
+    """Return the scales of an output with these inputs; a group has `columns` of them, or all for 0 and less."""
+    return ceil(inputs / columns) if columns > 0 else 1
+
+
+def grain(columns: int) -> str:
+    """Return the words of a label for groups of so many inputs; 0 and less: one of all."""
+    return f"groups of {columns}" if columns > 0 else "a scale per output"
 
 
 def unpack_columns(packed: "torch.Tensor", bits: int) -> "torch.Tensor":

@@ -6,10 +6,18 @@
 0.7.1 (`qlinear_cuda`), which computes scale * (q - zero) in the dtype of the scale.
 """
 
-from math import ceil
 from typing import TYPE_CHECKING
 
-from graftwork.prequantized.format import PackedFormat, Parts, Settings, names, unpack_columns, unsupported
+from graftwork.prequantized.format import (
+    PackedFormat,
+    Parts,
+    Settings,
+    grain,
+    group_count,
+    names,
+    unpack_columns,
+    unsupported,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +42,7 @@ def read(settings: Settings) -> PackedFormat:
     columns, added, bits = int(settings.get("group_size", 128)), LAYOUTS[layout], int(bits)
 
     def packed_bytes(inputs: int, outputs: int) -> int:
-        groups = ceil(inputs / columns) if columns > 0 else 1
+        groups = group_count(inputs, columns)
         words = inputs * outputs * bits // 8 + groups * outputs * bits // 8
         return words + groups * outputs * SCALE_BYTES + (inputs * INDEX_BYTES if settings.get("desc_act") else 0)
 
@@ -42,10 +50,9 @@ def read(settings: Settings) -> PackedFormat:
         return _values(parts, bits, added).to(dtype)
 
     order = ", inputs reordered" if settings.get("desc_act") else ""
-    grain = f"groups of {columns}" if columns > 0 else "a scale per output"
     skipped = (f"re:{name[2:]}" for name in settings.get("dynamic") or {})
     return PackedFormat(
-        label=f"GPTQ int{bits} ({grain}{order})",
+        label=f"GPTQ int{bits} ({grain(columns)}{order})",
         parts=("qweight", "qzeros", "scales", "g_idx"),
         marks=("qweight",),
         dequantise=dequantise,

@@ -403,7 +403,7 @@ def template_source(folder: Path) -> str:
             f"chat template of {folder}",
             "there is none",
             "the base's own template turns a conversation into text",
-            "take the instruct version of the base, or name a Jinja file in base.chat_template",
+            "take the instruct version of the base, or set base.chat_template to a chat_template.jinja of your own",
         )
     return found
 

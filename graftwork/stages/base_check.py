@@ -112,10 +112,10 @@ class _Check:
             self.base = resolve(BaseSpec(uri=str(write_scaled_base(self.config, self.folder / "base"))))
             _require_pass(self.base)
         except Exception as error:  # code of any architecture
-            work = _untested(f"no scaled-down base could be made and run ({_first_line(error)})")
+            untested = _untested(f"no scaled-down base could be made and run ({_first_line(error)})")
             for stage in self.support.names:
                 if stage not in self.found:
-                    self._try(stage, work)
+                    self._try(stage, untested)
             return
         hint = "" if self.targets in (None, "all-linear") else f"adapter.targets={self.targets}"
         self._try("train LoRA", self._train_lora, hint)

@@ -7,6 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from graftwork.adapters.kind import AdapterKind
+from graftwork.adapters.lora import LoraSpec
+from graftwork.adapters.spec import AdapterSpec
 from graftwork.artifacts.registry import UnknownAdapter, resolve
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
@@ -33,9 +38,13 @@ from graftwork.training.planning.plan import plan_training
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.spec import TuneSpec
 
-SERVED_RANK = 16
+UNKNOWN_ADAPTER = LoraSpec(rank=16)
+"""An adapter that is not published yet, or was trained elsewhere: on all linear layers."""
 PLANNED_STEPS = 100
 """Steps of a plan from a config alone, where the spec does not name the number of rows."""
+BESIDE_SPEC = ("objective", "stacked_on", "merge")
+"""Keys of a manifest's `method` that are no part of the adapter's spec."""
+ADAPTER_SPEC: TypeAdapter[AdapterSpec] = TypeAdapter(AdapterSpec)
 NO_PROMPTS: Mapping[str, PromptSpec] = {}
 
 
@@ -187,7 +196,7 @@ def _plan_endpoint(spec: ServeSpec, machine: Machine) -> StagePlan:
         replicas=spec.most_replicas,
         embedder=_embedding(spec.embedder) if spec.embedder else None,
         query_embedders=_query_embedders(spec.arms),
-        adapters=[SERVED_RANK] * len(spec.adapters),
+        adapters=_adapter_values(spec, spec.adapters),
         dequantised=_is_dequantised(spec.quant, machine),
     )
 
@@ -203,7 +212,7 @@ def _plan_comparison(spec: CompareSpec, machine: Machine, prompts: Mapping[str, 
         machine.at(spec.quant),
         num_cpus=spec.num_cpus,
         query_embedders=_query_embedders(spec.arms),
-        adapters=[SERVED_RANK] * len({arm.adapter for arm in spec.arms if arm.adapter}),
+        adapters=_adapter_values(spec, _adapters_of(spec.arms)),
         dequantised=_is_dequantised(spec.quant, machine),
         answers=None if base_model.config_file(spec.base) else compare_answers(spec, prompts),
     )
@@ -213,7 +222,7 @@ def _plan_precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str,
     """One process after the other."""
     from graftwork.serving.request_sizes import quantize_answers
 
-    adapters = {arm.adapter for arm in spec.arms if arm.adapter}
+    adapters = _adapter_values(spec, _adapters_of(spec.arms))
     answers = quantize_answers(spec, prompts)
     return [
         plan_serving(
@@ -223,7 +232,7 @@ def _plan_precisions(spec: QuantizeSpec, machine: Machine, prompts: Mapping[str,
             spec.engine,
             machine.at(quant),
             num_cpus=spec.num_cpus,
-            adapters=[SERVED_RANK] * len(adapters),
+            adapters=adapters,
             dequantised=_is_dequantised(quant, machine),
             answers=answers,
         )
@@ -279,6 +288,24 @@ def _with_gpu_here(spec: ServeSpec | CompareSpec | QuantizeSpec, machine: Machin
 
 def _shape(base: BaseSpec) -> ModelShape:
     return ModelShape.from_config(base_model.read_config(base))
+
+
+def _adapters_of(arms: Sequence[ArmSpec]) -> list[str]:
+    return list(dict.fromkeys(arm.adapter for arm in arms if arm.adapter))
+
+
+def _adapter_values(spec: ServeSpec | CompareSpec | QuantizeSpec, refs: Sequence[str]) -> list[int]:
+    """Values of each adapter: of its targets and experts as its manifest names them."""
+    shape = _shape(spec.base)
+    return [_published_spec(Store(spec.root), ref).trained_params(shape) for ref in refs]
+
+
+def _published_spec(store: Store, ref: str) -> AdapterKind:
+    try:
+        method = {key: value for key, value in resolve(store, ref).method.items() if key not in BESIDE_SPEC}
+        return ADAPTER_SPEC.validate_python(method)
+    except (UnknownAdapter, ValidationError):
+        return UNKNOWN_ADAPTER
 
 
 def _embedding(spec: EmbedderSpec) -> MemoryPlan:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from graftwork.adapters.experts import adaptable_linears
 from graftwork.adapters.kind import AdapterKind
 from graftwork.base.packed_experts import as_parameters
-from graftwork.compat.hf import keep_targets
+from graftwork.compat.hf import keep_frozen_weights, keep_targets
 from graftwork.errors import ConfigError
 from graftwork.training.adapters.merge import MergeSource, MergeSpec, merge
 from graftwork.training.objectives.reward_head import ScoreHead
@@ -48,6 +48,7 @@ def attach(model: Any, adapter: AdapterKind, trained_tokens: Sequence[int] = (),
     for parameter in attached.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    keep_frozen_weights(attached)
     return attached
 
 

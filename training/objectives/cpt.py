@@ -6,6 +6,7 @@ import glob
 import hashlib
 import itertools
 import math
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,11 +166,22 @@ def fingerprint(documents: Sequence[Document]) -> str:
 
 
 def _holds_records(uri: str, path: Path) -> bool:
-    """A document a row: by the name's ending, in a folder by that of all its files."""
+    """A document a row: by the name's ending, in a folder by that of all its files.
+
+    Raises DataError for rows next to text. JSON and CSV may be text: of a folder of code.
+    """
     if uri.startswith("hf://"):
         return True
-    files = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
-    return bool(files) and all(name.lower().endswith(tuple(READERS)) for name in files)
+    files = sorted(one.name for one in path.iterdir() if one.name[0] != ".") if path.is_dir() else [path.name]
+    others = [name for name in files if not name.lower().endswith(tuple(READERS))]
+    if others and (rows := next((name for name in files if _ROWS.search(name.lower())), None)):
+        found, rule = f"found {rows} next to {others[0]}", "a folder holds rows, or text files"
+        raise DataError(uri, found, rule, f"name {path / rows}, or text files by a glob such as {path}/**/*.txt")
+    return bool(files) and not others
+
+
+_ROWS = re.compile(r"\.(jsonl(\.gz|\.zst)?|parquet)$")
+"""Names of files that are never text."""
 
 
 def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document], int]:

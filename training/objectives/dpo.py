@@ -62,7 +62,7 @@ class DpoSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        return Traits(sequences=2, head="fused", conversations=False)
+        return Traits(sequences=2, head="fused", conversations=False, scored_before=1)
 
     def check(self, run: TrainSpec) -> None:
         check_pairs(run, self.kind)

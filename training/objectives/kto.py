@@ -60,7 +60,9 @@ class KtoSpec(Spec):
 
     @property
     def traits(self) -> Traits:
-        return Traits(head="fused", conversations=False)
+        mismatched = int(self.loss_type == "kto")  # answers of other rows, for the KL
+        before = 1 + mismatched
+        return Traits(head="fused", conversations=False, scored_per_step=mismatched, scored_before=before)
 
     def check(self, run: TrainSpec) -> None:
         check_pairs(run, self.kind)

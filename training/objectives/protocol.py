@@ -52,6 +52,10 @@ class Traits:
     """Answers are sampled from the trained model during training, with a KV cache."""
     steps_per_batch: int = 1
     """Optimizer steps that learn from the same rows."""
+    scored_per_step: int = 0
+    """Forward passes without gradients over as many rows as a step has, in each step."""
+    scored_before: int = 0
+    """Forward passes without gradients over all rows, once before the first step: likelihoods of a reference."""
     second_model: SecondModel | None = None
     conversations: bool = True
     """A row is a conversation; the finished model's answers to held-out rows can be generated and scored."""

@@ -22,6 +22,7 @@ from graftwork.planning.memory import (
     verdict_of,
 )
 from graftwork.quantization import SMALLEST
+from graftwork.training.optimizers import CPU_STEP_S, STEP_BYTES, muon_flops
 from graftwork.training.planning.memory import kind_of, micro_batch, predict_training
 from graftwork.training.spec import TrainSpec
 
@@ -64,10 +65,8 @@ GPU_MEMORY = 0.75
 """Of a GPU's memory bandwidth, in element-wise work and unpacking."""
 LAUNCH_BLOCK_S = 4.5e-3
 """A block's forward and backward pass takes no less: Python starts its kernels one by one (1.5 ms forward)."""
-ADAM_BYTES = 28
-"""Read and written of one trained value in a step: weight, gradient and two moments in fp32."""
-CPU_ADAM_BYTES = ADAM_BYTES + 12
-"""On a CPU, with the norm of the gradients and their clipping, which pass over them once and twice."""
+CLIP_BYTES = 12
+"""Read and written of one trained value on a CPU, in the norm of the gradients and their clipping."""
 DECODE_BLOCK_S, GPU_DECODE_BLOCK_S = 4e-3, 5e-4
 """One block of one step of transformers' generate without its products, with an adapter: Python, the cache."""
 DECODE_EFFICIENCY = 0.26
@@ -80,15 +79,16 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     """One optimizer step of one worker while `processes` such processes run."""
     per_worker, full = spec.optim.rows_per_step / spec.num_workers, spec.adapter.trains_base
     model = model.on_gpu() if machine.gpu is not None else model
-    again = 1 if spec.optim.gradient_checkpointing else 0
+    scored = spec.objective.traits.scored_per_step
+    again = _more_passes(spec)
     passes = spec.optim.rows_per_step // spec.replicas / micro_batch(spec)
     trained = spec.adapter.trained_params(model)
     tokens = per_worker * rows.mean * (PADDING if rows.padded else 1.0)
     # attention: 4 forward; backward 10, as it computes the scores again
     attention = model.layers * (14 + 4 * again) * (rows.mean + spec.adapter.virtual_tokens) * model.q_size
     weights = (6 if full else 4) + 2 * again
-    added = 0 if full else 6 * spec.adapter.token_params(model)
-    head = (6 if full else 4) * model.head_params
+    added = 0 if full else (6 + 2 * scored) * spec.adapter.token_params(model)
+    head = ((6 if full else 4) + 2 * scored) * model.head_params
     flops = tokens * (weights * model.active_linear_params + added + attention) + per_worker * rows.mean_trained * head
     flops += passes * (1 + again) * spec.adapter.weight_flops(model)
     if machine.gpu is not None:
@@ -103,18 +103,26 @@ def step_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
         unpacked, rate = model.packed_params, KEPT_UNPACK_PER_S
     unpack_s = (2 + again) * passes * unpacked / rate
     dropout_s = tokens * spec.adapter.dropped_inputs(model) / DROPPED_PER_S
-    calls_s = passes * model.layers * PASS_BLOCK_S
+    calls_s = passes * model.layers * PASS_BLOCK_S * (1 + scored / 3)
     shared = 1 if spec.strategy.kind == "ddp" else spec.num_workers
-    adam_s = trained * CPU_ADAM_BYTES / shared / (machine.speed.gbytes_per_s * 1e9)
-    scores_s = _score_bytes(spec, model, rows, machine) / (machine.speed.gbytes_per_s * 1e9)
-    one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + adam_s + scores_s
+    memory = machine.speed.gbytes_per_s * 1e9
+    value_s = CPU_STEP_S.get(spec.optim.kind, STEP_BYTES[spec.optim.kind] / memory) + CLIP_BYTES / memory
+    bf16 = machine.speed.bf16_gflops or machine.speed.gflops
+    optimizer_s = trained * value_s / shared + muon_flops(spec, model) / (bf16 * 1e9)
+    scores_s = _score_bytes(spec, model, rows, machine) / memory
+    one_core_s = machine.core_s(flops, TRAIN_EFFICIENCY) + unpack_s + dropout_s + calls_s + optimizer_s + scores_s
     return one_core_s / machine.pace(processes, spec.cpus_per_worker)
+
+
+def _more_passes(spec: TrainSpec) -> int:
+    """Forward passes of a step next to the one that trains: computed again, and scored without gradients."""
+    return int(bool(spec.optim.gradient_checkpointing)) + spec.objective.traits.scored_per_step
 
 
 def _score_bytes(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> float:
     """Bytes of matrices of scores that one worker reads and writes in a step; 0 where attention keeps none."""
     forward, backward = SCORE_READS
-    times = forward * (1 + bool(spec.optim.gradient_checkpointing)) + backward
+    times = forward * (1 + _more_passes(spec)) + backward
     scores = model.layers * model.heads * rows.mean * (rows.mean + spec.adapter.virtual_tokens)
     return spec.optim.rows_per_step / spec.num_workers * scores * times * machine.value_bytes * model.keeps_scores
 
@@ -126,12 +134,13 @@ def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: fl
     efficiency = GPU_FULL if spec.adapter.trains_base else GPU_LORA
     rate = (gpu.tflops if machine.value_bytes == BF16 else gpu.fp32_tflops) * 1e12 * efficiency
     bandwidth = gpu.gbytes_per_s * 1e9 * GPU_MEMORY
-    again = 1 if spec.optim.gradient_checkpointing else 0
+    again = _more_passes(spec)
     launch_s = passes * model.layers * LAUNCH_BLOCK_S * (1 + again / 3)
     unpacked = passes * (2 + again) * unpacked_params(model, spec.quant) * (0.5 + machine.value_bytes)
     trained = spec.adapter.trained_params(model)
     unpack_s = unpacked / bandwidth if spec.quant.is_packed else 0.0
-    step_s = trained * ADAM_BYTES / bandwidth / (workers if kind != "ddp" else 1)
+    step_s = trained * STEP_BYTES[spec.optim.kind] / bandwidth / (workers if kind != "ddp" else 1)
+    step_s += muon_flops(spec, model) / rate
     # Gradients are summed over the workers once a step, in fp32 by DDP, by DeepSpeed in the 16 bits that it trains in;
     # the sum is sent back to all. Where each worker has a share of the weights, gradients are sent once to the worker
     # that has them, and weights are fetched in each pass, twice.
@@ -292,7 +301,12 @@ def plan_training(
     spec, workers = settled.spec, settled.spec.num_workers
     steps = max(1, math.ceil(spec.optim.epochs * rows.count / spec.optim.rows_per_step - 1e-9))
     evals = math.ceil(steps / spec.eval_every)
-    eval_s = evaluation_seconds(spec, model, held_out, machine, workers) if held_out else 0.0
+    traits = spec.objective.traits
+    before_s = traits.scored_before * evaluation_seconds(spec, model, rows, machine, workers)
+    eval_s = 0.0
+    if held_out:
+        once_s = evaluation_seconds(spec, model, held_out, machine, workers)
+        eval_s, before_s = (1 + traits.scored_per_step) * once_s, before_s + traits.scored_before * once_s
     start_s = START_S / machine.pace(workers, 1) + (RAY_TRAIN_START_S if on_cluster or workers > 1 else 0.0)
     memory = worker_memory(spec, model, rows, machine)
     peak = memory.peak_bytes
@@ -312,7 +326,7 @@ def plan_training(
         processes=workers,
         peak_bytes_per_process=peak,
         total_bytes=peak * workers,
-        seconds=start_s + steps * step_s + evals * eval_s + outcomes_s,
+        seconds=start_s + before_s + steps * step_s + evals * eval_s + outcomes_s,
         verdict=verdict_of(
             charge_bytes(peak, workers, machine), machine, suggest_training_changes(spec, model, rows, machine)
         ),

@@ -158,7 +158,8 @@ def test_eight_bits_and_shards_of_packed_experts_are_refused() -> None:
     config = config_of("mixtral")
     given = {"name": "t", "base": "b", "data": {"train": "r.jsonl"}, "num_workers": 2}
     with pytest.raises(
-        BaseModelError, match=r"quant.kind=int8(.|\n)*8 bits are for linear layers(.|\n)*quant.kind=nf4"
+        BaseModelError,
+        match=r"quant.kind=int8(.|\n)*% of its weights (.|\n)*8 bits are for linear(.|\n)*quant.kind=nf4",
     ):
         check_training(TrainSpec.model_validate({**given, "quant": "int8"}), config)
     sharded = {**given, "quant": "nf4", "strategy": {"kind": "fsdp2"}}
@@ -168,3 +169,14 @@ def test_eight_bits_and_shards_of_packed_experts_are_refused() -> None:
     with pytest.raises(BaseModelError, match=r"strategy.kind=zero3(.|\n)*whole weights(.|\n)*strategy.kind=zero2"):
         check_training(TrainSpec.model_validate(adapted), config)
     assert check_training(TrainSpec.model_validate({**given, "quant": "nf4"}), config).packed_experts
+
+
+def test_a_lora_on_shared_experts_is_not_added_to_another_before_compute_is_spent() -> None:
+    given = {"name": "t", "base": "b", "data": {"train": "r.jsonl"}, "base_adapter": "first@latest", "quant": "none"}
+    spec = TrainSpec.model_validate(given)
+    with pytest.raises(
+        BaseModelError, match=r"base_adapter=first@latest(.|\n)*mlp.down_proj as one of a param(.|\n)*targets=attention"
+    ):
+        check_training(spec, config_of("deepseek_v3"))
+    check_training(spec.with_({"adapter.targets": "attention"}), config_of("deepseek_v3"))
+    check_training(spec, config_of("mixtral"))

@@ -268,6 +268,23 @@ def test_accelerate_shards_on_a_cpu_with_the_hook_alone(hooked: bool) -> None:
     assert (kind == "FSDP") == hooked
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_ddp_writes_to_frozen_weights_without_the_hook_alone(hooked: bool, tmp_path: Path) -> None:
+    """A tensor's version counts the writes to it."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    if hooked:
+        hf.keep_frozen_weights(model)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        before = [layer.weight._version for layer in model]
+        torch.nn.parallel.DistributedDataParallel(model)
+        written = [layer.weight._version > version for layer, version in zip(model, before, strict=True)]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert written == [not hooked, True]
+
+
 def test_int8_layers_do_not_log_their_casts(caplog: pytest.LogCaptureFixture) -> None:
     """The logger exists and is the one that warns: with its usual level it does."""
     import logging

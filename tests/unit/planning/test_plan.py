@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from graftwork.artifacts.publish import publish
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.environment import Speed, collect
@@ -26,8 +27,9 @@ from graftwork.planning.hardware import (
 from graftwork.planning.memory import RowSizes, weight_bytes
 from graftwork.quantization import QuantSpec
 from graftwork.serving.planning import plan_serving
-from graftwork.serving.spec import EngineSpec
+from graftwork.serving.spec import EngineSpec, ServeSpec
 from graftwork.stages.plans import plan_spec
+from graftwork.storage.store import Store
 from graftwork.training.autotune import learn_peak, sizes_of
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.planning.memory import kind_of, predict_training
@@ -36,6 +38,8 @@ from graftwork.training.report import TrainReport, memory_notes, plan_of_run, wr
 from graftwork.training.run import ResolvedRun
 from graftwork.training.spec import TrainSpec
 from graftwork.training.worker_messages import LoopResult, TrainJob
+from tests.adapters import facts, write_adapter
+from tests.families import config_of
 from tests.shapes import LLAMA_8B, SMOLLM2
 from tests.training import task
 
@@ -194,6 +198,68 @@ def test_a_spec_is_planned_for_gpus_from_a_laptop(tmp_path: Path) -> None:
     assert (plan.processes, plan.fits) == (2, True)
     assert plan.step_s is not None
     assert plan.step_s > 0
+
+
+def test_passes_that_score_rows_take_time() -> None:
+    """KTO: a forward pass over mismatched answers each step, 2 of 6 parts, and two before; DPO: one before."""
+    keys = {"optim": {"rows_per_step": 16, "micro_batch": 4, "lr": 1e-5, "gradient_checkpointing": False}}
+    plans = {
+        kind: plan_training(
+            spec(objective={"kind": kind}, gpus_per_worker=1, quant={"kind": "none"}, **keys),
+            LLAMA_8B,
+            ROWS,
+            None,
+            on("h100"),
+        )
+        for kind in ("orpo", "dpo", "kto")
+    }
+    once = plans["dpo"].seconds - plans["orpo"].seconds
+    assert once == pytest.approx(64 * 2048 * 2 * LLAMA_8B.params / (989e12 * 0.34), rel=0.1)
+    steps = {kind: plan.step_s or 0.0 for kind, plan in plans.items()}
+    assert steps["dpo"] == steps["orpo"]
+    assert steps["kto"] / steps["orpo"] == pytest.approx(1.5, rel=0.06)
+    assert plans["kto"].seconds - plans["orpo"].seconds == pytest.approx(
+        2 * once + 4 * (steps["kto"] - steps["orpo"]), rel=0.01
+    )
+
+
+def test_an_optimizer_takes_its_own_time() -> None:
+    """All weights, one short row: 28 and 16 bytes a weight; Muon's products are those of 5 iterations of a matrix."""
+    row, times = RowSizes.at_most(16), {}
+    for kind in ("adamw", "adamw_8bit", "muon"):
+        keys = {"optim": {"kind": kind, "lr": 1e-5, "rows_per_step": 1, "gradient_checkpointing": False}}
+        times[kind] = step_seconds(spec(gpus_per_worker=1, **FULL, **keys), LLAMA_8B, row, on("h200"), 1)
+    bandwidth = GPUS["h200"].gbytes_per_s * 1e9 * 0.75
+    assert times["adamw"] - times["adamw_8bit"] == pytest.approx(12 * LLAMA_8B.params / bandwidth, rel=0.01)
+    sides = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(4096, 14336)] * 3
+    products = 32 * sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides) / (989e12 * 0.5)
+    assert times["muon"] - times["adamw"] == pytest.approx(products + 12 * LLAMA_8B.params / bandwidth, rel=0.01)
+
+
+def test_a_server_counts_what_its_adapters_adapt(tmp_path: Path) -> None:
+    """Attention's queries alone, and all experts: bytes of A and B; one that is not published is taken as usual."""
+    config = config_of("qwen3_moe")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shape, root = ModelShape.from_config(config), tmp_path / "root"
+    methods: dict[str, dict[str, Any]] = {
+        "queries": {"target_modules": ["q_proj"]},
+        "experts": {"experts": True, "targets": "attention"},
+    }
+    for name, keys in methods.items():
+        method = {"kind": "lora", "rank": 8, "objective": "sft", **keys}
+        publish(Store(str(root)), name, write_adapter(tmp_path / name), **facts(method=method), alias="prod")
+
+    def adapters(*names: str) -> float:
+        spec = {"base": str(tmp_path / "config.json"), "root": str(root), "quant": {"kind": "none"}}
+        [plan] = plan_spec(ServeSpec.model_validate({**spec, "adapters": [f"{one}@prod" for one in names]}), tmp_path)
+        return dict(plan.parts)["adapters"]
+
+    queries = sum(8 * (x.inputs + x.outputs) * x.count for x in shape.linears if x.name.endswith(".q_proj"))
+    inner = sum(8 * (x.inputs + x.outputs) * x.count for x in shape.experts)
+    value = adapters("queries") / queries
+    assert value in (2 * 2, 2 * 4), "in host memory and in a slot, in 16 bits or fp32"
+    assert adapters("experts") == value * (shape.adapter_params(8, "attention") + inner)
+    assert adapters("queries", "other") == value * (queries + shape.adapter_params(16))
 
 
 def test_serving_is_planned_for_gpus() -> None:

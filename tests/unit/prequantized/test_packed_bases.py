@@ -240,7 +240,9 @@ def test_experts_in_fp8_load_as_in_transformers(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="is no linear layer of the model"):
         load(folder, "checkpoint")
     support = base_support(resolve(folder).config)
-    assert support.stages["checkpoint"].reason.startswith("its experts are 3-D parameters")
+    assert support.stages["checkpoint"].reason.startswith("its experts, ")
+    assert "packed as FP8 (blocks of 16x32), 3-D parameters" in support.stages["checkpoint"].reason
+    assert "quant.kind=none (the exact values" in support.stages["checkpoint"].hint
 
 
 def test_a_plan_counts_the_bytes_of_the_checkpoint(plain: Path, tmp_path: Path) -> None:

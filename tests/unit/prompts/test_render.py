@@ -294,10 +294,12 @@ def test_a_broken_template_or_tokenizer_is_said(tmp_path: Path, name: str, text:
         Template.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
-def test_a_missing_template_or_tokenizer_is_said(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"), [("tokenizer.json", "tokenizer.json"), ("chat_template.jinja", "base.chat_template")]
+)
+def test_a_missing_template_or_tokenizer_is_said(tmp_path: Path, name: str, said: str) -> None:
     (write_tiny_tokenizer(tmp_path) / name).unlink()
-    with pytest.raises(BaseModelError, match=name):
+    with pytest.raises(BaseModelError, match=said):
         Template.load(tmp_path)
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Ll
 from graftwork.base import load as base_model
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.loop import run_steps
+from graftwork.training.objectives.cpt import read_documents
 from graftwork.training.objectives.rows import PackedRows, TokenRows, best_fit, pack_rows, prepare
 from graftwork.training.objectives.trainer import require_apart, trained_logits
 from graftwork.training.spec import TrainSpec
@@ -138,6 +139,17 @@ def test_no_token_of_a_document_is_lost_and_each_is_learned_once(folder: Path) -
         tokens = sum(map(len, wanted))
         assert data.notes[0] == f"24 documents, {tokens} tokens, each ended by <|endoftext|>"
         assert "none is lost" in data.notes[1]
+
+
+def test_rows_next_to_text_are_not_read_as_text(tmp_path: Path) -> None:
+    """A copy of a hub repository: JSON's own characters would be learned."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0")
+    assert [one.text for one in read_documents(str(tmp_path))[0]] == ["one", "two"]
+    (tmp_path / "README.md").write_text("About")
+    with pytest.raises(DataError, match=r"rows\.jsonl next to README\.md") as error:
+        read_documents(str(tmp_path))
+    assert str(tmp_path / "rows.jsonl") in error.value.hint
 
 
 def test_perplexity_is_told_before_and_after(folder: Path) -> None:
