@@ -236,12 +236,11 @@ def taught_trainer() -> type[Any]:
             chance = np.random.default_rng([self.run_seed, self.state.global_step])
             samples = bool(chance.random() < self.objective.on_policy)
             divergence_N, entropy_N, output = divergences(self, model, sampled(self, inputs) if samples else inputs)
-            figures, passes = step_figures(self), self.current_gradient_accumulation_steps
-            router = router_loss(self, output, passes)
+            figures, router = step_figures(self), router_loss(self, output)
             figures["entropy"].append(self.accelerator.reduce(entropy_N.mean(), reduction="mean").item())
             figures["on_policy"].append(float(samples))
             if samples or num_items_in_batch is None:
-                return divergence_N.mean() / passes + router
+                return divergence_N.mean() / self.current_gradient_accumulation_steps + router
             return divergence_N.sum() / num_items_in_batch * self.accelerator.num_processes + router
 
     return TaughtTrainer
