@@ -397,8 +397,8 @@ if __name__ == "__main__":
 
 def test_a_trial_elsewhere_whose_memory_no_formula_predicts_is_a_job_without_it(tmp_path: Path) -> None:
     spec = task(tmp_path).with_({"gpus_per_worker": 0})
-    write_family(tmp_path / "gemma2", "gemma2")
-    spec = spec.with_({"base.uri": str(tmp_path / "gemma2")})
+    write_family(tmp_path / "gpt2", "gpt2")
+    spec = spec.with_({"base.uri": str(tmp_path / "gpt2")})
     job = TrainJob(spec, prepare(spec), max_steps=2, eval_every=1)
     paths = RunPaths(Store(str(tmp_path / "root")), "sweep", "0" * 64)
     assert trial_job(Elsewhere("local", {}), job, "a", paths).demand == Demand(
