@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
 
-.PHONY: demo test coverage long test-k8s k8s-parts check format soak bench install clean
+.PHONY: demo test coverage rest long test-k8s k8s-parts check format soak bench install clean
 
 demo: install
 	$(BIN)/graftwork demo examples/$(if $(QUICK),demo-quick,demo).yaml
@@ -16,10 +16,13 @@ FAST = -m "not soak and not long and not k8s" $(PARALLEL)
 test: install
 	$(BIN)/pytest $(FAST)
 
-# Only tests/unit is measured: most of the other tests work in processes of Ray. Below Python 3.12 the tracer doubles the
-# CPU time of a test, so that CI runs `make test`.
+# `make coverage rest` runs each test of `make test` once. Only tests/unit is measured: most of the other tests work in
+# processes of Ray. Below Python 3.12 the tracer doubles the CPU time of a test.
 coverage: install
 	$(BIN)/pytest tests/unit $(FAST) --cov --cov-report=term:skip-covered
+
+rest: install
+	$(BIN)/pytest $(filter-out tests/unit/,$(wildcard tests/*/)) $(FAST)
 
 long: install
 	$(BIN)/pytest -m "long and not soak and not k8s" $(PARALLEL)

@@ -14,6 +14,8 @@ import httpx
 import pytest
 import yaml
 
+from graftwork.base.load import resolve
+from graftwork.base.model_shape import facts_of
 from graftwork.serving.api.auth import Keys
 from graftwork.serving.spec import ServeSpec
 from tests.docs import call_trace, file_tree
@@ -106,6 +108,7 @@ def test_the_steps_of_a_run_happen_in_this_order(tmp_path: Path) -> None:
     )
     file = tmp_path / "train.yaml"
     file.write_text(yaml.safe_dump({"kind": "train", **spec.model_dump(mode="json", exclude_unset=True)}))
+    facts_of(resolve(spec.base).config)  # computed once a cache; it attaches adapters too
     with call_trace.child_environment(tmp_path, expected) as (environment, order):
         command = [sys.executable, "-c", "from graftwork.cli import main; main()", "train", str(file)]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)

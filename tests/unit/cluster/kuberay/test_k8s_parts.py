@@ -57,7 +57,7 @@ def test_ci_says_last_that_nothing_was_tested_on_kubernetes(tmp_path: Path, ther
     assert done.returncode == 0, done.stderr
     made = [line.split(" ") for line in log.read_text().splitlines()]
     targets = [[word for word in words if "=" not in word] for _, *words in made]
-    assert targets[:2] == [["check"], ["test"]]
+    assert targets[:2] == [["check"], ["coverage", "rest"]]
     assert sorted(targets[2:]) == [["long"], *([["test-k8s"]] if there else [])], "both at once"
     if there:
         assert made[-1][0] == f"crds={tmp_path / 'shared' / 'kuberay-crds'}"
@@ -66,7 +66,7 @@ def test_ci_says_last_that_nothing_was_tested_on_kubernetes(tmp_path: Path, ther
         assert NOT_TESTED.fullmatch(done.stdout.splitlines()[-1].removeprefix("*** "))
 
 
-@pytest.mark.parametrize("fails", ["check", "test", "long", "test-k8s"])
+@pytest.mark.parametrize("fails", ["check", "coverage", "long", "test-k8s"])
 def test_ci_fails_where_one_part_fails(tmp_path: Path, fails: str) -> None:
     """Also where the other of the two that run at once succeeds; what the one in the background printed is shown."""
     (tmp_path / "shared" / "kuberay-crds").mkdir(parents=True)
