@@ -140,7 +140,7 @@ def _steps(spec: TrainSpec, model: Any, taken: Pass, live: LiveStorageCounter, *
         gradients = 0
         for _ in range(STEPS):
             for _ in range(passes):
-                _pass(model, taken, autocast=autocast, cuda=spec.gpus > 0)
+                _pass(spec, model, taken, autocast=autocast)
             gradients = sum(_size(p.grad) for p in model.parameters() if p.grad is not None)
             if not moments:  # the fused AdamW makes them at its first step, and nothing else
                 moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
@@ -253,7 +253,7 @@ def _materialise(model: Any) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _pass(model: Any, taken: Pass, *, autocast: bool, cuda: bool) -> None:
+def _pass(spec: TrainSpec, model: Any, taken: Pass, *, autocast: bool) -> None:
     """One forward and backward pass over the longest rows, through the output head that the kind has."""
     sequences = max(1, taken.tokens // taken.row)
     inputs: dict[str, Any] = {"input_ids": torch.zeros(sequences, taken.row, dtype=torch.long)}
@@ -262,10 +262,13 @@ def _pass(model: Any, taken: Pass, *, autocast: bool, cuda: bool) -> None:
         inputs["attention_mask"] = torch.ones(sequences, 1, taken.row, taken.row, dtype=torch.bool)
     elif not prompted:  # an empty cache: without one transformers looks for packed rows, and makes a mask to be safe
         inputs["past_key_values"] = DynamicCache(config=model.config)
-    with _gpu_kernels() if cuda else contextlib.nullcontext():
+    with _gpu_kernels() if spec.gpus else contextlib.nullcontext():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _head(model, taken) as loss_of:
             output = model(**inputs, use_cache=False)
             loss = loss_of(output.logits)
+            if spec.objective.traits.scored_per_step:
+                with torch.no_grad():
+                    model(**inputs | {"past_key_values": DynamicCache(config=model.config)}, use_cache=False)
         loss.backward()
 
 

@@ -1,6 +1,7 @@
 """Base models: resolve, load for training and serving, cache of nf4 weights, rows for additional tokens."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -17,7 +18,13 @@ from graftwork.errors import BaseModelError
 from graftwork.prequantized.convert import PackedFiles, write_plain
 from graftwork.prequantized.detect import find_format, unkept_reason
 from graftwork.prequantized.format import PackedFormat
-from graftwork.prompts.template import DEFAULT_DATE, Template, hermes_template
+from graftwork.prompts.template import (
+    DEFAULT_DATE,
+    TEMPLATE_FOR_TOOLS,
+    Template,
+    hermes_template,
+    template_source,
+)
 from graftwork.quantization import QuantSpec, compute_dtype, dequantise_linears, load_config, resident_form
 from graftwork.storage.local import Progress, build_once
 from graftwork.storage.store import cache_root, read_uri
@@ -208,7 +215,7 @@ def resolve(base: BaseSpec, *, on_progress: Progress | None = None) -> ResolvedB
     digest = source.mark_digest(digest, config, base.rope_scaling, base.extra_tokens)
     day = base.template_date or source.template_date(folder) or DEFAULT_DATE
     replaced = None
-    if base.chat_template is not None:
+    if base.chat_template is not None or (folder / TEMPLATE_FOR_TOOLS).is_file():
         replaced = _replaced_template(folder, base.chat_template)
         digest += f".template-{hashlib.sha256(replaced.encode()).hexdigest()[:8]}"
     return ResolvedBase(base.uri, folder, digest, config, stretched, base.extra_tokens, day, replaced)
@@ -285,15 +292,17 @@ def _leave_mapping(model: Any) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _replaced_template(folder: Path, asked: str) -> str:
-    """Text of `base.chat_template`. Raises BaseModelError, StorageError."""
+def _replaced_template(folder: Path, asked: str | None) -> str:
+    """Text of `base.chat_template`, or the one text of the folder's templates. Raises BaseModelError, StorageError."""
     if asked == "hermes":
         return hermes_template(folder)
     try:
-        return read_uri(asked).decode("utf-8")
+        return template_source(folder) if asked is None else read_uri(asked).decode("utf-8")
     except UnicodeDecodeError as error:
         rule = "chat_template is `hermes`, or the place of a Jinja file in UTF-8"
         raise BaseModelError(f"base.chat_template={asked}", f"it is not UTF-8 ({error.reason})", rule) from error
+    except json.JSONDecodeError as error:
+        raise BaseModelError(f"tokenizer of {folder}", f"it cannot be read ({error})") from error
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:

