@@ -127,7 +127,28 @@ def turns_of(
     if can.calls is None and has_calls:
         found = refusal_of_calls(template)
         raise _no_tools(template, found or "it leaves calls or their results out", "tool_calls")
+    if can.calls is not None and can.calls.short_ids:
+        messages = _with_ids(messages)
     return [_turn_of(message, template, f"messages[{at - first}]") for at, message in enumerate(messages)]
+
+
+def _with_ids(messages: Sequence["Message"]) -> list["Message"]:
+    """Return the turns with an id for each call that has none, by its place, and for its result."""
+    found: list[Message] = []
+    asked: list[ToolCall] = []
+    ids: list[str] = []
+    for at, message in enumerate(messages):
+        if message.role == "tool":
+            place = asked.index(_call_of(message, asked, f"messages[{at}]"))
+            message = dataclasses.replace(message, tool_call_id=ids.pop(place))
+            del asked[place]
+        elif message.tool_calls:
+            asked = list(message.tool_calls)
+            ids = [call.id or f"{at}.{place}" for place, call in enumerate(asked)]
+            named = (dataclasses.replace(call, id=own) for call, own in zip(asked, ids, strict=True))
+            message = dataclasses.replace(message, tool_calls=tuple(named))
+        found.append(message)
+    return found
 
 
 def _no_tools(template: "Template", problem: str, key: str) -> BaseModelError:
