@@ -18,10 +18,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwork.base.load import LoadedBase, load, resolve
+from graftwork.base.load import LoadedBase, ResolvedBase, load, resolve
+from graftwork.base.source import BaseSpec
 from graftwork.cluster.jobs.fencing import FenceMonitor, SupersededError
 from graftwork.environment import peak_rss_bytes
-from graftwork.errors import ConfigError, GraftworkError, StorageError, StoreUnreachable
+from graftwork.errors import BaseModelError, ConfigError, GraftworkError, StorageError, StoreUnreachable
 from graftwork.quantization import import_bitsandbytes
 from graftwork.storage.store import cache_root
 from graftwork.training import strategies
@@ -37,12 +38,21 @@ from graftwork.training.worker_messages import (
     TrainJob,
     all_gather_object,
     before_after,
+    gather_results,
     rank_and_world,
 )
 
 log = logging.getLogger("graftwork.training")
 
-ON_ALL_RANKS: Final = (NonFiniteLoss, BadReward, CheckpointLost, SupersededError, ConfigError, StoreUnreachable)
+
+class DifferentBases(BaseModelError):
+    """Workers have other files of the base than each other. Raised on all ranks."""
+
+
+ON_ALL_RANKS: Final = (
+    *(NonFiniteLoss, BadReward, CheckpointLost, SupersededError),
+    *(ConfigError, StoreUnreachable, DifferentBases),
+)
 """Errors that every worker meets at the same step: returned, since another try would meet them again."""
 
 
@@ -135,7 +145,7 @@ def _train(
 
     spec, world = job.spec, rank_and_world()[1]
     torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
-    base, kind = resolve(spec.base), spec.strategy.kind
+    base, kind = resolve_on_all(spec.base), spec.strategy.kind
     zero3_context = strategies.sharding(spec, plan, world, base) if kind == "zero3" else None
     shards = kind if kind in ("zero3", "fsdp2") else "none"
     loaded = load(base, spec.quant, device=device_of(spec), purpose="train", shards=shards)
@@ -166,6 +176,25 @@ def _train(
     if outcomes is not None and not callback.preempted:
         outcomes.after(trainer.model)
     return _result(log, start, done, wall_s, notes, stopped=callback.stopped, preempted=callback.preempted)
+
+
+def resolve_on_all(base: BaseSpec) -> ResolvedBase:
+    """The base on this machine, with the digest that it has on all ranks: frozen weights are not sent. Collective.
+
+    Raises DifferentBases, and the first error of any rank's `resolve`.
+    """
+    found = gather_results(lambda: resolve(base))
+    ranks: dict[str, list[str]] = {}
+    for rank, one in enumerate(found):
+        ranks.setdefault(one.digest, []).append(str(rank))
+    if len(ranks) > 1:
+        raise DifferentBases(
+            f"base {base.uri}",
+            "; ".join(f"sha256 {digest} on worker {', '.join(some)}" for digest, some in ranks.items()),
+            "all workers of a run train the same base, which each reads from its own machine",
+            "pin the revision of a Hugging Face id, ORG/NAME@COMMIT; copy the same folder to each machine",
+        )
+    return found[rank_and_world()[0]]
 
 
 def _with_context_parallel(job: TrainJob, model: Any) -> TrainJob:

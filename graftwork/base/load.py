@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from graftwork.base import source
 from graftwork.base.packed_experts import unpack_experts
 from graftwork.base.source import BaseSpec
-from graftwork.compat.hf import has_sdpa
+from graftwork.compat.hf import has_sdpa, load_errors
 from graftwork.config import canonical_json
 from graftwork.errors import BaseModelError
 from graftwork.prequantized.convert import PackedFiles, write_plain
@@ -250,11 +250,11 @@ def load(
     try:
         settings = load_config(quant, dtype, storage=dtype if shards == "fsdp2" else None)
         model, cached = _from_folder(resolved, quant, settings, None if shards == "zero3" else device, dtype)
-    except torch.OutOfMemoryError as error:
-        raise BaseModelError(
-            f"base {resolved.uri} at {quant.kind}", f"no room on {device} ({error})", "", "see `graftwork plan`"
-        ) from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        lines = [line for one in load_errors(error) for line in one.splitlines() if "OutOfMemoryError" in line]
+        if lines or isinstance(error, torch.OutOfMemoryError):
+            found = f"no room on {device} ({lines[0] if lines else error})"
+            raise BaseModelError(f"base {resolved.uri} at {quant.kind}", found, "", "see `graftwork plan`") from error
         broken = isinstance(error, SafetensorError)
         pointer = any(path.read_bytes()[:7] == b"version" for path in _small_files(resolved.folder))
         raise BaseModelError(

@@ -179,10 +179,15 @@ def config_from_hub(uri: str) -> Path | None:
         return Path(hf_hub_download(hub["id"], "config.json", revision=hub["revision"]))
 
 
+def is_hub_id(uri: str) -> bool:
+    """True of a Hugging Face id, and of no path that exists here."""
+    return _HUB_ID.fullmatch(uri) is not None and not Path(uri).expanduser().exists()
+
+
 def is_uncached_hub_id(uri: str) -> bool:
     """True of a Hugging Face id of which the hub's cache on this machine has nothing. Loads no library of the hub."""
     hub = _HUB_ID.fullmatch(uri)
-    if hub is None or Path(uri).expanduser().exists():
+    if hub is None or not is_hub_id(uri):
         return False
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
@@ -201,11 +206,14 @@ def read_config(folder: Path, uri: str) -> Mapping[str, Any]:
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no *.safetensors"
+        hint = "convert it with transformers: save_pretrained(FOLDER)"
+        if is_hub_id(uri):  # a template alone is fetched without weights, and the hub may be out of reach now
+            hint = f"its weights are not in the cache: allow the network once; if the hub has none either, {hint}"
         raise BaseModelError(
             f"base {uri}",
             f"{folder} has {found}",
             "weights are read from safetensors only: a pickle can run code",
-            "convert it with transformers: save_pretrained(FOLDER)",
+            hint,
         )
     return config
 

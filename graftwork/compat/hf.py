@@ -4,6 +4,7 @@ Checked with torch 2.13, transformers 5.24, TRL 1.16, PEFT 0.21, accelerate 1.15
 imports them at module level: the core imports this module. TRL's trainers come in as arguments.
 """
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import ERROR, getLogger
@@ -103,6 +104,18 @@ def keep_frozen_weights(model: Any) -> None:
     model._ddp_params_and_buffers_to_ignore = [
         name for name, parameter in model.named_parameters() if not parameter.requires_grad
     ]
+
+
+def load_errors(error: BaseException) -> list[str]:
+    """Return the tracebacks of the errors in converting weights behind the one error that `from_pretrained` raised.
+
+    It names none of them. Upstream: `LoadStateDictInfo.conversion_errors`, a local of the function that raises it
+    (transformers 5.24).
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if found := getattr(frame.f_locals.get("loading_info"), "conversion_errors", None):
+            return list(found.values())
+    return []
 
 
 def step_figures(trainer: Any) -> dict[str, list[float]]:

@@ -181,6 +181,8 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 
         for name, state in self.states.items():
+            if state is None:
+                continue  # the checkpoint has no such parameter, which `base.load` refuses
             module, _, key = name.rpartition(".")
             owner = model.get_submodule(module)
             device = getattr(owner, key).device
@@ -192,14 +194,20 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
 class _FourBitQuantize(Bnb4bitQuantize):  # type: ignore[misc]
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Return the parameters packed; `input_dict` has one name, or the names that one tensor is split into."""
+        """Return the parameters packed; `input_dict` has one name, or the names that one tensor is split into.
+
+        One of another shape than the model's stays plain: transformers 5.24 refuses the wrong shapes of those alone.
+        """
         settings, packed = self.hf_quantizer.quantization_config, {}
         for name in [name for name in input_dict if name in self.hf_quantizer.states]:
             value = input_dict.pop(name)
+            value = value[0] if isinstance(value, list) else value
+            if value.shape != kwargs["model"].get_parameter(name).shape:
+                del self.hf_quantizer.states[name]
+                packed[name] = value
+                continue
             packed[name], self.hf_quantizer.states[name] = _pack_experts(
-                value[0] if isinstance(value, list) else value,
-                settings.bnb_4bit_quant_type,
-                double=settings.bnb_4bit_use_double_quant,
+                value, settings.bnb_4bit_quant_type, double=settings.bnb_4bit_use_double_quant
             )
         return {**packed, **super().convert(input_dict, **kwargs)}
 

@@ -235,8 +235,9 @@ def taught_trainer() -> type[Any]:
             """
             chance = np.random.default_rng([self.run_seed, self.state.global_step])
             samples = bool(chance.random() < self.objective.on_policy)
-            divergence_N, entropy_N, output = divergences(self, model, sampled(self, inputs) if samples else inputs)
-            figures, router = step_figures(self), router_loss(self, output)
+            batch = sampled(self, inputs) if samples else inputs
+            divergence_N, entropy_N, output = divergences(self, model, batch)
+            figures, router = step_figures(self), router_loss(self, output, batch.get("attention_mask"))
             figures["entropy"].append(self.accelerator.reduce(entropy_N.mean(), reduction="mean").item())
             figures["on_policy"].append(float(samples))
             if samples or num_items_in_batch is None:

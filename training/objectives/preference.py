@@ -66,7 +66,8 @@ def answer_trainer(
                 summed = -(logps_BT * labelled_BT).sum()
                 total = total + nll * summed / tokens
                 figures = {**figures, "nll_loss": summed.detach()[None] / labelled_BT.sum()}
-            total = total + router_loss(self, output, whole=whole, processes=self.accelerator.num_processes)
+            processes = self.accelerator.num_processes
+            total = total + router_loss(self, output, inputs["attention_mask"], whole=whole, processes=processes)
             for name, values_N in figures.items():
                 seen_N = ~values_N.isnan()
                 pair = torch.stack([values_N.nansum(), seen_N.sum().to(values_N.dtype)]).detach()

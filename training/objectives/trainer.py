@@ -47,19 +47,27 @@ def trained_logits(
     return output.logits, next_BT[next_BT != IGNORED]
 
 
-def router_loss(trainer: Any, output: Any, *, whole: bool = False, processes: int = 1) -> torch.Tensor | float:
+def router_loss(
+    trainer: Any, output: Any, mask_BT: torch.Tensor | None, *, whole: bool = False, processes: int = 1
+) -> torch.Tensor | float:
     """Share of this pass in the load-balancing loss of a base with experts; 0 for other bases.
 
-    The step's loss is the mean of its passes, as in TRL's SFTTrainer. output: of the model's forward. whole: the pass
-    is no part of a step. processes: by which the caller multiplies the loss. Adds the figure `aux_loss`, without the
-    coefficient. Called on all ranks.
+    The step's loss is the mean of its passes, as in TRL's SFTTrainer. output: of the model's forward on tokens with
+    this mask. whole: the pass is no part of a step. processes: by which the caller multiplies the loss. Adds the figure
+    `aux_loss`, without the coefficient. Called on all ranks.
     """
     if not trainer.aux_loss_enabled:
         return 0.0
-    mean = trainer.accelerator.reduce(output.aux_loss.detach(), reduction="mean")
+    balance = output.aux_loss
+    if balance is None:  # Llama-4's forward computes none
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        text = trainer.model.config.get_text_config()
+        balance = load_balancing_loss_func(output.router_logits, text.num_experts, text.num_experts_per_tok, mask_BT)
+    mean = trainer.accelerator.reduce(balance.detach(), reduction="mean")
     step_figures(trainer)["aux_loss"].append(mean.item())
     passes = 1 if whole else trainer.current_gradient_accumulation_steps * processes
-    weighted: torch.Tensor = trainer.router_aux_loss_coef * output.aux_loss / passes
+    weighted: torch.Tensor = trainer.router_aux_loss_coef * balance / passes
     return weighted
 
 

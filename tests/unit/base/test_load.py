@@ -178,13 +178,20 @@ def test_a_hub_id_without_network_is_said(monkeypatch: pytest.MonkeyPatch, tmp_p
     command = (
         "from graftwork.base.load import BaseSpec, resolve\n"
         "from graftwork.errors import BaseModelError\n"
-        "try: resolve(BaseSpec(uri='nobody/nothing'))\n"
-        "except BaseModelError as error: print(error)"
+        "for name in ('nobody/nothing', 'nobody/template'):\n"
+        " try: resolve(BaseSpec(uri=name))\n"
+        " except BaseModelError as error: print(error)"
     )
+    template_alone = tmp_path / "hub" / "models--nobody--template"
+    for name, text in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/config.json", '{"model_type": "llama"}')):
+        (template_alone / name).parent.mkdir(parents=True, exist_ok=True)
+        (template_alone / name).write_text(text)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True, timeout=60)
     assert "not in the Hugging Face cache" in done.stdout
     assert "Hint: unset HF_HUB_OFFLINE" in done.stdout
+    assert "base nobody/template" in done.stdout
+    assert "Hint: its weights are not in the cache: allow the network once" in done.stdout
 
 
 def test_a_cache_that_cannot_be_written_is_said(only: Path) -> None:
@@ -326,6 +333,33 @@ def test_files_without_all_weights_are_refused(
         load(rewritten(tiny, tmp_path / "base", spoil), QuantSpec(kind="none"), device="cpu", purpose="serve")
     assert problem in error.value.problem
     assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("lost", "problem"),
+    [
+        (r"layers\.1.*experts\.0\.down_proj", "mismatch"),
+        (r"layers\.1.*experts\..*down_proj", "layers.1.mlp.experts.down"),
+    ],
+)
+def test_experts_that_are_missing_are_refused_at_nf4_too(tmp_path: Path, lost: str, problem: str) -> None:
+    write_family(tmp_path / "base", "qwen3_moe")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not re.search(lost, name)}
+    save_file(kept, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    for kind in ("none", "nf4"):
+        with pytest.raises(BaseModelError, match=problem):
+            load(resolve(BaseSpec(uri=str(tmp_path / "base"))), QuantSpec(kind=kind), device="cpu", purpose="serve")
+
+
+def test_no_room_while_experts_are_packed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", full)
+    base = resolve(BaseSpec(uri=str(write_family(tmp_path / "base", "qwen3_moe"))))
+    with pytest.raises(BaseModelError, match=r"no room on cpu \(.*2\.00 GiB"):
+        load(base, QuantSpec(kind="nf4"), device="cpu", purpose="train")
 
 
 def test_control_tokens_without_an_embedding_are_refused(tiny: Path, tmp_path: Path) -> None:

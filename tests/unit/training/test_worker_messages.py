@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from graftwork.base.load import resolve
+from graftwork.base.source import BaseSpec
 from graftwork.errors import RunError, StorageError
 from graftwork.training.worker_messages import gather_results
 from tests.process_races import ROOT
 
 PROGRAM = """
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +22,8 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors import safe_open
 
+from graftwork.base.source import BaseSpec
+from graftwork.training.loop import resolve_on_all
 from graftwork.training.worker_messages import gather_results
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -29,19 +34,37 @@ try:
     gather_results(lambda: safe_open(folder / "damaged.safetensors", framework="pt") if rank == 0 else None)
 except Exception as error:
     print(f"{type(error).__name__}: {error.subject}: {error.problem[:15]}, cause {type(error.__cause__).__name__}")
+print(resolve_on_all(BaseSpec(uri=str(folder / "shared"))).folder.name)
+os.chdir(folder / str(rank))
+try:
+    resolve_on_all(BaseSpec(uri="base"))
+except Exception as error:
+    print(f"{type(error).__name__}: {error.problem}")
 dist.destroy_process_group()
 """
 
 
-def test_an_error_of_any_class_is_raised_on_all_ranks(tmp_path: Path) -> None:
+def write_bare_base(folder: Path, weights: bytes) -> str:
+    """A folder that has what `resolve` reads, and its digest."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(weights)
+    return resolve(BaseSpec(uri=str(folder))).digest
+
+
+def test_ranks_raise_each_others_errors_and_refuse_different_bases(tmp_path: Path) -> None:
+    """The same path has other files on the second rank's machine, here its own folder."""
     (tmp_path / "damaged.safetensors").write_bytes(b"x" * 64)
+    write_bare_base(tmp_path / "shared", b"s")
+    digests = [write_bare_base(tmp_path / str(rank) / "base", f"{rank}".encode()) for rank in (0, 1)]
     ranks = [
         subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)], cwd=ROOT, stdout=-1, text=True)
         for rank in (0, 1)
     ]
-    said = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
+    said = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
     text = "RunError: worker 0: SafetensorError"
-    assert said == [f"{text}, cause SafetensorError", f"{text}, cause NoneType"]
+    both = ["shared", f"DifferentBases: sha256 {digests[0]} on worker 0; sha256 {digests[1]} on worker 1"]
+    assert said == [[f"{text}, cause SafetensorError", *both], [f"{text}, cause NoneType", *both]]
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,9 @@ def balance_of(spec: TrainSpec, folder: Path) -> tuple[float, float, torch.Tenso
     return step_figures(trainer)["aux_loss"][0], losses[0] - losses[1], gradients[0] - gradients[1]
 
 
-def test_a_distilled_student_has_the_loss_of_sft(tmp_path: Path) -> None:
-    write_family(tmp_path / "base", "mixtral", router_aux_loss_coef=0.5)
+@pytest.mark.parametrize("kind", ["mixtral", "llama4_text"])
+def test_a_distilled_student_has_the_loss_of_sft(kind: str, tmp_path: Path) -> None:
+    write_family(tmp_path / "base", kind, router_aux_loss_coef=0.5)
     teacher = write_tiny_base(tmp_path / "teacher")
     write_rows(tmp_path / "train.jsonl", 16)
     write_rows(tmp_path / "eval.jsonl", 4, first=1000)
