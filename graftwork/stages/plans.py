@@ -12,13 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 from graftwork.adapters.kind import AdapterKind
 from graftwork.adapters.lora import LoraSpec
 from graftwork.adapters.spec import AdapterSpec
+from graftwork.artifacts.publish import require_base
 from graftwork.artifacts.registry import UnknownAdapter, resolve
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
-from graftwork.base.source import BaseSpec
+from graftwork.base.source import BaseSpec, is_hub_id
 from graftwork.base.support import base_support, check_serving, check_training
 from graftwork.config import Spec
-from graftwork.errors import ConfigError
+from graftwork.errors import ArtifactError, ConfigError
 from graftwork.planning.hardware import Gpu, Machine, gpu_here
 from graftwork.planning.memory import MemoryPlan, RowSizes, StagePlan, verdict_of
 from graftwork.prompts.render import PromptSpec
@@ -295,17 +296,42 @@ def _adapters_of(arms: Sequence[ArmSpec]) -> list[str]:
 
 
 def _adapter_values(spec: ServeSpec | CompareSpec | QuantizeSpec, refs: Sequence[str]) -> list[int]:
-    """Values of each adapter: of its targets and experts as its manifest names them."""
-    shape = _shape(spec.base)
-    return [_published_spec(Store(spec.root), ref).trained_params(shape) for ref in refs]
+    """Values of each adapter: of its targets and experts as its manifest names them.
+
+    Raises ArtifactError for an adapter of another base, as serving does; of a base given by its config or by an id of
+    the hub, whose weights are not read, only where it lacks the adapter's targets.
+    """
+    shape, store = _shape(spec.base), Store(spec.root)
+    here = base_model.config_file(spec.base) is None and not is_hub_id(spec.base.uri)
+    digest = base_model.resolve(spec.base).digest if refs and here else None
+    return [_published_values(store, ref, shape, digest) for ref in refs]
 
 
-def _published_spec(store: Store, ref: str) -> AdapterKind:
+def _published_values(store: Store, ref: str, shape: ModelShape, base_digest: str | None) -> int:
     try:
-        method = {key: value for key, value in resolve(store, ref).method.items() if key not in BESIDE_SPEC}
-        return ADAPTER_SPEC.validate_python(method)
-    except (UnknownAdapter, ValidationError):
-        return UNKNOWN_ADAPTER
+        manifest = resolve(store, ref)
+    except UnknownAdapter:
+        return UNKNOWN_ADAPTER.trained_params(shape)
+    if base_digest is not None:
+        require_base(manifest, base_digest)
+    try:
+        return _published_spec(manifest.method).trained_params(shape)
+    except ConfigError as error:
+        raise ArtifactError(
+            f"adapter {ref}",
+            f"it was trained on another base: {error.subject}: {error.problem}",
+            "an adapter works only on the weights and tokenizer that it was trained on",
+            f"set base: to the model of run {manifest.run}, or leave the adapter out",
+        ) from error
+
+
+def _published_spec(method: Mapping[str, object]) -> AdapterKind:
+    """The adapter that a manifest describes; of one that no spec can ask for, a LoRA of its rank on all linears."""
+    try:
+        return ADAPTER_SPEC.validate_python({key: value for key, value in method.items() if key not in BESIDE_SPEC})
+    except ValidationError:
+        rank = method.get("rank")  # of merges and imported adapters over the 256 that a spec may have
+        return UNKNOWN_ADAPTER.model_copy(update={"rank": rank}) if isinstance(rank, int) else UNKNOWN_ADAPTER
 
 
 def _embedding(spec: EmbedderSpec) -> MemoryPlan:

@@ -123,8 +123,13 @@ def _score_bytes(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Ma
     """Bytes of matrices of scores that one worker reads and writes in a step; 0 where attention keeps none."""
     forward, backward = SCORE_READS
     times = forward * (1 + _more_passes(spec)) + backward
+    return spec.optim.rows_per_step / spec.num_workers * times * _row_score_bytes(spec, model, rows, machine)
+
+
+def _row_score_bytes(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine) -> float:
+    """Bytes of the matrices of scores of one row, of all blocks; 0 where attention keeps none."""
     scores = model.layers * model.heads * rows.mean * (rows.mean + spec.adapter.virtual_tokens)
-    return spec.optim.rows_per_step / spec.num_workers * scores * times * machine.value_bytes * model.keeps_scores
+    return scores * machine.value_bytes * model.keeps_scores
 
 
 def _gpu_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, flops: float, passes: float) -> float:
@@ -164,11 +169,16 @@ def _exchange_seconds(spec: TrainSpec, model: ModelShape, machine: Machine, toke
 
 def evaluation_seconds(spec: TrainSpec, model: ModelShape, rows: RowSizes, machine: Machine, processes: int) -> float:
     """The held-out loss over `rows`, shared among a run's workers: forward passes alone."""
-    each = rows.mean * PADDING * 2 * model.active_linear_params + rows.mean_trained * 2 * model.head_params
-    flops = rows.count * each
+    model = model.on_gpu() if machine.gpu is not None else model
+    attention = 4 * model.layers * (rows.mean + spec.adapter.virtual_tokens) * model.q_size
+    each = rows.mean * PADDING * (2 * model.active_linear_params + attention)
+    flops = rows.count * (each + rows.mean_trained * 2 * model.head_params)
+    moved = rows.count * SCORE_READS[0] * _row_score_bytes(spec, model, rows, machine) / spec.num_workers
     if machine.gpu is not None:
-        return flops / spec.num_workers / (machine.gpu.tflops * 1e12 * GPU_LORA)
-    return machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) / machine.pace(processes, spec.cpus_per_worker)
+        scores_s = moved / (machine.gpu.gbytes_per_s * 1e9 * GPU_MEMORY)
+        return flops / spec.num_workers / (machine.gpu.tflops * 1e12 * GPU_LORA) + scores_s
+    one_core_s = machine.core_s(flops / spec.num_workers, TRAIN_EFFICIENCY) + moved / (machine.speed.gbytes_per_s * 1e9)
+    return one_core_s / machine.pace(processes, spec.cpus_per_worker)
 
 
 def outcomes_seconds(spec: TrainSpec, model: ModelShape, work: TokenWork, machine: Machine, processes: int) -> float:

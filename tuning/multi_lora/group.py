@@ -12,7 +12,14 @@ from graftwork.planning.memory import MemoryPlan, RowSizes, frozen_bytes
 from graftwork.training.objectives.cpt import CptSpec
 from graftwork.training.objectives.rows import PreparedData
 from graftwork.training.objectives.sft import SftSpec
-from graftwork.training.planning.memory import ALLOCATOR_SHARE, Pass, micro_batch, pass_of, predict_training
+from graftwork.training.planning.memory import (
+    ALLOCATOR_SHARE,
+    Pass,
+    micro_batch,
+    pass_of,
+    predict_training,
+    score_bytes,
+)
 from graftwork.training.spec import TrainSpec
 from graftwork.tuning.finals import knows_all
 from graftwork.tuning.search import Search, rows_key
@@ -110,6 +117,7 @@ def _as_one(specs: Sequence[TrainSpec]) -> TrainSpec:
 def _on_cpu(whole: TrainSpec, model: ModelShape, taken: Pass, plan: MemoryPlan, value_bytes: int) -> dict[str, int]:
     """The parts that are not those of PEFT's layers and TRL's loss."""
     logits = LOGIT_COPIES * taken.scored * model.vocab * value_bytes
+    logits = max(logits, score_bytes(whole, model, taken, value_bytes))  # not at once
     activations = plan.part("activations")
     if not whole.optim.gradient_checkpointing:
         activations = taken.tokens * (
@@ -124,7 +132,7 @@ def _block(whole: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
     the chances of short rows, in fp32 and in the compute dtype."""
     frozen = frozen_bytes(model, taken.row if model.keeps_scores else None, 0, value_bytes)
     read = model.read(whole.adapter.which) if isinstance(whole.adapter, LoraSpec) else 0
-    products = taken.row <= LONGEST and value_bytes < FP32
+    products = taken.row <= LONGEST and value_bytes < FP32 and not model.keeps_scores  # else `frozen` has them
     return round(frozen) + read * value_bytes + products * model.heads * taken.row * (FP32 + value_bytes)
 
 

@@ -216,7 +216,7 @@ def short_rows(q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor,
     scores_BHTT = (q_BHTD.reshape(*grouped, size) @ k_BKTD.mT).view(rows, heads, tokens, tokens) * scaling
     later_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=q_BHTD.device).triu(1)
     chances = scores_BHTT.masked_fill(later_TT, -torch.inf).softmax(-1, dtype=torch.float32).to(v_BKTD.dtype)
-    return (chances.view(*grouped, tokens) @ v_BKTD).view(rows, heads, tokens, size)
+    return (chances.view(*grouped, tokens) @ v_BKTD).view(rows, heads, tokens, v_BKTD.shape[-1])
 
 
 # The frozen linears with the adapters of all trials on them: forward and backward in few products, nothing copied.

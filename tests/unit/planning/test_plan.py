@@ -12,7 +12,7 @@ from graftwork.artifacts.publish import publish
 from graftwork.base import load as base_model
 from graftwork.base.model_shape import ModelShape
 from graftwork.environment import Speed, collect
-from graftwork.errors import BaseModelError, ConfigError
+from graftwork.errors import ArtifactError, BaseModelError, ConfigError
 from graftwork.planning.hardware import (
     GIB,
     GPUS,
@@ -33,7 +33,14 @@ from graftwork.storage.store import Store
 from graftwork.training.autotune import learn_peak, sizes_of
 from graftwork.training.objectives.rows import prepare
 from graftwork.training.planning.memory import kind_of, predict_training
-from graftwork.training.planning.plan import plan_training, resolve_auto, step_seconds
+from graftwork.training.planning.plan import (
+    PADDING,
+    TRAIN_EFFICIENCY,
+    evaluation_seconds,
+    plan_training,
+    resolve_auto,
+    step_seconds,
+)
 from graftwork.training.report import TrainReport, memory_notes, plan_of_run, write_page
 from graftwork.training.run import ResolvedRun
 from graftwork.training.spec import TrainSpec
@@ -41,6 +48,7 @@ from graftwork.training.worker_messages import LoopResult, TrainJob
 from tests.adapters import facts, write_adapter
 from tests.families import config_of
 from tests.shapes import LLAMA_8B, SMOLLM2
+from tests.tiny import write_tiny_base
 from tests.training import task
 
 MACHINE = Machine(cores=2, memory_bytes=8 * GIB, speed=Speed(gflops=65.0, gbytes_per_s=20.0))
@@ -236,6 +244,21 @@ def test_an_optimizer_takes_its_own_time() -> None:
     assert times["muon"] - times["adamw"] == pytest.approx(products + 12 * LLAMA_8B.params / bandwidth, rel=0.01)
 
 
+def test_held_out_rows_take_the_time_of_their_attention() -> None:
+    """4 operations for each pair of tokens, head and its size; kept scores are moved through the memory."""
+    asked, short, long = spec(), RowSizes.from_lengths([1024] * 8, [0] * 8), RowSizes.from_lengths([2048] * 8, [0] * 8)
+
+    def seconds(rows: RowSizes, score_bytes: float = 0.0) -> float:
+        shape = replace(LLAMA_8B, score_bytes=(score_bytes, score_bytes))
+        return evaluation_seconds(asked, shape, rows, MACHINE, 1)
+
+    pairs = 8 * 32 * 32 * (2048**2 - 2 * 1024**2)
+    rate = 1 / MACHINE.core_s(1, TRAIN_EFFICIENCY) * MACHINE.pace(1, asked.cpus_per_worker)
+    assert seconds(long) - 2 * seconds(short) == pytest.approx(4 * 128 * PADDING * pairs / rate)
+    moved = 16 * 8 * 32 * 32 * 2048**2 * MACHINE.value_bytes / (20e9 * MACHINE.pace(1, asked.cpus_per_worker))
+    assert seconds(long, score_bytes=8.0) - seconds(long) == pytest.approx(moved)
+
+
 def test_a_server_counts_what_its_adapters_adapt(tmp_path: Path) -> None:
     """Attention's queries alone, and all experts: bytes of A and B; one that is not published is taken as usual."""
     config = config_of("qwen3_moe")
@@ -244,6 +267,8 @@ def test_a_server_counts_what_its_adapters_adapt(tmp_path: Path) -> None:
     methods: dict[str, dict[str, Any]] = {
         "queries": {"target_modules": ["q_proj"]},
         "experts": {"experts": True, "targets": "attention"},
+        "merged": {"rank": 512, "targets": "mixed"},
+        "of-gpt2": {"target_modules": ["c_attn"]},
     }
     for name, keys in methods.items():
         method = {"kind": "lora", "rank": 8, "objective": "sft", **keys}
@@ -260,6 +285,17 @@ def test_a_server_counts_what_its_adapters_adapt(tmp_path: Path) -> None:
     assert value in (2 * 2, 2 * 4), "in host memory and in a slot, in 16 bits or fp32"
     assert adapters("experts") == value * (shape.adapter_params(8, "attention") + inner)
     assert adapters("queries", "other") == value * (queries + shape.adapter_params(16))
+    assert adapters("merged") == value * shape.adapter_params(512)
+    with pytest.raises(ArtifactError, match=r"adapter of-gpt2@prod: .* another base"):
+        adapters("queries", "of-gpt2")
+
+
+def test_an_adapter_of_another_base_is_refused_as_serving_does(tmp_path: Path) -> None:
+    base, root = write_tiny_base(tmp_path / "base"), tmp_path / "root"
+    publish(Store(str(root)), "kept", write_adapter(tmp_path / "kept"), **facts(), alias="prod")
+    keys = {"base": str(base), "root": str(root), "adapters": ["kept@prod"]}
+    with pytest.raises(ArtifactError, match=r"adapter kept@.* it was trained on base b{64}"):
+        plan_spec(ServeSpec.model_validate(keys), tmp_path)
 
 
 def test_serving_is_planned_for_gpus() -> None:

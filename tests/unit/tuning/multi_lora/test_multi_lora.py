@@ -24,6 +24,7 @@ from graftwork.tuning.search import rows_key, rows_points, trial_spec
 from graftwork.tuning.spec import TuneSpec
 from graftwork.tuning.trial_store import Ledger
 from graftwork.tuning.trials import TrialRecord
+from tests.families import config_of
 from tests.training import task
 
 STEPS = 5
@@ -235,7 +236,8 @@ def test_losses_of_copies_and_their_gradients_are_torchs() -> None:
 
 def test_attention_of_short_rows_is_torchs() -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 7, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 2, 2))
+    sizes = ((6, 8), (2, 8), (2, 5))  # values may be of another size, as in latent attention
+    q, k, v = (torch.randn(2, 7, *size).transpose(1, 2).requires_grad_() for size in sizes)
     ours = short_rows(q, k, v, 0.3)
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(ours, theirs)
@@ -258,3 +260,11 @@ def test_a_process_of_several_takes_the_base_once(folder: Path) -> None:
     assert all_three.part("base weights") == one.part("base weights")
     assert all_three.part("optimizer") == sum(predict_training(spec, shape).part("optimizer") for spec in specs)
     assert one.peak_bytes < all_three.peak_bytes < 3 * one.peak_bytes
+
+
+def test_scores_are_planned_for_all_trials(folder: Path) -> None:
+    """Gemma-2's attention keeps its scores, whose gradients are larger than these logits."""
+    specs = [job_of(folder, **{"adapter.rank": 2, "max_length": 512}).spec for _ in range(3)]
+    shape = ModelShape.from_config(config_of("gemma2"))
+    one, all_three = predict_training(specs[0], shape), predict_together(specs, shape)
+    assert all_three.part("logits") == pytest.approx(3 * one.part("logits"))
