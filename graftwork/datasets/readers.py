@@ -141,6 +141,9 @@ _SPLIT = re.compile(
 )
 """Name of a file, in lower case and without its ending, with the words that `datasets` takes for a split."""
 
+_NUMBER = re.compile(r"|[^a-z]?v?\d.*")
+"""What follows the word of a split that is no subject: nothing, a number or a version."""
+
 
 def _splits(files: Sequence[Path]) -> dict[str, list[str]]:
     """{word of the split: names of its files} where a folder has files of several, else {}.
@@ -153,8 +156,7 @@ def _splits(files: Sequence[Path]) -> dict[str, list[str]]:
     for path in files:
         stem = re.sub(r"\.[a-z]+(\.gz|\.zst)?$", "", path.name.lower())
         if match := _SPLIT.fullmatch(stem):
-            last = re.fullmatch(r"|[^a-z]?v?\d.*", match["after"])
-            rest = "" if last else re.sub(r"\d", "", f"{match['before']} {match['after']}")
+            rest = "" if _NUMBER.fullmatch(match["after"]) else re.sub(r"\d", "", f"{match['before']} {match['after']}")
             alike.setdefault(rest, {}).setdefault(match["split"], []).append(path.name)
     return next((splits for splits in alike.values() if len(splits) > 1), {})
 
@@ -163,8 +165,8 @@ def _hub_hint(folder: Path, files: Sequence[Path]) -> str:
     """`, or a split as hf://...` where `datasets` finds the training files: by names in lower case, of one form."""
     names, endings = [path.name for path in files], {path.suffix for path in files}
     matches = [_SPLIT.fullmatch(name.partition(".")[0]) for name in names]
-    found = {match["split"] for match in matches if match}
-    if "train" not in found or not all(matches) or len(endings) > 1:
+    found = [match["split"] for match in matches if match and _NUMBER.fullmatch(match["after"])]
+    if "train" not in found or len(found) < len(files) or len(endings) > 1:
         return ""
     return f", or a split as hf://{folder.absolute()}/train"
 
