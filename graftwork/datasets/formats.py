@@ -125,6 +125,9 @@ def _alpaca_pair(row: _FormatRow) -> dict[str, Any]:
 
 def _swift_pair(row: _FormatRow) -> dict[str, Any]:
     if row.has("rejected_messages"):
+        if row.has("rejected_response"):
+            at, rule = f"{row.where}: rejected_response", "a row has one rejected answer"
+            raise DataError(at, "found next to rejected_messages", rule, "keep one of them")
         return _pair(row, *_common_turns(row, "messages", "rejected_messages"))
     turns = row.reader.turns(row.record["messages"], "messages")
     return _pair(row, turns[:-1], _require_answer(row, "messages", turns), _answer(row, "rejected_response"))
@@ -226,6 +229,8 @@ def normalise(form: Format, record: Mapping[str, Any], where: str, purpose: Purp
 
 def _conversation(row: _FormatRow, messages: tuple[Message, ...], label: str) -> dict[str, Any]:
     check_turns(messages, row.where, label)
+    if row.purpose == "conversations":
+        messages = _without_opening(row, messages)
     messages, tools = _with_system(row, messages), _tools(row)
     last = messages[-1].role
     if row.purpose in ("conversations", "unpaired") and last != "assistant":
@@ -235,11 +240,6 @@ def _conversation(row: _FormatRow, messages: tuple[Message, ...], label: str) ->
             "a row to learn from ends with the assistant's turn",
             "add the answer as the last turn",
         )
-    asked = next(place for place, one in enumerate(messages) if one.role == "user")
-    early = next((place for place, one in enumerate(messages[:asked]) if one.role == "assistant" and one.trained), None)
-    if row.purpose == "conversations" and early is not None:
-        problem, rule = "the assistant's turn comes before the user's first", "an answer is learned behind a question"
-        raise DataError(f"{row.where}: {label}[{early}]", problem, rule, "give it the weight 0, or take it out")
     if row.purpose == "unpaired" and not messages[-1].trained:
         at, rule = f"{row.where}: {label}", "the last turn is the answer that has the label"
         raise DataError(at, "the last turn has weight 0", rule, "remove the weight")
@@ -268,7 +268,9 @@ def _pair(
         )
     if turn_content(chosen) == turn_content(rejected):
         shown = chosen.content if len(chosen.content) <= 60 else chosen.content[:57] + "..."
-        better, worse = ("preferred_output", "non_preferred_output") if "input." in label else ("chosen", "rejected")
+        names = (("preferred_output", "non_preferred_output"), ("chosen", "rejected"))
+        swift = (("messages", "rejected_messages"), ("messages", "rejected_response"))
+        better, worse = next(pair for pair in (*names, *swift) if row.has(pair[1]))
         raise DataError(
             f"{row.where}: {better}",
             f"it is the same text as {worse} ({shown!r})",
@@ -350,6 +352,9 @@ def _require_answer(row: _FormatRow, key: str, turns: tuple[Message, ...]) -> Me
     """The last turn. Raises DataError where it is not the assistant's."""
     if turns[-1].role != "assistant":
         raise DataError(f"{row.where}: {key}", f"it ends with the {turns[-1].role}'s turn", "it ends with an answer")
+    if not turns[-1].trained:
+        at, rule = f"{row.where}: {key}[{len(turns) - 1}]", "both answers of a pair are compared"
+        raise DataError(at, "the answer has weight 0", rule, "remove the key")
     return turns[-1]
 
 
@@ -428,6 +433,14 @@ def _label(row: _FormatRow) -> bool:
             "write true for a good answer, false for a bad one",
         )
     return is_number(value, 1)
+
+
+def _without_opening(row: _FormatRow, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns with no loss on answers before the first question, which are counted."""
+    asked = next(place for place, one in enumerate(messages) if one.role == "user")
+    if any(one.role == "assistant" and one.trained for one in messages[:asked]):
+        row.keys.opening()
+    return (*_unlearned(messages[:asked]), *messages[asked:])
 
 
 def _unlearned(messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -44,7 +44,7 @@ _WEIGHT = frozenset({"weight", "sample_weight", "loss_weight", "loss_scale"})
 TURN_WEIGHTS = frozenset({"weight", "loss", "loss_scale", "train", "training"})
 """Keys of a turn that weight its loss: OpenAI's, ms-swift's and Axolotl's names."""
 _TRAIN = frozenset({"train", "training"})
-_CONTROL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")  # noqa: RUF001
+_CONTROL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]")  # noqa: RUF001
 """Control tokens of Llama, Qwen, DeepSeek, Mistral, Gemma and others; of a base those that its tokenizer has count."""
 _SHOWN = 20
 """Ignored keys that a note names; the rest is a number."""
@@ -74,10 +74,12 @@ class KeyCheck:
         """Of a weighted mixture: (rows taken, rows there) by URI."""
         self.speakers = 0
         """Rows with a turn of another role than tool that has a `name`, which few chat templates write."""
+        self.openings = 0
+        """Rows with an answer before the first question, which is not learned."""
         self.spelled: Counter[str] = Counter()
         """Rows by name of a control token, as bases have them, that their text spells."""
         self._used: set[str] = set()
-        self._speaker = False
+        self._speaker = self._opening = False
         self._others: set[str] = set()
         self._spelled: set[str] = set()
 
@@ -96,7 +98,8 @@ class KeyCheck:
         A value that says nothing (null, an empty text, list or object) is as good as no key. known: keys of the
         row's format.
         """
-        self._used, self._others, self._spelled, self._speaker = set(), set(), set(), False
+        self._used, self._others, self._spelled = set(), set(), set()
+        self._speaker = self._opening = False
         known |= self.known
         rejected = (_PROMPT if self.prompt else frozenset()) | (_LOSS if self.loss else frozenset()) | self._more
         for key, value in record.items():
@@ -151,21 +154,28 @@ class KeyCheck:
         """Note that a turn of the row has the name of its speaker."""
         self._speaker = True
 
+    def opening(self) -> None:
+        """Note that the row has an answer before the first question."""
+        self._opening = True
+
     def finish(self) -> None:
         """Count the keys of the row that was begun."""
         self.speakers += self._speaker
+        self.openings += self._opening
         self.spelled.update(self._spelled)
         self.used.update(self._used)
         self.ignored.update(sorted(self._others))
 
     def note(self, dataset: str) -> tuple[str, ...]:
-        """`data.train: ignored keys: source (in 120 rows), lang (in 1 row)`; nothing where no key was ignored."""
+        """`data.train: ignored keys: source (in 120 rows), lang (in 1 row)`, and answers that are not learned."""
+        found = _in_rows(self.openings)
+        notes = (f"{dataset}: answers before the first question ({found}) are not learned",) if self.openings else ()
         if not self.ignored:
-            return ()
-        found = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
-        named = ", ".join(f"{key} ({_in_rows(count)})" for key, count in found[:_SHOWN])
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        return (f"{dataset}: ignored keys: {named}{more}",)
+            return notes
+        counts = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+        named = ", ".join(f"{key} ({_in_rows(count)})" for key, count in counts[:_SHOWN])
+        more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+        return (*notes, f"{dataset}: ignored keys: {named}{more}")
 
     def template_notes(self, dataset: str, *, names: bool, specials: Container[str]) -> tuple[str, ...]:
         """Warnings of speakers' names that the chat template leaves out, and of control tokens that the text spells.
@@ -189,6 +199,9 @@ class KeyCheck:
     def _note_control(self, value: object) -> None:
         if isinstance(value, str) and ("<" in value or "[" in value):
             self._spelled.update(_CONTROL.findall(value))
+        elif isinstance(value, list):  # content parts, and turns of Alpaca's history
+            for part in value:
+                self._note_control(part.get("text") if isinstance(part, dict) else part)
 
     def _check_label(self, key: str, value: object, other: bool, at: str) -> None:
         """Refuse a false label of KTO. other: a number is the label of something else."""

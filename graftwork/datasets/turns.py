@@ -84,12 +84,8 @@ class TurnReader:
         messages: list[Message] = []
         for index, turn in enumerate(value):
             message = self.turn(turn, f"{field}[{index}]", field, sharegpt=sharegpt)
-            if index and _given_role(turn) in _CALL_ROLES and _given_role(value[index - 1]) in _CALL_ROLES:
-                first = messages.pop()  # calls of one turn
-                if first.trained != message.trained:
-                    at = f"{self.where}: {field}[{index}]"
-                    raise DataError(at, "its weight differs from the call before", "calls of one turn have one weight")
-                message = replace(first, tool_calls=first.tool_calls + message.tool_calls)
+            if messages and messages[-1].role == "assistant" and _given_role(turn) in _CALL_ROLES:
+                message = _with_calls(messages.pop(), message, f"{self.where}: {field}[{index}]")
             messages.append(message)
         return tuple(messages)
 
@@ -106,6 +102,9 @@ class TurnReader:
         calls = self._calls(turn, place, role, field)
         content = turn.get(form.content)
         if given in _CALL_ROLES:
+            if calls:
+                problem = "found in a turn whose text is a call"
+                raise DataError(f"{place}.tool_calls", problem, "a turn has its calls once", "keep one of them")
             calls, content = _calls_of_text(content, f"{place}.{form.content}"), ""
         elif isinstance(content, list):
             content = _joined(content, f"{place}.{form.content}")
@@ -171,6 +170,16 @@ class TurnReader:
         return tuple(calls)
 
 
+def _with_calls(said: Message, calls: Message, at: str) -> Message:
+    """One turn of the assistant: what it said or called, and the calls of the turns behind it, as in ms-swift."""
+    if said.trained != calls.trained:
+        raise DataError(at, "its weight differs from the turn before", "text and calls of one turn have one weight")
+    if calls.reasoning is not None:
+        rule = "a call is part of the assistant's turn before it, whose reasoning comes first"
+        raise DataError(at, "it has reasoning of its own", rule, "move the reasoning to the turn before")
+    return replace(said, tool_calls=said.tool_calls + calls.tool_calls)
+
+
 def _given_role(turn: Mapping[str, Any]) -> Any:
     return turn.get("from", turn.get("role"))
 
@@ -198,14 +207,9 @@ def check_turns(messages: Sequence[Message], where: str, field: str) -> None:
         check_calls(messages)
     except DataError as error:
         subject, problem = (text.replace("messages[", f"{field}[") for text in (error.subject, error.problem))
-        as_text = not any(message.tool_calls for message in messages)
-        raise DataError(f"{where}: {subject}", problem, error.rule, _TEXT_CALLS if as_text else error.hint) from None
-
-
-_TEXT_CALLS = (
-    "write the call into tool_calls of the turn before, or as ShareGPT's function_call; calls written as text "
-    "(<tool_call>, [f()]) are not read"
-)
+        none = not any(message.tool_calls for message in messages)
+        hint = "write the call into tool_calls of the turn before, or as ShareGPT's function_call"
+        raise DataError(f"{where}: {subject}", problem, error.rule, hint if none else error.hint) from None
 
 
 def turn_content(message: Message) -> list[Any]:

@@ -4,6 +4,7 @@ How that is kept: every special token of `tokenizer.json` gets a random name in 
 template itself writes is renamed along; what stands in a message is not, so to the tokenizer it is plain text.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -184,12 +185,16 @@ class Template:
                 **{**self._named, **functions, **self._shielded(variables)},
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two: of expressions on other types
-            roles = [turn["role"] for turn in turns]
+            hint = ""
+            if turns and turns[0]["role"] == "system":
+                with contextlib.suppress(DataError):
+                    self.sealed_text(turns[1:], generate=generate, tools=tools, variables=variables)
+                    hint = "write the text of the system turn into the first user turn"
             raise DataError(
-                f"conversation of turns {', '.join(roles)}",
+                f"conversation of turns {', '.join(turn['role'] for turn in turns)}",
                 f"the base's chat template refuses it ({error})",
                 "the template of the base decides which turns may follow each other",
-                "write the text of the system turn into the first user turn" if "system" in roles else "",
+                hint,
             ) from error
         return self._special.sub(lambda m: self._sealed[m.group()], text).replace(self._mark, "")
 

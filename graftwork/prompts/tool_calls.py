@@ -24,7 +24,7 @@ _FENCED = re.compile(r"(?:<｜tool▁sep｜>|function)\s*([\w.-]+)\n```json\n")
 _KIMI = re.compile(r"functions\.([\w.-]+):\d+(?:<\|tool_call_argument_begin\|>)?\s*(?=\{)")
 _MISTRAL = re.compile(r"\[TOOL_CALLS\]([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](?=\{)")
 _TAGGED = re.compile(r"<(tool_calls|TOOLCALL)>(.*?)(?:</\1>|\Z)", re.DOTALL)
-_TOKENS = re.compile(r"(?:\s|<\|[^|>]*\|>)*")
+_TOKENS = re.compile(r"(?:\s|<\|[^|>]*\|>)*+")
 _LIST = re.compile(rf"{_TOKENS.pattern}(?:\[TOOL_CALLS\])?\s*(?=\[\s*\{{)")
 _PYTHON = re.compile(rf"{_TOKENS.pattern}(\[[\w.]+\(.*\)\]){_TOKENS.pattern}", re.DOTALL)
 _JSON = json.JSONDecoder()
@@ -59,7 +59,7 @@ def _calls(text: str, functions: Mapping[str, Any]) -> Iterator[ToolCall]:
     elif listed := _LIST.match(text):
         yield from map(_json_call, _read(text, listed.end())[0])
     elif python := _PYTHON.fullmatch(text):
-        yield from _python_calls(python.group(1))
+        yield from _python_calls(python.group(1), functions)
     else:
         yield from _plain_calls(text, functions)
 
@@ -71,7 +71,12 @@ _NAMES = (_HARMONY, _FENCED, _KIMI, _MISTRAL)
 def _plain_calls(text: str, functions: Mapping[str, Any]) -> Iterator[ToolCall]:
     """Objects with name and arguments, and nothing else; or names of functions, each with its arguments behind it."""
     if '"parameters"' in text or '"arguments"' in text:
-        found = _values(text)
+        try:
+            found = _values(text)
+        except MalformedCall:
+            if any(name in text for name in functions):
+                raise
+            found = []
         if found and all(isinstance(one, dict) and one.keys() in _CALL_KEYS for one in found):
             yield from map(_json_call, found)
     names = "|".join(sorted(map(re.escape, functions), key=len, reverse=True))
@@ -94,15 +99,23 @@ def _values(text: str) -> list[Any]:
     return found if at == len(text) else []
 
 
-def _python_calls(text: str) -> Iterator[ToolCall]:
-    """Calls in a list with arguments by name; none where the text is something else."""
+def _python_calls(text: str, functions: Mapping[str, Any]) -> list[ToolCall]:
+    """Calls in a list with arguments by name; none where the text names no function and is something else."""
     try:
         [statement] = ast.parse(text).body
         calls = statement.value.elts  # type: ignore[attr-defined]
-        for call in () if any(call.args for call in calls) else calls:
-            yield ToolCall(ast.unparse(call.func), {one.arg: ast.literal_eval(one.value) for one in call.keywords})
-    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError) as error:
-        raise MalformedCall(f"the call is not Python ({error})") from None
+        return [] if any(call.args for call in calls) else [_python_call(call) for call in calls]
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        if any(name in text for name in functions):
+            raise MalformedCall(f"the call is not Python ({error})") from None
+        return []
+
+
+def _python_call(call: ast.Call) -> ToolCall:
+    arguments = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords if one.arg is not None}
+    if len(arguments) < len(call.keywords):
+        raise ValueError("an argument has no name")
+    return ToolCall(ast.unparse(call.func), json.loads(json.dumps(arguments)))
 
 
 def _block_calls(body: str, functions: Mapping[str, Any]) -> Iterator[ToolCall]:

@@ -21,10 +21,17 @@ Write = Callable[[Sequence[Turn], bool], str]
 """Sealed text of turns; the second argument asks for the generation prompt."""
 
 
+_TEXT_CALL = re.compile(r"<tool_call>|<function|\A\s*\[.+\)\]\s*\Z", re.DOTALL)
+"""A call as text of an answer: Hermes', glaive's and ToolACE's data."""
+
+
 def check_calls(messages: Sequence["Message"]) -> None:
-    """Raise DataError for a call without its result, a result without a call, reasoning or calls of another role."""
+    """Raise DataError for a call without its result, a result without a call, reasoning or calls of another role.
+
+    Results may follow a call that is text of the answer: both are left as they are written.
+    """
     open_calls: list[ToolCall] = []
-    caller = 0
+    caller, as_text = 0, False
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.role != "assistant" and message.reasoning is not None:
@@ -32,9 +39,12 @@ def check_calls(messages: Sequence["Message"]) -> None:
         if message.role != "assistant" and message.tool_calls:
             raise DataError(f"{where}.tool_calls", f"the turn is the {message.role}'s", _ONLY_ASSISTANT)
         if message.role == "tool":
-            open_calls.remove(_call_of(message, open_calls, where))
+            if open_calls or not as_text:
+                open_calls.remove(_call_of(message, open_calls, where))
         elif open_calls:
             raise _unanswered(open_calls, caller, f"it is followed by {where} of the {message.role}")
+        else:
+            as_text = not message.tool_calls and bool(_TEXT_CALL.search(message.content))
         open_calls += message.tool_calls
         caller = index if message.tool_calls else caller
     if open_calls and messages[-1].role == "tool":
@@ -127,7 +137,28 @@ def turns_of(
     if can.calls is None and has_calls:
         found = refusal_of_calls(template)
         raise _no_tools(template, found or "it leaves calls or their results out", "tool_calls")
+    if can.calls is not None and can.calls.short_ids:
+        messages = _with_ids(messages)
     return [_turn_of(message, template, f"messages[{at - first}]") for at, message in enumerate(messages)]
+
+
+def _with_ids(messages: Sequence["Message"]) -> list["Message"]:
+    """Return the turns with an id for each call that has none, by its place, and for its result."""
+    found: list[Message] = []
+    asked: list[ToolCall] = []
+    ids: list[str] = []
+    for at, message in enumerate(messages):
+        if message.role == "tool" and asked:
+            place = asked.index(_call_of(message, asked, f"messages[{at}]"))
+            message = dataclasses.replace(message, tool_call_id=ids.pop(place))
+            del asked[place]
+        elif message.tool_calls:
+            asked = list(message.tool_calls)
+            ids = [call.id or f"{at}.{place}" for place, call in enumerate(asked)]
+            named = (dataclasses.replace(call, id=own) for call, own in zip(asked, ids, strict=True))
+            message = dataclasses.replace(message, tool_calls=tuple(named))
+        found.append(message)
+    return found
 
 
 def _no_tools(template: "Template", problem: str, key: str) -> BaseModelError:

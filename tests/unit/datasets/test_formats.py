@@ -388,19 +388,74 @@ def test_turns_as_text_name_the_template(tmp_path: Path) -> None:
 
 
 def test_an_answer_before_the_first_question_is_not_learned(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 1: messages\[0\]: the assistant's turn comes before") as error:
-        read(tmp_path, {"messages": [ANSWER, USER, ANSWER]})
-    assert "weight 0" in error.value.hint
-    assert len(read(tmp_path, {"messages": [{**ANSWER, "weight": 0}, USER, ANSWER]}).messages) == 3
+    keys = KeyCheck()
+    found = read(tmp_path, {"messages": [ANSWER, USER, ANSWER], "system": "s"}, keys=keys)
+    assert [turn.trained for turn in found.messages if turn.role == "assistant"] == [False, True]
+    assert keys.note("rows") == ("rows: answers before the first question (in 1 row) are not learned",)
+    keys = KeyCheck()
+    read(tmp_path, {"messages": [{**ANSWER, "weight": 0}, USER, ANSWER]}, keys=keys)
+    assert keys.note("rows") == (), "nothing was to be learned there"
 
 
-def test_calls_that_are_written_as_text_are_named(tmp_path: Path) -> None:
-    called = ("gpt", '<tool_call>{"name": "now"}</tool_call>')
+def test_a_call_behind_the_text_of_an_answer_is_one_turn_with_it(tmp_path: Path) -> None:
+    """As in ms-swift; two turns would end the first one before its call."""
+    call = {"role": "tool_call", "content": '{"name": "now", "arguments": {"zone": "CET"}}'}
+    looks = {**ANSWER, "content": "look", "reasoning_content": "why"}
+    found = read(tmp_path, {"messages": [USER, looks, call, {"role": "tool_response", "content": "12:00"}, ANSWER]})
+    expected = Message("assistant", "look", reasoning="why", tool_calls=(ToolCall("now", {"zone": "CET"}),))
+    assert found.messages == (TURNS[0], expected, Message("tool", "12:00"), TURNS[1])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ({}, {"reasoning_content": "why"}, "reasoning of its own"),
+        ({}, {"loss": 0}, "its weight differs"),
+        ({"tool_calls": [CALL]}, {}, "found in a turn whose text is a call"),
+    ],
+)
+def test_calls_of_one_turn_lose_no_key(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], found: str
+) -> None:
+    call = {"role": "tool_call", "content": '{"name": "now"}'}
+    with pytest.raises(DataError, match=found):
+        read(tmp_path, {"messages": [USER, {**call, **first}, {**call, **second}]})
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"rejected_response": "b", "rejected_messages": [USER, ANSWER]}, "rejected_response: found next to"),
+        ({"messages": [USER, {**ANSWER, "loss": False}], "rejected_response": "b"}, r"messages\[1\]: the answer has"),
+        ({"rejected_response": "a"}, "messages: it is the same text as rejected_response"),
+    ],
+)
+def test_a_preference_of_ms_swift_loses_no_key(tmp_path: Path, record: dict[str, Any], found: str) -> None:
+    with pytest.raises(DataError, match=found):
+        read(tmp_path, {"messages": [USER, ANSWER], **record}, "pairs")
+
+
+def test_control_tokens_in_parts_and_earlier_turns_are_noted(tmp_path: Path) -> None:
+    keys = KeyCheck()
+    parts = [{"type": "text", "text": "u<|im_end|>"}]
+    read(tmp_path, {"messages": [{**USER, "content": parts}, ANSWER]}, keys=keys)
+    read(tmp_path, {"id": "2", "instruction": "u", "output": "a", "history": [["<bos>", "b"]]}, keys=keys)
+    assert dict(keys.spelled) == {"<|im_end|>": 1, "<bos>": 1}
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["<tool_call>\n{'name': 'now'}\n</tool_call>", "One moment. <functioncall> {}", '[Time of Day(zone="CET")]'],
+    ids=["hermes", "glaive", "toolace"],
+)
+def test_calls_that_are_written_as_text_stay_text(tmp_path: Path, call: str) -> None:
+    found = read(tmp_path, {"conversations": sharegpt(("human", "u"), ("gpt", call), ("tool", "12"), ("gpt", "a"))})
+    assert found.messages == (TURNS[0], Message("assistant", call), Message("tool", "12"), TURNS[1])
+
+
+def test_a_result_behind_plain_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"conversations\[2\].tool_call_id: no call before it") as error:
-        read(tmp_path, {"conversations": sharegpt(("human", "u"), called, ("tool", "12:00"), ("gpt", "a"))})
-    assert "function_call" in error.value.hint
-    with pytest.raises(DataError, match=r"conversations\[2\].tool_call_id: no call before it") as error:  # ToolACE
-        read(tmp_path, {"conversations": sharegpt(("user", "u"), ("gpt", "[now()]"), ("tool", "12"), ("gpt", "a"))})
+        read(tmp_path, {"conversations": sharegpt(("human", "u"), ("gpt", "a"), ("tool", "12:00"), ("gpt", "a"))})
     assert "function_call" in error.value.hint
 
 

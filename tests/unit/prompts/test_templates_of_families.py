@@ -15,7 +15,7 @@ from graftwork.prompts.render import Message, Prompt, Rendered, Tool, ToolCall, 
 from graftwork.prompts.template import Template, hermes_template
 from graftwork.prompts.tool_calls import parse_tool_calls
 from tests.chat_templates import FAMILIES, PACKAGED, QUICK
-from tests.tiny import write_tiny_tokenizer
+from tests.tiny import CHATML, write_tiny_tokenizer
 
 TOOLS: tuple[Tool, ...] = (
     {
@@ -441,6 +441,28 @@ def test_long_ids_are_shortened_where_the_template_takes_nine_characters(tmp_pat
         assert len(ids) == 2
         assert ids[0] == ids[1]
         assert (ids[0] == identity) == (len(identity) == 9)
+
+
+@pytest.mark.parametrize("result_id", [None, "x"])
+def test_calls_without_ids_get_one_where_the_template_takes_nine_characters(
+    tmp_path: Path, result_id: str | None
+) -> None:
+    """ShareGPT's and ms-swift's calls have none."""
+    template = Template.load(write_tiny_tokenizer(tmp_path, NINE))
+    calls = Message("assistant", "", (ToolCall("find_airport", {}), ToolCall("find_airport", {})))
+    asked = (QUESTION, calls, *(Message("tool", "{}", tool_call_id=result_id) for _ in range(2)))
+    ids = re.findall(r"\[(\w+)\]", spelled(render(asked, template, generate=True), template))
+    assert len({*ids}) == 2
+    assert ids[:2] == ids[2:], "each result has the id of its call"
+
+
+def test_a_refused_system_turn_is_named_where_it_is_the_cause(tmp_path: Path) -> None:
+    source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    template = Template.load(write_tiny_tokenizer(tmp_path, source))
+    system = Message("system", "s")
+    with pytest.raises(DataError) as error:
+        render((system, QUESTION), template, generate=True)
+    assert "system turn" in error.value.hint
 
 
 BAD = {

@@ -91,6 +91,9 @@ def test_mistrals_list_is_read_with_and_without_its_token() -> None:
         "[1] and [2] say so",
         "now() was called",
         "[see(this)]",
+        "[Note(see the appendix)]",
+        '{x} is "parameters"',
+        '[Note] the "arguments" of it',
         '{"arguments": 1}',
     ],
 )
@@ -108,6 +111,9 @@ def test_plain_answers_and_json_answers_hold_no_call(text: str) -> None:
         "<tool_call>\n</tool_call>",
         '{"name": "now", "parameters": [1]}',
         '[{"name": "now", "arguments": {}',
+        "[now(zone={1, 2})]",
+        "[now(zone=b'CET')]",
+        "[now(**{'zone': 1})]",
     ],
 )
 def test_a_broken_call_is_no_plain_text(text: str) -> None:
@@ -125,4 +131,5 @@ def test_arguments_of_a_tool_without_a_schema_are_read(parameters: Any) -> None:
 def test_a_long_answer_is_read_in_linear_time() -> None:
     began = time.process_time()
     assert parse_tool_calls("{" + "\n" * 200_000 + "x" + "\n" * 200_000) == ()
+    assert parse_tool_calls(" " * 200_000 + "x", TOOLS) == ()
     assert time.process_time() - began < 5
