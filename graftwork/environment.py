@@ -65,9 +65,7 @@ def measure_speed() -> Speed:
     that wait for each other measure the other processes (14 to 130 GFLOP/s were seen on two cores). Writes
     `<cache>/machine/<key>.json`, unless the machine is busy now: what it reaches then is no measure for later.
     """
-    parts = (platform.node(), platform.machine(), *sorted(flags()), metadata.version("torch"), "fp32 bf16")
-    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-    path = cache_root() / "machine" / f"{key}.json"
+    path = speed_file()
     if path.exists():
         return Speed(**json.loads(path.read_text(encoding="utf-8")))
     speed = _probe()
@@ -78,6 +76,13 @@ def measure_speed() -> Speed:
     temporary.write_text(json.dumps(asdict(speed)), encoding="utf-8")
     temporary.replace(path)
     return speed
+
+
+def speed_file() -> Path:
+    """Where `measure_speed` keeps what it found: one file for each machine and version of PyTorch."""
+    parts = (platform.node(), platform.machine(), *sorted(flags()), metadata.version("torch"), "fp32 bf16")
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    return cache_root() / "machine" / f"{key}.json"
 
 
 def peak_rss_bytes() -> int:

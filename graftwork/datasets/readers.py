@@ -14,13 +14,16 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from graftwork.errors import DataError, StorageError
 from graftwork.storage.local import build_once
 from graftwork.storage.store import cache_root, open_uri
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Record = tuple[int, dict[str, Any]]
 """(1-based row number, the row as an object)."""
@@ -28,8 +31,6 @@ Record = tuple[int, dict[str, Any]]
 RECIPES = "graftwork.recipes"
 """Module whose `build(name)` makes the files of `recipe://NAME/FILE`; by name, since recipes import the core."""
 
-_SAVED = ("dataset_dict.json", "state.json")
-"""Files by which a folder of `save_to_disk` is known."""
 LONGEST_FIELD = 2**31 - 1
 """Characters of a field of a CSV; Python's own limit, 131,072, is less than some documents have."""
 PARQUET_BATCH = 1024
@@ -44,8 +45,9 @@ def read_records(uri: str) -> Iterator[Record]:
     """
     try:
         yield from _records(uri)
-    except (OSError, EOFError, zlib.error) as error:  # of a compressed file
-        raise DataError(uri, f"it cannot be read ({error})", "", "copy or compress the file again") from error
+    except OSError as error:
+        hint = "check the disk, the network and the permissions"
+        raise StorageError(f"read {uri}", f"it failed ({error})", "", hint) from error
 
 
 def _records(uri: str) -> Iterator[Record]:
@@ -54,17 +56,32 @@ def _records(uri: str) -> Iterator[Record]:
         return
     path = local_path(uri)
     if not path.is_dir():
-        yield from (_reader(uri) or _jsonl)(uri, path)
+        yield from _file(uri, path)
         return
-    if any((path / name).is_file() for name in _SAVED):
+    if is_saved(path):
         yield from _saved(uri, path, None)
         return
     before = 0
     for file in shards(uri, path):
         number = 0
-        for number, record in (_reader(file.name) or _jsonl)(f"{uri}: {file.name}", file):
+        for number, record in _file(f"{uri}: {file.name}", file):
             yield before + number, record
         before += number
+
+
+def _file(uri: str, path: Path) -> Iterator[Record]:
+    try:
+        yield from (_reader(uri) or _jsonl)(uri, path)
+    except (OSError, EOFError, zlib.error) as error:
+        if getattr(error, "errno", None) is not None or path.suffix not in (".gz", ".zst"):
+            raise  # of the disk, not of the content
+        raise DataError(uri, f"it cannot be read ({error})", "", "copy or compress the file again") from error
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    names = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
+    return any(all((folder / name).is_file() for name in files) for files in names)
 
 
 def local_path(uri: str) -> Path:
@@ -88,26 +105,70 @@ def local_path(uri: str) -> Path:
 
 
 def shards(uri: str, folder: Path) -> list[Path]:
-    """The data files of a folder, by name. Raises DataError where there are none."""
-    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith((".", "dataset_info")))
-    found = sorted(path for path in files if _reader(path.name))
+    """The data files of a folder, by name. Raises DataError where there are none, or files of several splits."""
+    found = _data_files(path for path in folder.iterdir() if path.is_file())
     if not found:
-        below = next((path.parent for path in folder.rglob("*") if path.is_file() and _reader(path.name)), None)
-        hint = f"name {below}, or a split as hf://{folder.absolute()}/train" if below else "check the path"
+        below = _data_files(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path, folder))
+        hint = f"name {below[0].parent}{_hub_hint(folder, below)}" if below else "check the path"
         raise DataError(uri, "the folder has no data files", f"a data file ends in {ENDINGS}", hint)
-    splits = dict.fromkeys(match[1].lower() for path in found if (match := _SPLIT.match(path.name)))
-    if len(splits) > 1:
+    if splits := _splits(found):
+        files = "; ".join(f"{split}: {join_some(names)}" for split, names in splits.items())
         raise DataError(
             uri,
             f"its files are of several splits ({', '.join(splits)})",
             "a folder is one dataset",
-            f"name one file, or a split as hf://{folder.absolute()}/train",
+            f"name one file, or a folder of the files of one split ({files}){_hub_hint(folder, found)}",
         )
     return found
 
 
-_SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)(?![a-z])", re.IGNORECASE)
-"""Beginning of the name of a file that holds one split of a dataset."""
+def _data_files(files: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in files if _reader(path.name) and not path.name.startswith((".", "dataset_info")))
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def join_some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+_SPLIT = re.compile(
+    r"(?P<before>.*[^a-z]|)(?P<split>train|training|test|testing|validation|valid|val|dev|eval|evaluation)"
+    r"(?P<after>|[^a-z].*)"
+)
+"""Name of a file, in lower case and without its ending, with the words that `datasets` takes for a split."""
+
+_NUMBER = re.compile(r"|[^a-z]?v?\d.*")
+"""What follows the word of a split that is no subject: nothing, a number or a version."""
+
+
+def _splits(files: Sequence[Path]) -> dict[str, list[str]]:
+    """{word of the split: names of its files} where a folder has files of several, else {}.
+
+    A split's word ends the name (`my-train`), or a number or version follows it (`train-00000-of-00002`, `dev-v2.0`).
+    Elsewhere it may be a subject (`train-tickets`, `test-cases`), unless two names differ in it and in digits alone
+    (`train_sft-00000-of-00003` and `test_sft-00000-of-00001`).
+    """
+    alike: dict[str, dict[str, list[str]]] = {}
+    for path in files:
+        stem = re.sub(r"\.[a-z]+(\.gz|\.zst)?$", "", path.name.lower())
+        if match := _SPLIT.fullmatch(stem):
+            rest = "" if _NUMBER.fullmatch(match["after"]) else re.sub(r"\d", "", f"{match['before']} {match['after']}")
+            alike.setdefault(rest, {}).setdefault(match["split"], []).append(path.name)
+    return next((splits for splits in alike.values() if len(splits) > 1), {})
+
+
+def _hub_hint(folder: Path, files: Sequence[Path]) -> str:
+    """`, or a split as hf://...` where `datasets` finds the training files: by names in lower case, of one form."""
+    names, endings = [path.name for path in files], {path.suffix for path in files}
+    matches = [_SPLIT.fullmatch(name.partition(".")[0]) for name in names]
+    found = [match["split"] for match in matches if match and _NUMBER.fullmatch(match["after"])]
+    if "train" not in found or len(found) < len(files) or len(endings) > 1:
+        return ""
+    return f", or a split as hf://{folder.absolute()}/train"
 
 
 def require_new(
@@ -195,10 +256,10 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
         reader = None
         try:
             header = next(texts, "")
-            asked = (
-                header.strip()[4:] if header.lower().startswith("sep=") else ""
-            )  # a line that Excel reads and writes
+            asked = _asked_separator(header, uri)
             header = next(texts, "") if asked else header
+            if not header:
+                return  # an empty shard
             delimiter = asked or _delimiter(header, uri)
             reader = csv.DictReader(itertools.chain([header], texts), delimiter=delimiter, strict=True)
             reader.fieldnames = _column_names(reader.fieldnames or (), uri)
@@ -218,6 +279,17 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
                 f"it is not CSV ({error})",
                 "fields are separated as in the header, quotes are doubled, lines end as on Unix or Windows",
             ) from error
+
+
+def _asked_separator(line: str, uri: str) -> str:
+    """The separator of a first line `sep=;`, which Excel reads and writes, else nothing. Raises DataError."""
+    match = re.fullmatch(r'sep=(.+)|"sep=(.+)"', line.rstrip("\r\n"), re.IGNORECASE)
+    asked = (match[1] or match[2]) if match else ""
+    if len(asked) > 1 or asked == '"':
+        raise DataError(
+            uri, f"its first line is sep={asked}", "a separator is one character", "write one, such as sep=;"
+        )
+    return asked
 
 
 def _column_names(header: Sequence[str], uri: str) -> list[str]:
@@ -247,11 +319,28 @@ def _parquet(uri: str, path: Path) -> Iterator[Record]:
     try:
         with _open_file(uri, path) as handle:
             for batch in pq.ParquetFile(handle).iter_batches(PARQUET_BATCH):
-                for record in batch.to_pylist(maps_as_pydicts="strict"):
+                try:
+                    records = batch.to_pylist(maps_as_pydicts="strict")
+                except KeyError as error:
+                    raise _key_twice(uri, number, batch) from error
+                for record in records:
                     number += 1
                     yield number, _without_fillers(record)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: a map with a key twice
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(uri, f"it is not Parquet ({error})"[:400], "", "write the file again") from error
+
+
+def _key_twice(uri: str, before: int, batch: "pa.RecordBatch") -> DataError:
+    """The error of a batch that has a map with a key twice, behind `before` rows."""
+    for name, column in zip(batch.column_names, batch.columns, strict=True):
+        for number, value in enumerate(column, start=before + 1):
+            try:
+                value.as_py(maps_as_pydicts="strict")
+            except KeyError as error:
+                key = re.sub(r".*duplicate key was (.*)\)\W*$", r"\1", str(error))
+                where, hint = f"{uri} row {number}: {name}", "write each key of the map once"
+                return DataError(where, f"a map has the key {key} twice", "a map is read as a JSON object", hint)
+    return DataError(uri, "a map has a key twice", "a map is read as a JSON object", "write each key of the map once")
 
 
 _TEXT_FORMS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
@@ -267,7 +356,7 @@ ENDINGS = f"{', '.join(_TEXT_FORMS)} (each also .gz or .zst), .parquet"
 def _hub(uri: str) -> Iterator[Record]:
     """Rows of a dataset of the Hugging Face hub, or of a folder in its form (`hf:///PATH/SPLIT`), as they arrive."""
     where, config, split, revision = _hub_parts(uri)
-    if any((Path(where) / name).is_file() for name in _SAVED):
+    if is_saved(Path(where)):
         yield from _saved(uri, Path(where), split)
         return
     import datasets
@@ -281,16 +370,20 @@ def _hub(uri: str) -> Iterator[Record]:
         found = " ".join(str(error).split())[:300]
         rule = "a dataset of the hub is hf://OWNER/NAME[@REVISION][/CONFIG]/SPLIT, and the hub must be in reach"
         hint = next((hint for words, hint in _HUB_HINTS if re.search(words, found)), _HUB_HINTS[-1][1])
+        if where.startswith("/"):
+            rule = "hf:///PATH/SPLIT is a split of a folder"
+            hint = _BAD_SPLIT[1] if re.search(_BAD_SPLIT[0], found) else "check the folder and its files"
         raise DataError(uri, f"it cannot be read ({found})", rule, hint) from error
 
 
+_BAD_SPLIT = ("Bad split|split .* not|Unknown split", "end the URI with one of the splits")
 _HUB_HINTS = (
     (
         "gated dataset",
         "ask for access on the page of the dataset, and set HF_TOKEN to a token of an account that has it",
     ),
     ("Revision .* doesn't exist", "name a branch, tag or commit of the dataset behind the @"),
-    ("Bad split|split .* not|Unknown split", "end the URI with one of the splits"),
+    _BAD_SPLIT,
     ("BuilderConfig|Config name", "name a configuration before the split: hf://OWNER/NAME/CONFIG/SPLIT"),
     (
         "[Oo]ffline",

@@ -207,14 +207,9 @@ def check_turns(messages: Sequence[Message], where: str, field: str) -> None:
         check_calls(messages)
     except DataError as error:
         subject, problem = (text.replace("messages[", f"{field}[") for text in (error.subject, error.problem))
-        as_text = not any(message.tool_calls for message in messages)
-        raise DataError(f"{where}: {subject}", problem, error.rule, _TEXT_CALLS if as_text else error.hint) from None
-
-
-_TEXT_CALLS = (
-    "write the call into tool_calls of the turn before, or as ShareGPT's function_call; calls written as text "
-    "(<tool_call>, [f()]) are not read"
-)
+        none = not any(message.tool_calls for message in messages)
+        hint = "write the call into tool_calls of the turn before, or as ShareGPT's function_call"
+        raise DataError(f"{where}: {subject}", problem, error.rule, hint if none else error.hint) from None
 
 
 def turn_content(message: Message) -> list[Any]:

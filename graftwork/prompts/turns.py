@@ -21,10 +21,17 @@ Write = Callable[[Sequence[Turn], bool], str]
 """Sealed text of turns; the second argument asks for the generation prompt."""
 
 
+_TEXT_CALL = re.compile(r"<tool_call>|<function|\A\s*\[.+\)\]\s*\Z", re.DOTALL)
+"""A call as text of an answer: Hermes', glaive's and ToolACE's data."""
+
+
 def check_calls(messages: Sequence["Message"]) -> None:
-    """Raise DataError for a call without its result, a result without a call, reasoning or calls of another role."""
+    """Raise DataError for a call without its result, a result without a call, reasoning or calls of another role.
+
+    Results may follow a call that is text of the answer: both are left as they are written.
+    """
     open_calls: list[ToolCall] = []
-    caller = 0
+    caller, as_text = 0, False
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.role != "assistant" and message.reasoning is not None:
@@ -32,9 +39,12 @@ def check_calls(messages: Sequence["Message"]) -> None:
         if message.role != "assistant" and message.tool_calls:
             raise DataError(f"{where}.tool_calls", f"the turn is the {message.role}'s", _ONLY_ASSISTANT)
         if message.role == "tool":
-            open_calls.remove(_call_of(message, open_calls, where))
+            if open_calls or not as_text:
+                open_calls.remove(_call_of(message, open_calls, where))
         elif open_calls:
             raise _unanswered(open_calls, caller, f"it is followed by {where} of the {message.role}")
+        else:
+            as_text = not message.tool_calls and bool(_TEXT_CALL.search(message.content))
         open_calls += message.tool_calls
         caller = index if message.tool_calls else caller
     if open_calls and messages[-1].role == "tool":
@@ -138,7 +148,7 @@ def _with_ids(messages: Sequence["Message"]) -> list["Message"]:
     asked: list[ToolCall] = []
     ids: list[str] = []
     for at, message in enumerate(messages):
-        if message.role == "tool":
+        if message.role == "tool" and asked:
             place = asked.index(_call_of(message, asked, f"messages[{at}]"))
             message = dataclasses.replace(message, tool_call_id=ids.pop(place))
             del asked[place]

@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from graftwork.config import Spec, canonical_json
 from graftwork.datasets import rows as data
 from graftwork.datasets.examples import iter_examples, purpose_keys
 from graftwork.datasets.keys import KeyCheck
-from graftwork.datasets.readers import READERS
+from graftwork.datasets.readers import READERS, is_saved, join_some
 from graftwork.datasets.sources import RowSource
 from graftwork.errors import ConfigError, DataError
 from graftwork.training.objectives.protocol import Packing, Part, Traits
@@ -73,11 +74,11 @@ class CptSpec(Spec):
         source, limit = data_of(spec, part)
         end_name, end = end_token(template, self.end_token)
         keys = document_keys()
-        documents, blank = read_documents(source, limit=limit, keys=keys)
+        documents, found = read_documents(source, limit=limit, keys=keys)
         warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
         ids = [document_ids(document, template, end) for document in documents]
         notes = [f"{format_row_count(documents, 'document')}, {sum(map(len, ids))} tokens, each ended by {end_name}"]
-        notes += [f"{format_row_count(range(blank), 'blank file')} left out"] if blank else []
+        notes += found
         if self.replay is not None and part == "train":
             replayed = document_keys()
             again = _draw_replay(self.replay, template, end, sum(map(len, ids)), spec.seed, replayed)
@@ -130,16 +131,17 @@ def document_keys() -> KeyCheck:
 
 def read_documents(
     source: str | RowSource, *, limit: int | None = None, keys: KeyCheck | None = None
-) -> tuple[list[Document], int]:
-    """(documents in order, blank files left out). keys (default: `document_keys()`) counts or rejects other keys.
+) -> tuple[list[Document], list[str]]:
+    """(documents in order, notes on blank files and on data files read as text).
 
-    Raises DataError (a bad row or file named), StorageError.
+    keys (default: `document_keys()`) counts or rejects other keys. Raises DataError that names the row or file,
+    and StorageError.
     """
     source = RowSource.of(source)
     paths = {part.path: Path(part.path.removeprefix("file://")).expanduser() for part in source.parts}
     if all(_holds_records(uri, path) for uri, path in paths.items()):
         found = iter_examples(source, "documents", limit=limit, keys=keys or document_keys())
-        return [Document(one.id, one.text or "") for one in found], 0
+        return [Document(one.id, one.text or "") for one in found], []
     uri, path = next(iter(paths.items()))
     if len(paths) > 1 or source.columns or source.template or source.share:
         raise DataError(
@@ -148,13 +150,12 @@ def read_documents(
             "these keys are for rows (JSONL, JSON, CSV, Parquet)",
             "name one folder of text files, or write the texts as rows with `text`",
         )
-    local = "://" not in uri.removeprefix("file://")
-    if local and (glob.has_magic(str(path)) or path.is_dir()):
+    if _names_files(uri, path):
         return _read_files(uri, path, limit)
     text = data.read_text(uri)
     if not text.strip():
         raise DataError(uri, "it is blank", "a document holds text", "check the path")
-    return [Document(path.name, text)], 0
+    return [Document(path.name, text)], []
 
 
 def fingerprint(documents: Sequence[Document]) -> str:
@@ -165,35 +166,91 @@ def fingerprint(documents: Sequence[Document]) -> str:
     return digest.hexdigest()
 
 
+CODE = re.compile(
+    r"\.("
+    r"bash|c|cc|clj|cpp|cs|cu|dart|el|erl|ex|exs|f90|go|h|hpp|hs|ipynb|java|jl|js|"
+    r"jsx|kt|lean|lua|m|ml|mjs|php|pl|proto|ps1|py|pyi|r|rb|rs|scala|sh|sql|swift|tf|"
+    r"ts|tsx|v|vue|zig"
+    r")$",
+    re.IGNORECASE,
+)
+"""Endings of source code."""
+ABOUT = ("readme", "license", "dataset_info")
+"""Beginnings of the names of files that describe a folder, in lower case."""
+
+
+def _names_files(uri: str, path: Path) -> bool:
+    """A folder or a glob on this machine."""
+    return "://" not in uri.removeprefix("file://") and (_is_glob(path) or path.is_dir())
+
+
+def _is_glob(path: Path) -> bool:
+    return glob.has_magic(str(path)) and not path.exists()
+
+
 def _holds_records(uri: str, path: Path) -> bool:
-    """A document a row: by the name's ending, in a folder by that of all its files.
+    """A document a row: by the name's ending, in a folder by the files in it and below it but those about it.
 
-    Raises DataError for rows next to text. JSON and CSV may be text: of a folder of code.
+    Data files alone are rows. Next to text they are text where none is compressed or Parquet and the files of source
+    code are more. Raises DataError for another mix, and for a glob of data files.
     """
-    if uri.startswith("hf://"):
+    if uri.startswith("hf://") or not _names_files(uri, path):
+        return uri.startswith("hf://") or _is_data(path)
+    if is_saved(path):
         return True
-    files = sorted(one.name for one in path.iterdir() if one.name[0] != ".") if path.is_dir() else [path.name]
-    others = [name for name in files if not name.lower().endswith(tuple(READERS))]
-    if others and (rows := next((name for name in files if _ROWS.search(name.lower())), None)):
-        found, rule = f"found {rows} next to {others[0]}", "a folder holds rows, or text files"
-        raise DataError(uri, found, rule, f"name {path / rows}, or text files by a glob such as {path}/**/*.txt")
-    return bool(files) and not others
+    files = [file for file in _files(path) if not file.name.lower().startswith(ABOUT)]
+    rows, texts = [file for file in files if _is_data(file)], [file for file in files if not _is_data(file)]
+    if not rows or (texts and _is_code(rows, texts)):
+        return False
+    root = _root(path)
+    if not texts and not _is_glob(path):
+        return True
+    found = f"found {rows[0].relative_to(root)}" + (f" next to {texts[0].relative_to(root)}" if texts else "")
+    if not texts:
+        raise DataError(uri, found, "a glob names text files", f"name one file of rows, or a folder of them: {root}")
+    apart = len(rows) > 1 and all(file.parent == rows[0].parent for file in rows)
+    apart = apart and not any(file.parent == rows[0].parent for file in texts)
+    of_rows = rows[0] if len(rows) == 1 else rows[0].parent if apart else "a folder of the data files alone"
+    rule, pattern = "a folder or a glob names rows, or text files", _pattern(root, texts)
+    raise DataError(uri, found, rule, f"name {of_rows} for the rows, or {pattern} for the texts")
 
 
-_ROWS = re.compile(r"\.(jsonl(\.gz|\.zst)?|parquet)$")
-"""Names of files that are never text."""
+def _is_data(path: Path) -> bool:
+    return path.name.lower().endswith(tuple(READERS))
 
 
-def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document], int]:
+def _is_code(rows: Sequence[Path], texts: Sequence[Path]) -> bool:
+    packed = any(file.suffix.lower() in (".gz", ".zst", ".parquet") for file in rows)
+    return not packed and sum(bool(CODE.search(file.name)) for file in texts) > len(rows)
+
+
+def _pattern(root: Path, texts: Sequence[Path]) -> str:
+    """A glob of the texts with the ending that most of them have."""
+    suffixes = Counter(file.suffix for file in texts if file.suffix)
+    name = f"*{suffixes.most_common(1)[0][0]}" if suffixes else glob.escape(texts[0].name)
+    return f"{glob.escape(str(root))}/**/{name}"
+
+
+def _root(path: Path) -> Path:
+    """The folder itself, or the part of a glob before its first pattern."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)) if _is_glob(path) else path
+
+
+def _files(path: Path) -> list[Path]:
     """Files below a folder, or those that a glob names; hidden ones and byte code are nobody's text."""
-    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-    root = path if path.is_dir() else Path(*fixed)
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    documents, blank = [], 0
-    for file in sorted(file for file in found if file.is_file()):
-        name = file.relative_to(root)
-        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
-            continue
+    found, root = map(Path, glob.glob(str(path), recursive=True)) if _is_glob(path) else path.rglob("*"), _root(path)
+    return sorted(file for file in found if file.is_file() and not _is_left_out(file.relative_to(root)))
+
+
+def _is_left_out(name: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+
+
+def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document], list[str]]:
+    """The files of a folder or glob that hold text, with notes about the others."""
+    root, documents, blank, data_files = _root(path), [], 0, []
+    for file in _files(path):
+        name = file.relative_to(root).as_posix()
         try:
             text = data.read_text(str(file))
         except DataError as error:
@@ -201,7 +258,8 @@ def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document]
             hint = "name the files by a glob, such as FOLDER/**/*.txt"
             raise DataError(error.subject, error.problem, rule, hint) from error
         blank += not text.strip()
-        documents += [Document(name.as_posix(), text)] if text.strip() else []
+        documents += [Document(name, text)] if text.strip() else []
+        data_files += [name] if text.strip() and _is_data(file) else []
         if len(documents) == limit:
             break
     if not documents:
@@ -211,7 +269,10 @@ def _read_files(uri: str, path: Path, limit: int | None) -> tuple[list[Document]
             "a folder or a glob names at least one text file",
             "check the path; ** in a glob goes into folders",
         )
-    return documents, blank
+    notes = [f"{format_row_count(range(blank), 'blank file')} left out"] if blank else []
+    if data_files:
+        notes.append(f"{format_row_count(data_files, 'data file')} read as text: {join_some(data_files)}")
+    return documents, notes
 
 
 def document_ids(document: Document, template: Template, end: int) -> list[int]:

@@ -110,7 +110,7 @@ class FimSpec(Spec):
             )
         layout = Layout(template, sentinels, end_token(template, self.end_token)[1], self.loss_on == "all")
         keys = document_keys()
-        documents, _ = read_documents(source, limit=limit, keys=keys)
+        documents, found = read_documents(source, limit=limit, keys=keys)
         warnings, contents = keys.note(f"data.{part}"), array("q", [hash(document.text) for document in documents])
         made, dropped = [], 0
         for number, document in enumerate(documents, start=1):
@@ -126,17 +126,23 @@ class FimSpec(Spec):
         numbers = tuple(number for *_, number in made)
         token_rows = TokenRows.from_pairs([(ids, trained) for ids, trained, *_ in made])
         how = "their rows are trained" if sentinels.train else "the base knows them"
-        about = f"{format_row_count(documents, 'document')}; sentinels {sentinels.names}: {how}"
+        about = (f"{format_row_count(documents, 'document')}; sentinels {sentinels.names}: {how}", *found)
         train_ids = sentinels.ids if sentinels.train else ()
         if part == "eval":
             starts = np.array([start for _, _, start, _ in made], dtype=np.int64)
             held = AnsweredRows(token_rows.ids_T, token_rows.trained_T, token_rows.offsets_N1, starts)
-            return ReadPart(
-                held, dropped, fingerprint(documents), (about,), train_ids, warnings, contents, keys, numbers
-            )
-        found, packing = pack_rows(token_rows, self.packing, spec.max_length)
+            return ReadPart(held, dropped, fingerprint(documents), about, train_ids, warnings, contents, keys, numbers)
+        packed_rows, packing = pack_rows(token_rows, self.packing, spec.max_length)
         return ReadPart(
-            found, dropped, fingerprint(documents), (about, *packing), train_ids, warnings, contents, keys, numbers
+            packed_rows,
+            dropped,
+            fingerprint(documents),
+            (*about, *packing),
+            train_ids,
+            warnings,
+            contents,
+            keys,
+            numbers,
         )
 
     def build(self, setting: TrainerContext) -> BuiltTrainer:

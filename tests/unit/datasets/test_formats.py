@@ -443,13 +443,19 @@ def test_control_tokens_in_parts_and_earlier_turns_are_noted(tmp_path: Path) -> 
     assert dict(keys.spelled) == {"<|im_end|>": 1, "<bos>": 1}
 
 
-def test_calls_that_are_written_as_text_are_named(tmp_path: Path) -> None:
-    called = ("gpt", '<tool_call>{"name": "now"}</tool_call>')
+@pytest.mark.parametrize(
+    "call",
+    ["<tool_call>\n{'name': 'now'}\n</tool_call>", "One moment. <functioncall> {}", '[Time of Day(zone="CET")]'],
+    ids=["hermes", "glaive", "toolace"],
+)
+def test_calls_that_are_written_as_text_stay_text(tmp_path: Path, call: str) -> None:
+    found = read(tmp_path, {"conversations": sharegpt(("human", "u"), ("gpt", call), ("tool", "12"), ("gpt", "a"))})
+    assert found.messages == (TURNS[0], Message("assistant", call), Message("tool", "12"), TURNS[1])
+
+
+def test_a_result_behind_plain_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"conversations\[2\].tool_call_id: no call before it") as error:
-        read(tmp_path, {"conversations": sharegpt(("human", "u"), called, ("tool", "12:00"), ("gpt", "a"))})
-    assert "function_call" in error.value.hint
-    with pytest.raises(DataError, match=r"conversations\[2\].tool_call_id: no call before it") as error:  # ToolACE
-        read(tmp_path, {"conversations": sharegpt(("user", "u"), ("gpt", "[now()]"), ("tool", "12"), ("gpt", "a"))})
+        read(tmp_path, {"conversations": sharegpt(("human", "u"), ("gpt", "a"), ("tool", "12:00"), ("gpt", "a"))})
     assert "function_call" in error.value.hint
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def zst(path: Path) -> Path:
     return packed
 
 
-def with_separator(path: Path, delimiter: str) -> Path:
-    path.write_text(f"sep={delimiter}\r\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+def with_separator(path: Path, delimiter: str, quote: str = "") -> Path:
+    path.write_text(f"{quote}sep={delimiter}{quote}\r\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     return path
 
 
@@ -102,6 +103,8 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "jsonl.zst": lambda folder: zst(jsonl(folder / "rows.jsonl", RECORDS)),
     "tsv.zst": lambda folder: zst(as_csv(folder / "rows.tsv", "\t")),
     "csv with Excel's sep": lambda folder: with_separator(as_csv(folder / "rows.csv", ";"), ";"),
+    "csv with Excel's sep of tabs": lambda folder: with_separator(as_csv(folder / "rows.csv", "\t"), "\t"),
+    "csv with Excel's sep in quotes": lambda folder: with_separator(as_csv(folder / "rows.csv", ";"), ";", '"'),
     "csv of another separator": lambda folder: with_separator(as_csv(folder / "rows.csv", "^"), "^"),
     "parquet": lambda folder: as_parquet(folder / "rows.parquet"),
     "folder": a_folder,
@@ -147,6 +150,7 @@ BAD_FILES = {
     "plain.jsonl.gz": (b'{"prompt": "q", "completion": "a"}\n', r"it cannot be read .*copy or compress"),
     "cut.jsonl.gz": (gzip.compress(b'{"prompt": "q"}\n' * 9)[:-9], r"it cannot be read .*copy or compress"),
     "cut.jsonl.zst": (b"\x28\xb5\x2f\xfd" + bytes(40), r"it cannot be read .*copy or compress"),
+    "two.csv": (b"sep=;;\na;;b\n", r"its first line is sep=;;.*a separator is one character"),
     "array.jsonl": (b'[\n{"prompt": "q"}\n]\n', r"not JSON.*name a file that is one array \.json"),
     "object.json": (b'{\n "data": []\n}', r"it is an object of several lines.*one array"),
     "rows.xlsx": (b"PK\x03\x04", r"not JSON.*the form follows from the name, .* others are read as JSONL"),
@@ -177,6 +181,104 @@ def test_a_folder_is_one_dataset_without_hidden_files(tmp_path: Path) -> None:
     jsonl(tmp_path / "test.jsonl", RECORDS)
     with pytest.raises(DataError, match=r"several splits \(test, train\)[\s\S]*hf:///.*/train"):
         list(read_records(str(tmp_path)))
+
+
+SPLITS = {
+    ("train.jsonl", "test.jsonl"): True,
+    ("my-train.jsonl", "my-test.jsonl"): True,
+    ("data_train.jsonl", "data_val.jsonl"): True,
+    ("train-v2.0.jsonl", "dev-v2.0.jsonl"): True,
+    ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"): False,
+    ("train-00000-of-00002.jsonl", "test.jsonl"): True,
+    ("train_sft-00000-of-00003.jsonl", "test_sft-00000-of-00001.jsonl"): True,
+    ("train-tickets.jsonl", "test-cases.jsonl"): False,
+    ("trainers.jsonl", "tests.jsonl"): False,
+    ("constrain.jsonl", "contest.jsonl"): False,
+}
+
+
+@pytest.mark.parametrize("names", SPLITS)
+def test_splits_are_known_by_the_words_of_names_and_subjects_are_not(tmp_path: Path, names: tuple[str, str]) -> None:
+    for number, name in enumerate(names):
+        jsonl(tmp_path / name, RECORDS[number : number + 1])
+    if not SPLITS[names]:
+        assert len(list(read_records(str(tmp_path)))) == 2
+        return
+    with pytest.raises(DataError, match="its files are of several splits"):
+        list(read_records(str(tmp_path)))
+
+
+def test_a_hint_of_splits_never_leads_to_rows_of_both(tmp_path: Path) -> None:
+    """`datasets` finds splits by names in lower case alone; it takes all other files for the training ones."""
+    for name in ("Train.csv", "Test.csv"):
+        as_csv(tmp_path / name)
+    with pytest.raises(DataError) as caught:
+        list(read_records(str(tmp_path)))
+    assert "(test: Test.csv; train: Train.csv)" in caught.value.hint
+    assert "hf://" not in caught.value.hint
+    other = tmp_path / "other"
+    other.mkdir()
+    jsonl(other / "my-train.jsonl", RECORDS[:1])
+    jsonl(other / "my-test.jsonl", RECORDS[1:])
+    with pytest.raises(DataError) as caught:
+        list(read_records(str(other)))
+    uri = f"hf://{other}/train"
+    assert caught.value.hint.endswith(uri)
+    assert [record for _, record in read_records(uri)] == RECORDS[:1]
+
+
+def test_an_empty_shard_has_no_rows(tmp_path: Path) -> None:
+    as_csv(tmp_path / "part-0.csv")
+    (tmp_path / "part-1.csv").touch()
+    (tmp_path / "part-2.csv").write_text("sep=;\n")
+    assert [record for _, record in read_records(str(tmp_path))] == RECORDS
+    with pytest.raises(DataError, match="it has no rows"):
+        read_rows(str(tmp_path / "part-1.csv"), need="train")
+
+
+def test_hidden_folders_are_not_named(tmp_path: Path) -> None:
+    for folder in (".cache/x", "data"):
+        (tmp_path / folder).mkdir(parents=True)
+        jsonl(tmp_path / folder / "Rows.jsonl", RECORDS)
+    with pytest.raises(DataError) as caught:
+        list(read_records(str(tmp_path)))
+    assert caught.value.hint == f"name {tmp_path}/data"
+
+
+def test_a_local_folder_as_a_hub_dataset_says_to_check_its_files(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text('{"prompt": "q"\n')
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "train.csv").write_text('a,b\n"1,2\n3,4,5,6\n')
+    for name in ("rows", "table", "absent"):
+        with pytest.raises(DataError) as caught:
+            list(read_records(f"hf://{tmp_path / name}/train"))
+        assert caught.value.hint == "check the folder and its files", name
+    with pytest.raises(DataError, match="end the URI with one of the splits"):
+        list(read_records(f"hf://{write_split(tmp_path / 'good')}/dev"))
+
+
+def write_split(folder: Path) -> Path:
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", RECORDS)
+    return folder
+
+
+def test_a_map_of_parquet_with_a_key_twice_is_named(tmp_path: Path) -> None:
+    maps = pa.array([[("a", 1)], [("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"prompt": ["q", "r"], "facts": maps}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet row 2: facts: a map has the key 'a' twice"):
+        list(read_records(str(tmp_path / "rows.parquet")))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_an_error_of_the_disk_is_not_one_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("/proc/self/mem")  # reading address 0 is an I/O error
+    (tmp_path / "rows.jsonl.gz").symlink_to("/proc/self/mem")
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        with pytest.raises(StorageError, match="Input/output error") as caught:
+            list(read_records(str(tmp_path / name)))
+        assert "compress" not in caught.value.hint
 
 
 def test_a_folder_of_a_hub_repository_names_the_folder_of_its_files(tmp_path: Path) -> None:

@@ -3,10 +3,14 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -146,10 +150,51 @@ def test_rows_next_to_text_are_not_read_as_text(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / ".DS_Store").write_bytes(b"\0\0")
     assert [one.text for one in read_documents(str(tmp_path))[0]] == ["one", "two"]
-    (tmp_path / "README.md").write_text("About")
-    with pytest.raises(DataError, match=r"rows\.jsonl next to README\.md") as error:
+    for name in ("README.md", "LICENSE", "dataset_infos.json"):
+        (tmp_path / name).write_text("About")
+    assert [one.text for one in read_documents(str(tmp_path))[0]] == ["one", "two"]
+    (tmp_path / "notes.md").write_text("text")
+    with pytest.raises(DataError, match=r"rows\.jsonl next to notes\.md") as error:
         read_documents(str(tmp_path))
-    assert str(tmp_path / "rows.jsonl") in error.value.hint
+    rows, texts = re.fullmatch(r"name (\S+) for the rows, or (\S+) for the texts", error.value.hint).groups()  # type: ignore[union-attr]
+    assert [one.text for one in read_documents(rows)[0]] == ["one", "two"]
+    assert {one.text for one in read_documents(texts)[0]} == {"About", "text"}
+
+
+def test_shards_next_to_a_readme_are_rows(tmp_path: Path) -> None:
+    for number in range(2):
+        name = f"train-0000{number}-of-00002.parquet"
+        pq.write_table(pa.table({"text": [f"text {number}"]}), tmp_path / name)
+    (tmp_path / "README.md").write_text("About")
+    assert [one.text for one in read_documents(str(tmp_path))[0]] == ["text 0", "text 1"]
+
+
+def test_rows_below_a_folder_are_not_read_as_text(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("About")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(DataError, match=f"name {tmp_path}/data, or a split as hf://{tmp_path}/train"):
+        read_documents(str(tmp_path))
+    with pytest.raises(DataError, match=r"a glob names text files"):
+        read_documents(f"{tmp_path}/**/*.jsonl")
+
+
+def test_a_saved_dataset_is_rows(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(tmp_path / "saved"))
+    assert [one.text for one in read_documents(str(tmp_path / "saved"))[0]] == ["one", "two"]
+
+
+def test_data_files_of_source_code_are_text_and_noted(folder: Path, tmp_path: Path) -> None:
+    for name in ("a.py", "b.py", "c.rs"):
+        (tmp_path / name).write_text(f"code of {name}")
+    (tmp_path / "fixture.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "package.json").write_text("{}")
+    notes = prepare(text_task(folder, **{"data.train": str(tmp_path)})).notes
+    assert notes[0].startswith("5 documents")
+    assert notes[1] == "2 data files read as text: fixture.jsonl, package.json"
+    (tmp_path / "c.rs").rename(tmp_path / "c.txt")
+    with pytest.raises(DataError, match=r"fixture\.jsonl next to a\.py"):
+        read_documents(str(tmp_path))
 
 
 def test_perplexity_is_told_before_and_after(folder: Path) -> None:
