@@ -201,8 +201,8 @@ def _score_bytes(config: Mapping[str, Any], dtype: str) -> float:
     sides = (KEPT_TOKENS, KEPT_TOKENS + 1)
     found = [size for shape, size in kept.values() if len(shape) > 2 and shape[-2] in sides and shape[-1] in sides]
     text = model.config.get_text_config()
-    scores: int = KEPT_TOKENS**2 * text.num_attention_heads * text.num_hidden_layers
-    return round(sum(found) / scores)
+    heads = int(getattr(text, "num_attention_heads", None) or 1)  # Mamba-2 has none
+    return round(sum(found) / (KEPT_TOKENS**2 * heads * int(text.num_hidden_layers)))
 
 
 @contextmanager
