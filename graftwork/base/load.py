@@ -354,7 +354,9 @@ def _from_folder(
     if packed is not None:
         folder = cache_dequantised(resolved, packed, dtype)
     if quant.is_4bit:
-        import graftwork.compat.packed_weights  # noqa: F401  (packs experts while they are read)
+        from graftwork.compat.packed_weights import pack_experts_at_load
+
+        pack_experts_at_load()
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     # a GPU quantises faster than a file is read; transformers 5.24 cannot write packed experts
     if quant.is_4bit and device == "cpu" and size >= WORTH_BYTES and not has_experts(resolved.config):

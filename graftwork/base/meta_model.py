@@ -181,13 +181,13 @@ def _gate_values(experts: Any) -> float:
 
     if experts_problem(experts):
         return 1.5  # silu(gate) * up
-    gate_up = torch.ones(1, 2 * KEPT_TOKENS, device="meta", requires_grad=True)
-    with _kept() as kept:
+    gate_up = torch.ones(1, 2 * PROBE_TOKENS, device="meta", requires_grad=True)
+    with _saved_tensors() as kept:
         apply_gate(experts, gate_up * 1.0)
     return sum(size for _, size in kept.values()) / gate_up.nbytes
 
 
-KEPT_TOKENS = 37
+PROBE_TOKENS = 37
 """Of a pass whose matrices of scores are looked for: no size of a model is equal to it."""
 
 
@@ -196,17 +196,17 @@ def _score_bytes(config: Mapping[str, Any], dtype: str) -> float:
     import torch
 
     model = build(config, getattr(torch, dtype))
-    with _kept() as kept:
-        _step_unpacked(model, KEPT_TOKENS)
-    sides = (KEPT_TOKENS, KEPT_TOKENS + 1)
+    with _saved_tensors() as kept:
+        _step_unpacked(model, PROBE_TOKENS)
+    sides = (PROBE_TOKENS, PROBE_TOKENS + 1)
     found = [size for shape, size in kept.values() if len(shape) > 2 and shape[-2] in sides and shape[-1] in sides]
     text = model.config.get_text_config()
     heads = int(getattr(text, "num_attention_heads", None) or 1)  # Mamba-2 has none
-    return round(sum(found) / (KEPT_TOKENS**2 * heads * int(text.num_hidden_layers)))
+    return round(sum(found) / (PROBE_TOKENS**2 * heads * int(text.num_hidden_layers)))
 
 
 @contextmanager
-def _kept() -> Iterator[dict[int, tuple[tuple[int, ...], int]]]:
+def _saved_tensors() -> Iterator[dict[int, tuple[tuple[int, ...], int]]]:
     """Shape and bytes of each storage that autograd keeps in the block."""
     import torch
 

@@ -144,7 +144,7 @@ def base_support(config: Mapping[str, Any]) -> BaseSupport:
         {
             "plan": Support(facts.shape.unplanned, HOW_UNPLANNED),
             **{kind: quantised if method.bits == 8 else Support() for kind, method in METHODS.items()},
-            "checkpoint": _kept_support(facts, packed_form, towers="text_config" in config),
+            "checkpoint": _checkpoint_support(facts, packed_form, towers="text_config" in config),
             "train LoRA": train,
             "train full": full,
             "packing": pack,
@@ -305,7 +305,7 @@ def mixed_share(*, alone: Any, one: Any, two: Any) -> float:
     return share
 
 
-def _kept_support(facts: BaseFacts, packed: PackedFormat | None, *, towers: bool) -> Support:
+def _checkpoint_support(facts: BaseFacts, packed: PackedFormat | None, *, towers: bool) -> Support:
     """Return whether the weights of a quantised checkpoint stay as they are."""
     exact = f"quant.kind=none (the exact values, {2 * facts.shape.params / GIB:.3g} GiB in 16 bits)"
     hint = f"--set quant.kind=nf4 (4 bits, rounded again), or {exact}"

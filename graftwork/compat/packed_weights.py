@@ -231,4 +231,6 @@ def _pack_experts(values_EOI: torch.Tensor, kind: str, *, double: bool) -> tuple
     return torch.cat([packed for packed, _ in found]), state
 
 
-AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = FourBitQuantizer
+def pack_experts_at_load() -> None:
+    """Let `from_pretrained` pack experts in 4 bits while it reads them."""
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = FourBitQuantizer

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from graftwork.datasets.keys import KeyCheck, is_empty, is_number
-from graftwork.datasets.readers import kind_of
+from graftwork.datasets.keys import KeyCheck, is_empty, is_number, kind_of
 from graftwork.datasets.turns import TurnReader, check_turns, read_tools, require_text, turn_content
 from graftwork.errors import DataError
 from graftwork.prompts.render import Message, Tool

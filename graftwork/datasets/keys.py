@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from graftwork.datasets.readers import kind_of
 from graftwork.errors import DataError
 
 DOCUMENT = frozenset({"id", "text"})
@@ -234,6 +233,18 @@ def rejection(at: str, value: object) -> DataError:
         f"{key} changes what the model reads or learns, and is not supported here",
         hint,
     )
+
+
+def kind_of(value: object) -> str:
+    """JSON's name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null", bytes: "bytes"}
+    return names.get(type(value), "a number")
+
+
+def reject_lone_surrogates(text: str, where: str) -> None:
+    """Raise DataError for half of a surrogate pair, which JSON can spell and UTF-8 can't."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise DataError(where, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")
 
 
 def is_empty(value: object) -> bool:

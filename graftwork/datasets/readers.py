@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from graftwork.datasets.keys import kind_of
 from graftwork.errors import DataError, StorageError
 from graftwork.storage.local import build_once
 from graftwork.storage.store import cache_root, open_uri
@@ -196,12 +197,6 @@ def no_rows(uri: str, rule: str = "a dataset has at least one row") -> DataError
     return DataError(uri, "it has no rows", rule, "check the path")
 
 
-def reject_lone_surrogates(text: str, where: str) -> None:
-    """Raise DataError for half of a surrogate pair, which JSON can spell and UTF-8 can't."""
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise DataError(where, "it holds half of a surrogate pair", "text is Unicode", "write the character as one")
-
-
 def _jsonl(uri: str, path: Path) -> Iterator[Record]:
     with _open_file(uri, path) as lines:
         for number, line in enumerate(lines, start=1):
@@ -256,7 +251,7 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
         reader = None
         try:
             header = next(texts, "")
-            asked = _asked_separator(header, uri)
+            asked = _excel_separator(header, uri)
             header = next(texts, "") if asked else header
             if not header:
                 return  # an empty shard
@@ -281,7 +276,7 @@ def _csv(uri: str, path: Path) -> Iterator[Record]:
             ) from error
 
 
-def _asked_separator(line: str, uri: str) -> str:
+def _excel_separator(line: str, uri: str) -> str:
     """The separator of a first line `sep=;`, which Excel reads and writes, else nothing. Raises DataError."""
     match = re.fullmatch(r'sep=(.+)|"sep=(.+)"', line.rstrip("\r\n"), re.IGNORECASE)
     asked = (match[1] or match[2]) if match else ""
@@ -496,9 +491,3 @@ def _text(uri: str, number: int, line: bytes) -> str:
 
 def _reader(name: str) -> Callable[[str, Path], Iterator[Record]] | None:
     return next((reader for ending, reader in READERS.items() if name.lower().endswith(ending)), None)
-
-
-def kind_of(value: object) -> str:
-    """JSON's name of a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null", bytes: "bytes"}
-    return names.get(type(value), "a number")

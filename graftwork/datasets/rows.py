@@ -15,8 +15,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from graftwork.config import Spec, canonical_json
 from graftwork.datasets.examples import Example, content_hash, identity_of, iter_examples
 from graftwork.datasets.formats import ROW_KEYS, Purpose
-from graftwork.datasets.keys import DOCUMENT, KeyCheck
-from graftwork.datasets.readers import kind_of, local_path, no_rows, read_records, require_new
+from graftwork.datasets.keys import DOCUMENT, KeyCheck, kind_of
+from graftwork.datasets.readers import local_path, no_rows, read_records, require_new
 from graftwork.datasets.sources import EvalSource, MixturePart, RowShape, RowSource, TrainSources
 from graftwork.datasets.turns import require_text
 from graftwork.errors import BaseModelError, DataError

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
-from graftwork.datasets.keys import KeyCheck, is_empty
-from graftwork.datasets.readers import kind_of, reject_lone_surrogates
+from graftwork.datasets.keys import KeyCheck, is_empty, kind_of, reject_lone_surrogates
 from graftwork.errors import DataError
 from graftwork.prompts.render import Message, Role, Thinking, Tool, ToolCall
 from graftwork.prompts.turns import check_calls

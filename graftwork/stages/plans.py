@@ -43,7 +43,7 @@ UNKNOWN_ADAPTER = LoraSpec(rank=16)
 """An adapter that is not published yet, or was trained elsewhere: on all linear layers."""
 PLANNED_STEPS = 100
 """Steps of a plan from a config alone, where the spec does not name the number of rows."""
-BESIDE_SPEC = ("objective", "stacked_on", "merge")
+NOT_IN_SPEC = ("objective", "stacked_on", "merge")
 """Keys of a manifest's `method` that are no part of the adapter's spec."""
 ADAPTER_SPEC: TypeAdapter[AdapterSpec] = TypeAdapter(AdapterSpec)
 NO_PROMPTS: Mapping[str, PromptSpec] = {}
@@ -328,7 +328,7 @@ def _published_values(store: Store, ref: str, shape: ModelShape, base_digest: st
 def _published_spec(method: Mapping[str, object]) -> AdapterKind:
     """The adapter that a manifest describes; of one that no spec can ask for, a LoRA of its rank on all linears."""
     try:
-        return ADAPTER_SPEC.validate_python({key: value for key, value in method.items() if key not in BESIDE_SPEC})
+        return ADAPTER_SPEC.validate_python({key: value for key, value in method.items() if key not in NOT_IN_SPEC})
     except ValidationError:
         rank = method.get("rank")  # of merges and imported adapters over the 256 that a spec may have
         return UNKNOWN_ADAPTER.model_copy(update={"rank": rank}) if isinstance(rank, int) else UNKNOWN_ADAPTER

@@ -192,7 +192,7 @@ class DistillSpec(Spec):
 
         def evaluate() -> Mapping[str, float]:
             assert data.eval is not None, "asked where the spec has data.eval"
-            return held_out(trainer, data.eval, data.pad_id, spec.optim.rows_per_pass)
+            return evaluate_rows(trainer, data.eval, data.pad_id, spec.optim.rows_per_pass)
 
         return BuiltTrainer(trainer, evaluate, evaluate_first=data.eval is not None)
 
@@ -321,7 +321,7 @@ def trained_hidden(model: Any, head: torch.nn.Module, inputs: Mapping[str, torch
     return taken[0], output
 
 
-def held_out(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> Mapping[str, float]:
+def evaluate_rows(trainer: Any, rows: Rows, pad_id: int, micro_batch: int) -> Mapping[str, float]:
     """Mean divergence (`loss`) and negative log-likelihood of the rows' own tokens (`nll`), in nats. On all ranks."""
     import torch
 

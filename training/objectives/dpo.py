@@ -94,7 +94,7 @@ class DpoSpec(Spec):
 
         def evaluate() -> Mapping[str, float]:
             assert data.eval is not None, "asked where the spec has data.eval"
-            return held_out(trainer, self, data.eval, references["eval"], data.pad_id, micro_batch)
+            return evaluate_pairs(trainer, self, data.eval, references["eval"], data.pad_id, micro_batch)
 
         held = 0 if data.eval is None else len(data.eval)
         every = setting.job.eval_every or spec.eval_every
@@ -232,7 +232,7 @@ def _trainer(setting: TrainerContext, objective: DpoSpec, collate: Any) -> Any:
     return trainer
 
 
-def held_out(
+def evaluate_pairs(
     trainer: Any, objective: DpoSpec, rows: Any, reference_N2: NDArray[np.float32], pad_id: int, micro: int
 ) -> Mapping[str, float]:
     """Loss, accuracy (the chosen answer's reward is the higher one), margin and rewards over all pairs."""

@@ -147,13 +147,13 @@ class FimSpec(Spec):
 
     def build(self, setting: TrainerContext) -> BuiltTrainer:
         """Build the trainer on rearranged documents; held-out: loss, exact match, edit similarity."""
-        from graftwork.training.objectives.trainer import BuiltTrainer, held_out_answers
+        from graftwork.training.objectives.trainer import BuiltTrainer, sample_eval_answers
 
         training, data, tokenizer = sft_trainer(setting), setting.job.data, setting.tokenizer()
 
         def evaluate() -> Mapping[str, float]:
             assert isinstance(data.eval, AnsweredRows), "the rows that `read` returns for held-out documents"
-            answers = held_out_answers(training.trainer, data.eval, tokenizer, data.pad_id, self.eval_tokens)
+            answers = sample_eval_answers(training.trainer, data.eval, tokenizer, data.pad_id, self.eval_tokens)
             return {**training.evaluate(), **answers}
 
         return BuiltTrainer(training.trainer, evaluate, evaluate_first=True)
@@ -239,7 +239,7 @@ class Layout:
     end: int
     loss_on_all: bool
 
-    def encode_whole(self, text: str) -> tuple[list[int], list[bool], int]:
+    def encode_document(self, text: str) -> tuple[list[int], list[bool], int]:
         """(ids, trained, where the answer begins) of a document that is left whole."""
         ids = [*self.template.opening_ids, *self.template.encode(text), self.end]
         return ids, [False] + [True] * (len(ids) - 1), 1
@@ -286,6 +286,6 @@ def _row(
     if part == "eval":
         return layout.infill(cut_line(document.text, rng), spm=objective.spm_share == 1)
     if rng.random() >= objective.rate:
-        return layout.encode_whole(document.text)
+        return layout.encode_document(document.text)
     cut = cut_line if objective.cut == "line" else cut_anywhere
     return layout.infill(cut(document.text, rng), spm=bool(rng.random() < objective.spm_share))

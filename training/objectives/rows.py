@@ -207,7 +207,7 @@ class PackedRows:
 
     def shared(self, store: Store) -> "PackedRows":
         """The same packs of documents that workers of other machines can take from the store, where they are many."""
-        return replace(self, documents=self.documents.shared(store)) if isinstance(self.documents, KeptRows) else self
+        return replace(self, documents=self.documents.shared(store)) if isinstance(self.documents, CachedRows) else self
 
     def _sums(self, of_D: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.add.reduceat(of_D[self.order_D], self.offsets_P1[:-1]) if len(self) else np.zeros(0, dtype=np.int64)
@@ -294,7 +294,7 @@ class RowWriter:
 
 
 @dataclass(frozen=True)
-class KeptRows(TokenRows):
+class CachedRows(TokenRows):
     """Token rows in files. Sent to another process as their key and the root that has a copy."""
 
     key: str = ""
@@ -303,16 +303,16 @@ class KeptRows(TokenRows):
     def __reduce__(self) -> tuple[Callable[..., TokenRows], tuple[object, ...]]:
         return open_rows, (self.key, self.root)
 
-    def shared(self, store: Store) -> "KeptRows":
+    def shared(self, store: Store) -> "CachedRows":
         """The same rows, with a copy in the store that other machines can take. Runs in the driver, before workers."""
         if not store.exists(FOLDER, self.key, "about.json"):
             folder = cache_root() / FOLDER / self.key
             for name in ("ids.bin", "trained.bin", "offsets.bin", "about.json"):  # the last says that all are there
                 store.upload(folder / name, FOLDER, self.key, name)
-        return KeptRows(self.ids_T, self.trained_T, self.offsets_N1, self.key, store.uri)
+        return CachedRows(self.ids_T, self.trained_T, self.offsets_N1, self.key, store.uri)
 
 
-def kept_rows(key: str, build: Callable[[RowWriter], dict[str, Any]]) -> tuple[TokenRows, dict[str, Any]]:
+def cached_rows(key: str, build: Callable[[RowWriter], dict[str, Any]]) -> tuple[TokenRows, dict[str, Any]]:
     """The rows of a key and what was noted of them; rendered by `build` the first time. `build` gives the note."""
 
     def fill(folder: Path) -> None:
@@ -335,7 +335,7 @@ def open_rows(key: str, root: str | None) -> TokenRows:
     ids, trained = folder / "ids.bin", folder / "trained.bin"
     if offsets[-1] * 5 <= INLINE_BYTES:
         return TokenRows(np.fromfile(ids, dtype=np.int32), np.fromfile(trained, dtype=np.bool_), offsets)
-    return KeptRows(
+    return CachedRows(
         np.memmap(ids, dtype=np.int32, mode="r"),
         np.memmap(trained, dtype=np.bool_, mode="r"),
         offsets,
@@ -425,9 +425,9 @@ class PreparedData:
     def shared(self, store: Store) -> "PreparedData":
         """The same, with large sets of rows copied to the store: workers of other machines take them from there."""
         train, held_out = self.train, self.eval
-        if isinstance(train, KeptRows | PackedRows):
+        if isinstance(train, CachedRows | PackedRows):
             train = train.shared(store)
-        if isinstance(held_out, KeptRows | PackedRows):
+        if isinstance(held_out, CachedRows | PackedRows):
             held_out = held_out.shared(store)
         return replace(self, train=train, eval=held_out)
 

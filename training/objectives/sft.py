@@ -41,10 +41,10 @@ from graftwork.training.objectives.rows import (
     ReadPart,
     RowWriter,
     answered,
+    cached_rows,
     check_packing,
     data_of,
     groups_of,
-    kept_rows,
     noted,
     pack_rows,
     read_prompt,
@@ -117,7 +117,7 @@ class SftSpec(Spec):
             return self._render(spec, template, prompt, rows, seed, writer)
 
         passages = passage_keys()
-        found, about = kept_rows(self._key(spec, template, prompt, fingerprint, seed, passages), fill)
+        found, about = cached_rows(self._key(spec, template, prompt, fingerprint, seed, passages), fill)
         warnings += passages.note("data.context.corpus") if part == "train" else ()
         if about["too_long"] and spec.on_overlong == "refuse":
             raise too_long(spec, part, *about["too_long"][0])
@@ -219,7 +219,7 @@ def _check_answer(row: DatasetRow) -> None:
 
 def sft_trainer(setting: TrainerContext, answers: AnswersSpec | None = None) -> BuiltTrainer:
     """Build the trainer of next-token loss on rows of token ids; objectives with other rows use it too."""
-    from graftwork.training.objectives.trainer import BuiltTrainer, held_out_answers, require_apart
+    from graftwork.training.objectives.trainer import BuiltTrainer, require_apart, sample_eval_answers
 
     if isinstance(setting.job.data.train, PackedRows):
         require_apart(setting.model)
@@ -233,7 +233,7 @@ def sft_trainer(setting: TrainerContext, answers: AnswersSpec | None = None) -> 
         if answers is None:
             return loss
         assert isinstance(data.eval, AnsweredRows), "the rows that `read` returns where answers are generated"
-        return {**loss, **held_out_answers(trainer, data.eval, tokenizer, data.pad_id, answers.max_new_tokens)}
+        return {**loss, **sample_eval_answers(trainer, data.eval, tokenizer, data.pad_id, answers.max_new_tokens)}
 
     return BuiltTrainer(trainer, evaluate, evaluate_first=answers is not None)
 

@@ -76,7 +76,9 @@ BATCH = 8
 
 
 @torch.no_grad()
-def held_out_answers(trainer: Any, rows: AnsweredRows, tokenizer: Any, pad_id: int, most: int) -> Mapping[str, float]:
+def sample_eval_answers(
+    trainer: Any, rows: AnsweredRows, tokenizer: Any, pad_id: int, most: int
+) -> Mapping[str, float]:
     """Shares from 0 to 1: `exact_match`, `edit_similarity` (mean), and `exact_match[GROUP]` of each group.
 
     most: tokens generated for an answer at the most. Called on all ranks.

@@ -159,7 +159,7 @@ def scoring_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: 
     return round(taken.tokens * max(attention, mlp))
 
 
-def beside_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
+def auxiliary_bytes(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -> dict[str, int]:
     """Bytes next to the trained model, by name: a teacher; the keys and values of answers being sampled."""
     traits = spec.objective.traits
     if (teacher := traits.second_model) is not None:  # on a base of its own in the worker's process
@@ -317,7 +317,7 @@ def _on_cpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
         "unpacked layer": _unpacked_bytes(spec, model, value_bytes, autocast=False),
         "activations": activations,
         "logits": logits,
-        **beside_bytes(spec, model, taken, value_bytes),
+        **auxiliary_bytes(spec, model, taken, value_bytes),
         "allocator": lost,
     }
     resident = {"process": PROCESS_BYTES, "base weights": part.weights}
@@ -357,7 +357,7 @@ def _on_gpu(spec: TrainSpec, model: ModelShape, taken: Pass, value_bytes: int) -
         "activations": kept + again,
         "logits and their gradients": logits,
         NEVER_AT_ONCE: -min(part.gradients, kept + logits + copies) if alone else 0,
-        **beside_bytes(spec, model, taken, value_bytes),
+        **auxiliary_bytes(spec, model, taken, value_bytes),
     }
     parts |= {"fragments": round(FRAGMENTS * sum(parts.values())), "CUDA": CUDA_BYTES}
     host = {"process": PROCESS_BYTES, "offloaded": part.host}

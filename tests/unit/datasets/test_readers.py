@@ -25,7 +25,15 @@ from graftwork.retrieval.corpus import ChunkSpec, SourceSpec, read_corpus
 from graftwork.serving.rag.questions import question_keys, read_questions
 from graftwork.storage import store
 from graftwork.storage.store import Store
-from graftwork.training.objectives.rows import FOLDER, KeptRows, PreparedData, RowWriter, kept_rows, open_rows, prepare
+from graftwork.training.objectives.rows import (
+    FOLDER,
+    CachedRows,
+    PreparedData,
+    RowWriter,
+    cached_rows,
+    open_rows,
+    prepare,
+)
 from graftwork.training.run import check, run_paths
 from graftwork.training.spec import TrainSpec
 from tests.training import pair_task, task, write_rows
@@ -368,7 +376,7 @@ def test_a_large_set_travels_by_name_and_is_taken_from_the_root(
     whole = prepare(task(tmp_path / "task"))
     monkeypatch.setattr("graftwork.training.objectives.rows.INLINE_BYTES", 100)
     large = prepare(task(tmp_path / "task")).shared(Store(str(tmp_path / "root")))
-    assert isinstance(large.train, KeptRows)
+    assert isinstance(large.train, CachedRows)
     sent = pickle.dumps(large)
     assert len(sent) < 1500 < len(pickle.dumps(whole))
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "elsewhere"))  # another machine
@@ -385,7 +393,7 @@ def test_rows_are_written_in_pieces(tmp_path: Path, cache: Path, monkeypatch: py
             writer.add(range(n, n + n % 5 + 1), [token % 2 == 0 for token in range(n % 5 + 1)])
         return {"count": len(writer)}
 
-    rows, about = kept_rows("pieces", build)
+    rows, about = cached_rows("pieces", build)
     assert about == {"count": 50}
     for n in range(50):
         ids, trained = open_rows("pieces", None).row(n)
