@@ -98,9 +98,8 @@ class Template:
         self.longest_token_bytes = _longest_token_bytes(model)
         """UTF-8 bytes of text that one token holds at most."""
         think = self._sealed.get("<think>", "<think>")
-        self.functions_in: FunctionsPlace = "tools"
+        self.functions_in: FunctionsPlace = find_functions(self)
         """Where the template reads functions."""
-        self.functions_in = find_functions(self)
         self.can = probe(self, source, frozenset(eos_ids), think)
         """What the template writes: functions, calls, reasoning, the end of an answer."""
         self.stop_ids = frozenset({self.can.end_id, self.can.call_end_id, *eos_ids})
