@@ -46,8 +46,11 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 def test_objects_that_a_process_has_frozen_stay_frozen() -> None:
     """The first call is an engine's in a usual process; the second one's, here each other test's, is left as it is."""
     gc.unfreeze()
+    old: list[object] = [[]]
     assert spare_old_objects()
-    frozen = gc.get_freeze_count()
-    assert frozen > 100_000
+    assert gc.get_freeze_count() > 100_000
+    new: list[object] = [[]]
     assert not spare_old_objects()
-    assert gc.get_freeze_count() == frozen
+    searched = {id(one) for one in gc.get_objects()}
+    assert id(old) not in searched, "frozen by the first call"
+    assert id(new) in searched, "not by the second"
